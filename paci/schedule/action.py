@@ -1,0 +1,79 @@
+"""The alphabet of a schedule: actions, and the messages that tie stages together.
+
+What an action needs from another stage, and what it hands on, is written here and nowhere
+else; the checker, the analysis, the simulator and the runtime all ask these two functions.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+
+class Kind(enum.Enum):
+    """What a stage does in one action; the value is the letter that a grid shows."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
+    UPDATE = "U"
+
+
+class Action(NamedTuple):
+    """One action of one stage.
+
+    ``micro_batch`` counts from 0 since the pipeline was last empty. The micro-batch of an
+    ``UPDATE`` is the last one whose gradient it applies.
+    """
+
+    kind: Kind
+    stage: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.kind.name}({self.micro_batch}) at stage {self.stage}"
+
+
+class Payload(enum.Enum):
+    """What a message carries: activations go down the pipeline, gradients come back up."""
+
+    ACTIVATION = "activation"
+    GRADIENT = "gradient"
+
+
+class Message(NamedTuple):
+    """What one stage hands to its neighbour; ``stage`` is the one that receives it."""
+
+    payload: Payload
+    stage: int
+    micro_batch: int
+
+    @property
+    def sender(self) -> int:
+        """The stage that sends it."""
+        return self.stage - 1 if self.payload is Payload.ACTIVATION else self.stage + 1
+
+
+# Kinds that hand an input gradient on to the stage before.
+SENDS_GRADIENT = frozenset({Kind.BACKWARD, Kind.BACKWARD_INPUT})
+# Kinds after which a micro-batch's weight gradient is complete, and its activations are free.
+COMPLETES_GRADIENT = frozenset({Kind.BACKWARD, Kind.BACKWARD_WEIGHT})
+
+
+def consumes(action: Action, num_stages: int) -> Message | None:
+    """The message that must have arrived before ``action`` can start, if any."""
+    if action.kind is Kind.FORWARD and action.stage > 0:
+        return Message(Payload.ACTIVATION, action.stage, action.micro_batch)
+    if action.kind in SENDS_GRADIENT and action.stage < num_stages - 1:
+        return Message(Payload.GRADIENT, action.stage, action.micro_batch)
+    return None
+
+
+def produces(action: Action, num_stages: int) -> Message | None:
+    """The message that ``action`` sends when it ends, if any."""
+    if action.kind is Kind.FORWARD and action.stage < num_stages - 1:
+        return Message(Payload.ACTIVATION, action.stage + 1, action.micro_batch)
+    if action.kind in SENDS_GRADIENT and action.stage > 0:
+        return Message(Payload.GRADIENT, action.stage - 1, action.micro_batch)
+    return None

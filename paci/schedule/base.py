@@ -1,0 +1,88 @@
+"""What a schedule is: a placement of stages, and an endless program for each worker."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from typing import ClassVar
+
+from paci.errors import ConfigError
+from paci.schedule.action import Action
+
+Placement = tuple[tuple[int, ...], ...]
+
+
+class Schedule(abc.ABC):
+    """A pipeline schedule: which worker does what, in which order.
+
+    A concrete schedule is a frozen dataclass in a file of its own. Its first argument is
+    ``num_stages``, its second the number of micro-batches of one update, kept as
+    ``accumulation``; whatever follows is its own and needs a default. Everything else (checker,
+    analysis, simulator, engines, views, command line) works from what is declared here, so a
+    new schedule is one new file.
+
+    Class attributes:
+        name: what the registry and the command line call it.
+        summary: one line for tables and ``--help``.
+        flushes: whether the pipeline is empty at every update (synchronous training).
+        weights: the weight policy that belongs to it by definition.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    flushes: ClassVar[bool]
+    weights: ClassVar[str] = "current"
+
+    num_stages: int
+    accumulation: int
+
+    @property
+    def placement(self) -> Placement:
+        """``placement[worker]`` holds that worker's stages, ascending; one each by default."""
+        return tuple((stage,) for stage in range(self.num_stages))
+
+    @abc.abstractmethod
+    def program(self, worker: int) -> Iterator[Action]:
+        """Yield the worker's actions, for ever, as if micro-batches never ended.
+
+        Micro-batches count from 0. The ``k``-th update of a stage applies exactly the
+        gradients of micro-batches ``k a`` to ``(k + 1) a - 1``. A run that ends after ``M``
+        micro-batches executes the same program without the actions of later ones.
+        """
+
+    @abc.abstractmethod
+    def in_flight_cap(self, stage: int) -> int:
+        """Most micro-batches between forward and backward at ``stage`` at any time."""
+
+    @abc.abstractmethod
+    def drift_bound(self, stage: int) -> int:
+        """Most updates that a micro-batch can meet between forward and backward there."""
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that the placement names."""
+        return len(self.placement)
+
+    @property
+    def channel_capacity(self) -> int:
+        """Messages that a sender may have on their way to a neighbour before it must wait."""
+        return max(self.in_flight_cap(stage) for stage in range(self.num_stages)) + 1
+
+    def worker_of(self, stage: int) -> int:
+        """The worker that holds ``stage``."""
+        for worker, stages in enumerate(self.placement):
+            if stage in stages:
+                return worker
+        raise ConfigError(
+            f"stage must be one of the {self.num_stages} of the placement, got {stage}; "
+            f"count stages from 0"
+        )
+
+
+def require_count(what: str, value: object, least: int = 1) -> None:
+    """Raise ``ConfigError`` unless ``value`` is an ``int`` of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(
+            f"{what} must be a whole number of at least {least}, got {value!r}; "
+            f"pass {least} or more"
+        )

@@ -1,0 +1,167 @@
+"""Is a program legal? Every rule of a schedule in one place, checked by running it dry.
+
+A program is legal if, over a number of updates from an empty pipeline to an empty one,
+
+1. each worker yields actions of its own stages only;
+2. each stage does every forward and every backward (whole, or input then weight) exactly once,
+   forward before backward;
+3. the ``k``-th update of a stage comes after the gradients of micro-batches ``k a`` to
+   ``(k + 1) a - 1`` are complete, and before any later one begins;
+4. in-flight micro-batches and drift stay within what the schedule states, and a schedule that
+   says it flushes has nothing in flight at an update;
+5. all workers finish, with channels that hold no more than their capacity.
+"""
+
+from __future__ import annotations
+
+from paci.errors import ScheduleError
+from paci.schedule.action import COMPLETES_GRADIENT, SENDS_GRADIENT, Action, Kind
+from paci.schedule.base import Schedule, require_count
+from paci.schedule.grid import LEGEND, render
+from paci.schedule.sequence import Cursor, Sequencer
+from paci.schedule.versions import VersionLog
+
+
+def check(schedule: Schedule, num_updates: int = 4, capacity: int | None = None) -> None:
+    """Raise ``ScheduleError`` unless the first ``num_updates`` updates obey every rule.
+
+    Args:
+        schedule: what to check.
+        num_updates: how far; the pipeline is drained afterwards.
+        capacity: messages that each edge and direction can hold; the schedule's own by default.
+
+    Raises:
+        ScheduleError: the message says which rule, which action, and draws the grid up to
+            there with the culprit marked.
+    """
+    require_count("num_updates", num_updates)
+    _check_placement(schedule)
+    _check_ownership(schedule, num_updates)
+    sequencer = Sequencer(schedule, capacity)
+    sequencer.feed(num_updates * schedule.accumulation)
+    sequencer.drain()
+    stages = [_StageCheck(schedule, stage) for stage in range(schedule.num_stages)]
+    done: list[list[Action]] = []
+    for column in sequencer.columns():
+        done.append([])
+        for action in column:
+            done[-1].append(action)
+            problem = stages[action.stage].take(action)
+            if problem:
+                raise _failure(schedule, done, action, problem)
+    if not sequencer.finished:
+        _report_deadlock(schedule, sequencer, done)
+    for stage in stages:
+        problem = stage.missing(num_updates)
+        if problem:
+            raise _failure(schedule, done, None, problem)
+
+
+class _StageCheck:
+    """Rules 2 to 4 for one stage, one action at a time."""
+
+    def __init__(self, schedule: Schedule, stage: int) -> None:
+        self._schedule = schedule
+        self._stage = stage
+        self._log = VersionLog()
+        self._seen: dict[tuple[str, int], Kind] = {}
+        self._complete: set[int] = set()
+
+    def take(self, action: Action) -> str | None:
+        """What is wrong with ``action`` here, or None."""
+        problem = self._update(action) if action.kind is Kind.UPDATE else self._compute(action)
+        if problem:
+            return problem
+        settled = self._log.record(action)
+        bound = self._schedule.drift_bound(self._stage)
+        for met in settled:
+            if met.drift > bound:
+                return f"drift must be at most {bound}, got {met.drift} (micro-batch {met[0]})"
+        cap = self._schedule.in_flight_cap(self._stage)
+        if len(self._log.in_flight) > cap:
+            return f"in flight must be at most {cap} micro-batches, got {len(self._log.in_flight)}"
+        return None
+
+    def missing(self, num_updates: int) -> str | None:
+        """What the stage left out, or None."""
+        if self._log.version != num_updates or self._log.in_flight:
+            return (
+                f"stage {self._stage} must end with {num_updates} updates and nothing in flight, "
+                f"got {self._log.version} and {len(self._log.in_flight)}"
+            )
+        return None
+
+    def _compute(self, action: Action) -> str | None:
+        kind, _, j = action
+        roles = {Kind.FORWARD: ("forward",), Kind.BACKWARD: ("input", "weight")}
+        roles |= {Kind.BACKWARD_INPUT: ("input",), Kind.BACKWARD_WEIGHT: ("weight",)}
+        for role in roles[kind]:
+            if (role, j) in self._seen:
+                return f"must happen exactly once, got {kind.name} after {self._seen[role, j].name}"
+            self._seen[role, j] = kind
+        if kind in SENDS_GRADIENT and ("forward", j) not in self._seen:
+            return "a backward must follow its forward"
+        if kind is Kind.BACKWARD_WEIGHT and ("input", j) not in self._seen:
+            return "a weight backward must follow its input backward"
+        if kind in COMPLETES_GRADIENT:
+            if j // self._schedule.accumulation != self._log.version:
+                return (
+                    f"its gradient belongs to update {j // self._schedule.accumulation}, "
+                    f"got it while update {self._log.version} accumulates"
+                )
+            self._complete.add(j)
+        return None
+
+    def _update(self, action: Action) -> str | None:
+        a, k = self._schedule.accumulation, self._log.version
+        expected = set(range(k * a, (k + 1) * a))
+        if self._complete != expected or action.micro_batch != (k + 1) * a - 1:
+            return (
+                f"update {k} must apply micro-batches {k * a} to {(k + 1) * a - 1} and carry the "
+                f"last of them, got gradients of {sorted(self._complete)}"
+            )
+        if self._schedule.flushes and self._log.in_flight:
+            return f"a flush must leave nothing in flight, got {sorted(self._log.in_flight)}"
+        self._complete.clear()
+        return None
+
+
+def _check_placement(schedule: Schedule) -> None:
+    placed = sorted(stage for stages in schedule.placement for stage in stages)
+    if placed != list(range(schedule.num_stages)) or not all(schedule.placement):
+        raise ScheduleError(
+            f"a placement must hold each of {schedule.num_stages} stages once and leave no worker "
+            f"empty, got {schedule.placement}; mend {type(schedule).__name__}.placement"
+        )
+
+
+def _check_ownership(schedule: Schedule, num_updates: int) -> None:
+    for worker, stages in enumerate(schedule.placement):
+        cursor = Cursor(schedule, worker)
+        cursor.feed(num_updates * schedule.accumulation)
+        cursor.drain()
+        done: list[list[Action]] = []
+        for action in cursor.actions():
+            done.append([action])
+            if action.stage not in stages:
+                problem = f"worker {worker} holds stages {stages} and must act on no other"
+                raise _failure(schedule, done, action, problem)
+
+
+def _report_deadlock(schedule: Schedule, sequencer: Sequencer, done: list[list[Action]]) -> None:
+    stuck = [action for cursor in sequencer.cursors if (action := cursor.peek()) is not None]
+    names = "; ".join(str(action) for action in stuck)
+    done.append(stuck)
+    raise _failure(
+        schedule, done, stuck[0], f"no worker can move any more: each waits for another ({names})"
+    )
+
+
+def _failure(
+    schedule: Schedule, done: list[list[Action]], culprit: Action | None, problem: str
+) -> ScheduleError:
+    subject = f"{culprit}: {problem}" if culprit else problem
+    return ScheduleError(
+        f"{schedule} is not legal: {subject}; mend its program\n"
+        f"{render(done, schedule, culprit)}\n{LEGEND}, > < the culprit"
+    )

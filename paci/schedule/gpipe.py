@@ -1,0 +1,64 @@
+"""GPipe: all forwards, all backwards, update.
+
+Three stages, four micro-batches; ``*`` marks the backward that is followed by the update::
+
+    stage 0   F0  F1  F2  F3                  B0  B1  B2  B3*
+    stage 1       F0  F1  F2  F3          B0  B1  B2  B3*
+    stage 2           F0  F1  F2  F3  B0  B1  B2  B3*
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from paci.schedule.action import Action, Kind
+from paci.schedule.base import Schedule, require_count
+
+
+@dataclass(frozen=True)
+class GPipe(Schedule):
+    """All micro-batches of an update forward, then all backward: the bubble of 1F1B-flush, and
+    more memory, since every stage keeps all ``m`` micro-batches.
+
+    Backwards run in the order of the forwards (the paper reverses them; the gradients are the
+    same up to the order of additions, and this way they equal those of 1F1B bit for bit).
+
+    Args:
+        num_stages: stages in the pipeline (``N``), one a worker.
+        num_micro_batches: micro-batches of one update (``m``).
+
+    Source: arXiv 1811.06965, section 2.2.
+    """
+
+    num_stages: int
+    num_micro_batches: int
+    accumulation: int = field(init=False, repr=False)
+
+    name: ClassVar[str] = "gpipe"
+    summary: ClassVar[str] = "synchronous, all forwards then all backwards"
+    flushes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_count("num_stages", self.num_stages)
+        require_count("num_micro_batches", self.num_micro_batches)
+        object.__setattr__(self, "accumulation", self.num_micro_batches)
+
+    def program(self, worker: int) -> Iterator[Action]:
+        """Yield one flushed round of stage ``worker`` after the other."""
+        m = self.num_micro_batches
+        for first in itertools.count(0, m):
+            for kind in (Kind.FORWARD, Kind.BACKWARD):
+                for j in range(first, first + m):
+                    yield Action(kind, worker, j)
+            yield Action(Kind.UPDATE, worker, first + m - 1)
+
+    def in_flight_cap(self, stage: int) -> int:
+        """``m``, at every stage."""
+        return self.num_micro_batches
+
+    def drift_bound(self, stage: int) -> int:
+        """None: nothing updates while a micro-batch is in flight."""
+        return 0

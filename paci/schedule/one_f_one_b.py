@@ -1,0 +1,70 @@
+"""1F1B with a flush: the synchronous schedule that most pipelines run.
+
+Four stages, four micro-batches; ``*`` marks the backward that is followed by the update::
+
+    stage 0   F0  F1  F2  F3              B0      B1      B2      B3* F4 ...
+    stage 1       F0  F1  F2          B0  F3  B1      B2      B3*     ...
+    stage 2           F0  F1      B0  F2  B1  F3  B2      B3*         ...
+    stage 3               F0  B0  F1  B1  F2  B2  F3  B3*             ...
+
+The gaps are the bubble: of ``m + N - 1`` slots each stage works in ``m``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from paci.schedule.action import Action, Kind
+from paci.schedule.base import Schedule, require_count
+
+
+@dataclass(frozen=True)
+class OneFOneBFlush(Schedule):
+    """Warm up with ``min(N - 1 - s, m)`` forwards, alternate, cool down, update; again.
+
+    Equal to plain gradient accumulation: every forward and backward of an update sees the same
+    weights (drift and delay 0).
+
+    Args:
+        num_stages: stages in the pipeline (``N``), one a worker.
+        num_micro_batches: micro-batches of one update (``m``).
+
+    Source: PipeDream-flush, arXiv 2006.09503, section 3.2; DAPPLE, arXiv 2007.01045.
+    """
+
+    num_stages: int
+    num_micro_batches: int
+    accumulation: int = field(init=False, repr=False)
+
+    name: ClassVar[str] = "1f1b"
+    summary: ClassVar[str] = "synchronous 1F1B, empties at every update"
+    flushes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_count("num_stages", self.num_stages)
+        require_count("num_micro_batches", self.num_micro_batches)
+        object.__setattr__(self, "accumulation", self.num_micro_batches)
+
+    def program(self, worker: int) -> Iterator[Action]:
+        """Yield one flushed round of stage ``worker`` after the other."""
+        m = self.num_micro_batches
+        warm_up = min(self.num_stages - 1 - worker, m)
+        for first in itertools.count(0, m):
+            for j in range(first, first + warm_up):
+                yield Action(Kind.FORWARD, worker, j)
+            for j in range(first, first + m):
+                if j + warm_up < first + m:
+                    yield Action(Kind.FORWARD, worker, j + warm_up)
+                yield Action(Kind.BACKWARD, worker, j)
+            yield Action(Kind.UPDATE, worker, first + m - 1)
+
+    def in_flight_cap(self, stage: int) -> int:
+        """``min(N - s, m)``."""
+        return min(self.num_stages - stage, self.num_micro_batches)
+
+    def drift_bound(self, stage: int) -> int:
+        """None: nothing updates while a micro-batch is in flight."""
+        return 0

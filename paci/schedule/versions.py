@@ -1,0 +1,126 @@
+"""Which weights a micro-batch meets: known from the program, before anything runs.
+
+The *version* of a stage is the number of updates applied there. *Drift* is the version at a
+micro-batch's backward minus the one at its forward; *delay* is the version that its gradient
+updates minus the one at its forward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from paci.schedule.action import COMPLETES_GRADIENT, SENDS_GRADIENT, Action, Kind
+from paci.schedule.base import Schedule
+from paci.schedule.sequence import Sequencer
+
+
+class MicroBatchVersions(NamedTuple):
+    """The versions that one micro-batch meets at one stage, counted from an empty pipeline."""
+
+    micro_batch: int
+    forward: int
+    backward: int
+    updated: int
+
+    @property
+    def drift(self) -> int:
+        """Updates between its forward and its backward."""
+        return self.backward - self.forward
+
+    @property
+    def delay(self) -> int:
+        """Updates between its forward and the one that applies its gradient."""
+        return self.updated - self.forward
+
+
+class VersionLog:
+    """Follows one stage's actions and says what each micro-batch met.
+
+    The analysis feeds it a program; the drift meter feeds it a run.
+    """
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.in_flight: dict[int, int] = {}
+        self._waiting: list[tuple[int, int, int]] = []
+        self._backward: dict[int, int] = {}
+
+    def record(self, action: Action) -> list[MicroBatchVersions]:
+        """Take the next action; return the micro-batches that an update settled, if it is one."""
+        kind, _, j = action
+        if kind is Kind.FORWARD:
+            self.in_flight[j] = self.version
+        if kind in SENDS_GRADIENT:
+            self._backward[j] = self.version
+        if kind in COMPLETES_GRADIENT:
+            self._waiting.append((j, self.in_flight.pop(j), self._backward.pop(j)))
+        if kind is not Kind.UPDATE:
+            return []
+        settled = [MicroBatchVersions(*met, updated=self.version) for met in self._waiting]
+        self._waiting.clear()
+        self.version += 1
+        return settled
+
+
+def stage_versions(schedule: Schedule, stage: int) -> Iterator[MicroBatchVersions]:
+    """Yield, for ever, what each micro-batch meets at ``stage``, in the order of backwards.
+
+    From the program alone and in constant memory.
+    """
+    log = VersionLog()
+    for action in schedule.program(schedule.worker_of(stage)):
+        if action.stage == stage:
+            yield from log.record(action)
+
+
+@dataclass(frozen=True)
+class StageVersions:
+    """What a stretch of a program means for one stage.
+
+    Attributes:
+        stage: which.
+        drift: how many micro-batches met each drift.
+        delay: how many micro-batches met each delay.
+        peak_in_flight: most micro-batches between forward and backward at any time.
+    """
+
+    stage: int
+    drift: Counter[int] = field(default_factory=Counter)
+    delay: Counter[int] = field(default_factory=Counter)
+    peak_in_flight: int = 0
+
+    @property
+    def max_drift(self) -> int:
+        """Largest drift met, 0 if nothing was."""
+        return max(self.drift, default=0)
+
+    @property
+    def max_delay(self) -> int:
+        """Largest delay met, 0 if nothing was."""
+        return max(self.delay, default=0)
+
+
+def analyse(schedule: Schedule, num_updates: int) -> tuple[StageVersions, ...]:
+    """Drift, delay and in-flight of every stage over ``num_updates`` updates and the drain.
+
+    From the program alone; a run that ends there measures exactly the same.
+    """
+    sequencer = Sequencer(schedule)
+    sequencer.feed(num_updates * schedule.accumulation)
+    sequencer.drain()
+    logs = [VersionLog() for _ in range(schedule.num_stages)]
+    peaks = [0] * schedule.num_stages
+    found = [StageVersions(stage) for stage in range(schedule.num_stages)]
+    for action in sequencer.actions():
+        log = logs[action.stage]
+        for met in log.record(action):
+            found[action.stage].drift[met.drift] += 1
+            found[action.stage].delay[met.delay] += 1
+        peaks[action.stage] = max(peaks[action.stage], len(log.in_flight))
+    return tuple(
+        StageVersions(each.stage, each.drift, each.delay, peak)
+        for each, peak in zip(found, peaks, strict=True)
+    )

@@ -1,0 +1,109 @@
+"""What happened, and when: one form for real, virtual and simulated runs."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from paci.schedule.action import COMPLETES_GRADIENT, SENDS_GRADIENT, Kind
+
+
+class Event(NamedTuple):
+    """One action that ran: who, what, when (seconds), and the stage's version at its start."""
+
+    worker: int
+    stage: int
+    micro_batch: int
+    kind: Kind
+    start_s: float
+    end_s: float
+    version: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A stretch of a run.
+
+    Attributes:
+        events: in order of start.
+        num_workers: workers that took part, each a row of a timeline.
+        clock: ``"wall"`` for times of a real run; ``"virtual"`` for one process that plays all
+            workers, whose measured action times are laid out as separate devices would
+            have run them; ``"simulated"`` for times from a cost model.
+    """
+
+    events: tuple[Event, ...]
+    num_workers: int
+    clock: str
+
+    @staticmethod
+    def of(events: Iterable[Event], num_workers: int, clock: str) -> Trace:
+        """Collect events in any order."""
+        ordered = sorted(events, key=lambda e: (e.start_s, e.end_s, e.worker, e.stage))
+        return Trace(tuple(ordered), num_workers, clock)
+
+    @property
+    def span_s(self) -> float:
+        """Seconds from the first start to the last end."""
+        if not self.events:
+            return 0.0
+        return max(e.end_s for e in self.events) - self.events[0].start_s
+
+    @property
+    def busy_s(self) -> tuple[float, ...]:
+        """Seconds that each worker spent in actions."""
+        busy = [0.0] * self.num_workers
+        for event in self.events:
+            busy[event.worker] += event.end_s - event.start_s
+        return tuple(busy)
+
+    @property
+    def utilization(self) -> float:
+        """Busy time over workers times span; 0 for an empty trace."""
+        return sum(self.busy_s) / (self.num_workers * self.span_s) if self.span_s > 0 else 0.0
+
+    @property
+    def bubble(self) -> float:
+        """The rest: the share of the time in which workers were idle."""
+        return 1.0 - self.utilization
+
+    def peak_in_flight(self) -> dict[int, int]:
+        """Most micro-batches between forward and backward, for each stage in the trace."""
+        held: dict[int, set[int]] = defaultdict(set)
+        peaks: Counter[int] = Counter()
+        for event in self.events:
+            if event.kind is Kind.FORWARD:
+                held[event.stage].add(event.micro_batch)
+            elif event.kind in COMPLETES_GRADIENT:
+                held[event.stage].discard(event.micro_batch)
+            peaks[event.stage] = max(peaks[event.stage], len(held[event.stage]))
+        return dict(peaks)
+
+    def drift(self) -> dict[int, Counter[int]]:
+        """How many micro-batches met each drift, for each stage; whole micro-batches only."""
+        forward: dict[tuple[int, int], int] = {}
+        found: dict[int, Counter[int]] = defaultdict(Counter)
+        for event in self.events:
+            key = (event.stage, event.micro_batch)
+            if event.kind is Kind.FORWARD:
+                forward[key] = event.version
+            elif event.kind in SENDS_GRADIENT and key in forward:
+                found[event.stage][event.version - forward.pop(key)] += 1
+        return dict(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready form: a row of seven values an event."""
+        return {
+            "clock": self.clock,
+            "num_workers": self.num_workers,
+            "columns": list(Event._fields),
+            "events": [[*e[:3], e.kind.value, *e[4:]] for e in self.events],
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Trace:
+        """The trace that ``to_json`` wrote."""
+        events = (Event(*row[:3], Kind(row[3]), *row[4:]) for row in data["events"])
+        return Trace.of(events, data["num_workers"], data["clock"])
