@@ -1,1 +1,73 @@
-"""paci"""
+"""paci: pipeline-parallel training for PyTorch that never stalls."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paci.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DriftError,
+        PaciError,
+        ScheduleError,
+        WorkerError,
+    )
+    from paci.runtime.loss import CrossEntropy, Loss
+    from paci.runtime.pipeline import Pipeline, StepResult
+    from paci.schedule.base import Schedule
+    from paci.schedule.gpipe import GPipe
+    from paci.schedule.one_f_one_b import OneFOneBFlush
+    from paci.schedule.paci import PACI
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that planning and drawing schedules needs no torch.
+_HOMES = {
+    "CheckpointError": "paci.errors",
+    "ConfigError": "paci.errors",
+    "CrossEntropy": "paci.runtime.loss",
+    "DataError": "paci.errors",
+    "DriftError": "paci.errors",
+    "GPipe": "paci.schedule.gpipe",
+    "Loss": "paci.runtime.loss",
+    "OneFOneBFlush": "paci.schedule.one_f_one_b",
+    "PACI": "paci.schedule.paci",
+    "PaciError": "paci.errors",
+    "Pipeline": "paci.runtime.pipeline",
+    "Schedule": "paci.schedule.base",
+    "ScheduleError": "paci.errors",
+    "StepResult": "paci.runtime.pipeline",
+    "WorkerError": "paci.errors",
+}
+
+__all__ = [
+    "PACI",
+    "CheckpointError",
+    "ConfigError",
+    "CrossEntropy",
+    "DataError",
+    "DriftError",
+    "GPipe",
+    "Loss",
+    "OneFOneBFlush",
+    "PaciError",
+    "Pipeline",
+    "Schedule",
+    "ScheduleError",
+    "StepResult",
+    "WorkerError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'paci' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

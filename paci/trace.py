@@ -105,5 +105,5 @@ class Trace:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Trace:
         """The trace that ``to_json`` wrote."""
-        events = (Event(*row[:3], Kind(row[3]), *row[4:]) for row in data["events"])
+        events = (Event._make([*row[:3], Kind(row[3]), *row[4:]]) for row in data["events"])
         return Trace.of(events, data["num_workers"], data["clock"])

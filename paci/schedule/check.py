@@ -9,13 +9,24 @@ A program is legal if, over a number of updates from an empty pipeline to an emp
    ``(k + 1) a - 1`` are complete, and before any later one begins;
 4. in-flight micro-batches and drift stay within what the schedule states, and a schedule that
    says it flushes has nothing in flight at an update;
-5. all workers finish, with channels that hold no more than their capacity.
+5. neighbours hand micro-batches over in one order: a channel is a queue;
+6. all workers finish, with channels that hold no more than their capacity.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
+
 from paci.errors import ScheduleError
-from paci.schedule.action import COMPLETES_GRADIENT, SENDS_GRADIENT, Action, Kind
+from paci.schedule.action import (
+    COMPLETES_GRADIENT,
+    SENDS_GRADIENT,
+    Action,
+    Kind,
+    Payload,
+    consumes,
+    produces,
+)
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.grid import LEGEND, render
 from paci.schedule.sequence import Cursor, Sequencer
@@ -41,12 +52,13 @@ def check(schedule: Schedule, num_updates: int = 4, capacity: int | None = None)
     sequencer.feed(num_updates * schedule.accumulation)
     sequencer.drain()
     stages = [_StageCheck(schedule, stage) for stage in range(schedule.num_stages)]
+    queues = _Queues(schedule.num_stages)
     done: list[list[Action]] = []
     for column in sequencer.columns():
         done.append([])
         for action in column:
             done[-1].append(action)
-            problem = stages[action.stage].take(action)
+            problem = stages[action.stage].take(action) or queues.take(action)
             if problem:
                 raise _failure(schedule, done, action, problem)
     if not sequencer.finished:
@@ -123,6 +135,26 @@ class _StageCheck:
         if self._schedule.flushes and self._log.in_flight:
             return f"a flush must leave nothing in flight, got {sorted(self._log.in_flight)}"
         self._complete.clear()
+        return None
+
+
+class _Queues:
+    """Rule 5 for all channels."""
+
+    def __init__(self, num_stages: int) -> None:
+        self._num_stages = num_stages
+        self._queues: defaultdict[tuple[Payload, int], deque[int]] = defaultdict(deque)
+
+    def take(self, action: Action) -> str | None:
+        """What is wrong with the order that ``action`` takes or hands on in, or None."""
+        needed = consumes(action, self._num_stages)
+        if needed is not None:
+            first = self._queues[needed[:2]].popleft()
+            if first != action.micro_batch:
+                return f"its {needed.payload.value} must be the next in line, got that of {first}"
+        message = produces(action, self._num_stages)
+        if message is not None:
+            self._queues[message[:2]].append(action.micro_batch)
         return None
 
 

@@ -7,19 +7,15 @@ folder that ``PACI_SCHEDULE_PATH`` names (several are separated as in ``PATH``).
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
-import inspect
 import os
-import pkgutil
 import sys
-from inspect import isabstract
 from pathlib import Path
 from types import ModuleType
-from typing import TypeGuard
 
 import paci.schedule
 from paci.errors import ConfigError
+from paci.registry import members, modules_of
 from paci.schedule.base import Schedule
 
 PATH_VARIABLE = "PACI_SCHEDULE_PATH"
@@ -27,22 +23,7 @@ PATH_VARIABLE = "PACI_SCHEDULE_PATH"
 
 def schedules() -> dict[str, type[Schedule]]:
     """Every schedule there is, by name, in alphabetical order."""
-    found: dict[str, type[Schedule]] = {}
-    for module in [*_package_modules(), *_path_modules()]:
-        for member in vars(module).values():
-            if not _is_schedule(member) or member.__module__ != module.__name__:
-                continue
-            if member.name in found and found[member.name] is not member:
-                raise ConfigError(
-                    f"each schedule must have a name of its own, got {member.name!r} twice "
-                    f"({found[member.name].__module__} and {module.__name__}); rename one"
-                )
-            found[member.name] = member
-    return dict(sorted(found.items()))
-
-
-def _is_schedule(member: object) -> TypeGuard[type[Schedule]]:
-    return inspect.isclass(member) and issubclass(member, Schedule) and not isabstract(member)
+    return members([*modules_of(paci.schedule), *_path_modules()], Schedule)
 
 
 def make_schedule(spec: str, num_stages: int, accumulation: int) -> Schedule:
@@ -93,11 +74,6 @@ def _reader(field: dataclasses.Field[object]) -> type[int] | type[float] | type[
     if isinstance(field.default, int):
         return int
     return float if isinstance(field.default, float) else str
-
-
-def _package_modules() -> list[ModuleType]:
-    names = [info.name for info in pkgutil.iter_modules(paci.schedule.__path__)]
-    return [importlib.import_module(f"paci.schedule.{name}") for name in sorted(names)]
 
 
 def _path_modules() -> list[ModuleType]:

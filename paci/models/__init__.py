@@ -1,0 +1,31 @@
+"""Models as rows of layers that a pipeline can cut anywhere."""
+
+from paci.models.generate import generate
+from paci.models.gpt import (
+    PRESETS,
+    GPTConfig,
+    gpt_config,
+    layer_costs,
+    num_parameters,
+)
+from paci.models.layers import (
+    LayerStack,
+    build_stage,
+    combine_digests,
+    layer_digests,
+    parameter_groups,
+)
+
+__all__ = [
+    "PRESETS",
+    "GPTConfig",
+    "LayerStack",
+    "build_stage",
+    "combine_digests",
+    "generate",
+    "gpt_config",
+    "layer_costs",
+    "layer_digests",
+    "num_parameters",
+    "parameter_groups",
+]

@@ -1,0 +1,194 @@
+"""Part of a model under the names of the whole: parameter names and digests ignore the cut."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paci.errors import ConfigError
+from paci.models.gpt import Embedding, GPTConfig, Head, build_layer
+
+Boundary = Tensor | tuple[Tensor, ...]
+
+_LAYER_NAME = re.compile(r"layers\.(\d+)\..+")
+
+
+class LayerStack(nn.Module):
+    """Consecutive layers of a model, each under its index in the whole model.
+
+    Parameters are called ``layers.<global index>.<name in the layer>`` on whichever stage they
+    live, so checkpoints and digests of different cuts agree, and
+    ``second(*first(x))`` (or ``second(first(x))`` for a single tensor) equals the uncut stack.
+
+    Args:
+        layers: modules by their index in the whole model; at least one, consecutive, ascending.
+
+    Raises:
+        ConfigError: ``layers`` is empty or its indices are not consecutive and ascending.
+    """
+
+    def __init__(self, layers: Mapping[int, nn.Module]) -> None:
+        super().__init__()
+        indices = list(layers)
+        if not indices or indices != list(range(indices[0], indices[0] + len(indices))):
+            raise ConfigError(
+                f"layers must be at least one, with consecutive indices in ascending order, got "
+                f"{indices}; give each stage a contiguous range"
+            )
+        self.layers = nn.ModuleDict({str(index): layer for index, layer in layers.items()})
+
+    @property
+    def layer_range(self) -> range:
+        """Indices, in the whole model, of the layers held here."""
+        first = int(next(iter(self.layers)))
+        return range(first, first + len(self.layers))
+
+    def forward(self, *inputs: Tensor) -> Boundary:
+        """Apply the layers in order; a tuple from one becomes the arguments of the next.
+
+        Args:
+            inputs: what the first layer takes, one or several tensors.
+
+        Returns:
+            What the last layer returns: a tensor, or a tuple of tensors.
+        """
+        value: Boundary = inputs
+        for layer in self.layers.values():
+            value = layer(*value) if isinstance(value, tuple) else layer(value)
+        return value
+
+
+def build_stage(
+    config: GPTConfig,
+    layer_range: range,
+    seed: int,
+    device: torch.device | str | None = None,
+) -> LayerStack:
+    """Build only the given layers of a GPT, with the weights they have in the whole model.
+
+    Args:
+        config: shape of the whole model.
+        layer_range: indices of the layers to build; ``config.layer_range`` is all of them.
+        seed: any integer; the weights of a layer depend on it and on the layer's index only.
+        device: where the float32 parameters go; torch's default device if None, "meta" for
+            shapes alone.
+
+    Raises:
+        ConfigError: the range is empty, has a step, or leaves the model; or embeddings are tied
+            and exactly one of the embedding and the head is in the range.
+    """
+    first, last = config.layer_range[0], config.layer_range[-1]
+    inside = bool(layer_range) and first <= layer_range[0] and layer_range[-1] <= last
+    if not inside or layer_range.step != 1:
+        raise ConfigError(
+            f"layer_range must be a non-empty part of {config.layer_range}, got {layer_range}; "
+            f"count from {first} (embedding) to {last} (head)"
+        )
+    if config.tie_embeddings and (first in layer_range) != (last in layer_range):
+        raise ConfigError(
+            f"tied embeddings must have layers {first} and {last} on one stage, got {layer_range}; "
+            f"use one stage or tie_embeddings=False"
+        )
+    target = torch.get_default_device() if device is None else torch.device(device)
+    layers = {index: build_layer(config, index, seed, target) for index in layer_range}
+    if config.tie_embeddings and first in layers:
+        embedding, head = layers[first], layers[last]
+        assert isinstance(embedding, Embedding)
+        assert isinstance(head, Head)
+        head.vocabulary.weight = embedding.token.weight
+    return LayerStack(layers)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups with weight decay on matrices (two dimensions or more) only.
+
+    Args:
+        module: any module; a tied parameter appears once.
+        weight_decay: at least 0, for the matrices; biases and norm gains get 0.
+
+    Returns:
+        Dicts of ``params`` (in the module's order) and ``weight_decay``; no group is empty.
+
+    Raises:
+        ConfigError: ``weight_decay`` is negative or not a number.
+    """
+    if not weight_decay >= 0:
+        raise ConfigError(f"weight_decay must be at least 0, got {weight_decay}; use 0 for none")
+    parameters = list(module.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def layer_digests(tensors: Mapping[str, Tensor]) -> dict[int, str]:
+    """Fingerprint of each layer, down to the last bit.
+
+    sha256 over name, dtype, shape and raw little-endian bytes of the layer's tensors, sorted by
+    name. A layer's digest depends on that layer alone, not on the stage, process or device that
+    holds it. Tensors are copied to the CPU one at a time.
+
+    Args:
+        tensors: by name, ``layers.<index>.<anything>``, as ``LayerStack.named_parameters`` gives
+            (where a tied matrix counts once, under the embedding); any dtype, shape and device.
+
+    Returns:
+        Hexadecimal digests by layer index, ascending.
+
+    Raises:
+        ConfigError: a name does not say its layer.
+    """
+    names: dict[int, list[str]] = {}
+    for name in sorted(tensors):
+        match = _LAYER_NAME.fullmatch(name)
+        if match is None:
+            raise ConfigError(
+                f"a tensor's name must look like layers.3.mlp.expansion.weight, got {name!r}; "
+                f"take names from LayerStack.named_parameters()"
+            )
+        names.setdefault(int(match[1]), []).append(name)
+    digests = {}
+    for layer in sorted(names):
+        hasher = hashlib.sha256()
+        for name in names[layer]:
+            tensor = tensors[name]
+            # The header ends at its line and fixes how many bytes follow, so two different
+            # lists of tensors never feed the same stream.
+            hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            hasher.update(_little_endian(tensor))
+        digests[layer] = hasher.hexdigest()
+    return digests
+
+
+def combine_digests(digests: Mapping[int, str]) -> str:
+    """Fingerprint of the whole model from its layers', wherever each was computed.
+
+    Args:
+        digests: by layer index, in any order: the union of ``layer_digests`` of all stages.
+
+    Returns:
+        Hexadecimal sha256 over the layers in ascending order.
+
+    Raises:
+        ConfigError: there is no layer, so equality would mean nothing.
+    """
+    if not digests:
+        raise ConfigError("digests must hold at least one layer, got none; pass every stage's")
+    lines = (f"{layer} {digests[layer]}\n" for layer in sorted(digests))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _little_endian(tensor: Tensor) -> memoryview:
+    """The tensor's elements as bytes, without a further copy when it is contiguous on the CPU."""
+    elements = tensor.detach().cpu().contiguous().reshape(-1)
+    octets = elements.view(torch.uint8)
+    if sys.byteorder == "big":
+        octets = octets.view(-1, elements.element_size()).flip(1).reshape(-1)
+    return octets.numpy().data

@@ -1,0 +1,77 @@
+"""From a batch to micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paci.errors import ConfigError
+
+MicroBatch = tuple[Any, Any]
+
+
+def split_batch(batch: MicroBatch | Sequence[MicroBatch], num: int) -> list[MicroBatch]:
+    """Cut a batch into ``num`` micro-batches.
+
+    Args:
+        batch: ``(inputs, targets)``, each a tensor or a tuple of tensors whose first dimension is
+            the batch, cut into equal parts; or a list of ``num`` such pairs, taken as they are.
+        num: micro-batches of one update.
+
+    Raises:
+        ConfigError: the first dimension is not divisible by ``num``, or the list is of another
+            length.
+    """
+    if isinstance(batch, list):
+        if len(batch) != num:
+            raise ConfigError(
+                f"a list of micro-batches must hold those of one update ({num}), got "
+                f"{len(batch)}; pass {num}, or change the accumulation"
+            )
+        return [_pair(micro_batch) for micro_batch in batch]
+    inputs, targets = _pair(batch)
+    parts = zip(_split(inputs, num), _split(targets, num), strict=True)
+    return list(parts)
+
+
+def as_tensors(value: Any, what: str) -> tuple[Tensor, ...]:
+    """``value`` as a tuple of tensors."""
+    if isinstance(value, Tensor):
+        return (value,)
+    if isinstance(value, tuple) and all(isinstance(each, Tensor) for each in value):
+        return value
+    raise ConfigError(
+        f"{what} must be a tensor or a tuple of tensors, got {type(value).__name__}; convert it"
+    )
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """``value`` with its tensors on ``device``."""
+    if isinstance(value, tuple):
+        return tuple(to_device(each, device) for each in value)
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _pair(batch: Any) -> MicroBatch:
+    if not isinstance(batch, tuple) or len(batch) != 2:
+        raise ConfigError(
+            f"a batch must be a pair (inputs, targets), got {type(batch).__name__}; put it into one"
+        )
+    return batch
+
+
+def _split(value: Any, num: int) -> list[Any]:
+    if value is None:
+        return [None] * num
+    tensors = as_tensors(value, "inputs and targets of a batch")
+    for tensor in tensors:
+        if tensor.dim() == 0 or len(tensor) % num or len(tensor) == 0:
+            raise ConfigError(
+                f"a batch must be divisible into {num} micro-batches, got a first dimension of "
+                f"{len(tensor) if tensor.dim() else 'none'}; change the batch or the accumulation"
+            )
+    parts = [tensor.chunk(num) for tensor in tensors]
+    return list(zip(*parts, strict=True)) if isinstance(value, tuple) else list(parts[0])

@@ -1,0 +1,106 @@
+"""The drift meter: what a stage met, against what its program says it must meet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from paci.errors import DriftError
+from paci.schedule.action import COMPLETES_GRADIENT, SENDS_GRADIENT, Action, Kind
+from paci.schedule.base import Schedule
+from paci.schedule.versions import MicroBatchVersions, stage_versions
+
+
+@dataclass
+class DriftReport:
+    """What one stage met so far.
+
+    Attributes:
+        drift: how many micro-batches met how many updates between forward and backward.
+        delay: how many gradients were applied how many updates after their forward.
+        peak_in_flight: most micro-batches between forward and backward at any time.
+    """
+
+    drift: Counter[int] = field(default_factory=Counter)
+    delay: Counter[int] = field(default_factory=Counter)
+    peak_in_flight: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Histograms as objects with text keys, ascending."""
+        return {
+            "drift": {str(k): self.drift[k] for k in sorted(self.drift)},
+            "delay": {str(k): self.delay[k] for k in sorted(self.delay)},
+            "peak_in_flight": self.peak_in_flight,
+        }
+
+
+class DriftMeter:
+    """Reads one stage's version at every action and holds it against the program.
+
+    The measured side is the stage's own counter of updates; the predicted side walks the
+    program by itself. They meet at every update.
+
+    Args:
+        schedule: whose program runs.
+        stage: which of its stages.
+        consistent: whether backwards see the weights of their forward (``stash``), whatever the
+            stage's version has become.
+    """
+
+    def __init__(self, schedule: Schedule, stage: int, consistent: bool) -> None:
+        self.report = DriftReport()
+        self._schedule = schedule
+        self._stage = stage
+        self._consistent = consistent
+        self._drift_bound = schedule.drift_bound(stage)
+        self._in_flight_cap = schedule.in_flight_cap(stage)
+        self.start(0)
+
+    def start(self, version: int) -> None:
+        """Begin a stretch from an empty pipeline at the stage's ``version``."""
+        self._base = version
+        self._predicted = stage_versions(self._schedule, self._stage)
+        self._forward: dict[int, int] = {}
+        self._backward: dict[int, int] = {}
+        self._waiting: list[tuple[int, int, int]] = []
+
+    def before(self, action: Action, version: int) -> None:
+        """Take the stage's ``version`` just before ``action``.
+
+        Raises:
+            DriftError: a micro-batch met another version than the program says, more updates
+                than the bound allows, or too many are in flight.
+        """
+        kind, _, j = action
+        version -= self._base
+        if kind is Kind.FORWARD:
+            self._forward[j] = version
+            self._hold("micro-batches in flight", len(self._forward), self._in_flight_cap)
+            self.report.peak_in_flight = max(self.report.peak_in_flight, len(self._forward))
+        if kind in SENDS_GRADIENT:
+            self._backward[j] = version
+            self._hold(f"drift of micro-batch {j}", version - self._forward[j], self._drift_bound)
+        if kind in COMPLETES_GRADIENT:
+            self._waiting.append((j, self._forward.pop(j), self._backward.pop(j)))
+        if kind is Kind.UPDATE:
+            for met in self._waiting:
+                self._settle(MicroBatchVersions(*met, updated=version))
+            self._waiting.clear()
+
+    def _hold(self, what: str, got: int, most: int) -> None:
+        if got > most:
+            raise DriftError(
+                f"{what} at stage {self._stage} must be at most {most}, got {got}; this is a bug "
+                f"in the schedule {self._schedule} or in the runtime: report it"
+            )
+
+    def _settle(self, measured: MicroBatchVersions) -> None:
+        predicted = next(self._predicted)
+        if measured != predicted:
+            raise DriftError(
+                f"stage {self._stage} must meet {predicted}, got {measured}; this is a bug in the "
+                f"schedule {self._schedule} or in the runtime: report it"
+            )
+        self.report.drift[0 if self._consistent else measured.drift] += 1
+        self.report.delay[measured.delay] += 1

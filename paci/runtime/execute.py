@@ -1,0 +1,88 @@
+"""The loop that runs a program: the only place that asks what kind an action is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from paci.runtime.drift import DriftMeter
+from paci.runtime.recorder import Recorder
+from paci.runtime.stage import Stage, Target
+from paci.runtime.transport import Tensors, Transport
+from paci.schedule.action import Action, Kind, consumes, produces
+
+
+@dataclass
+class Feed:
+    """Micro-batches on their way in, and losses on their way out.
+
+    Attributes:
+        first_micro_batch: how many micro-batches came before this stretch.
+        inputs: of the first stage, by micro-batch of this stretch, until its forward.
+        targets: of the last stage, likewise.
+        losses: by micro-batch of this stretch: its share of its update's mean loss.
+    """
+
+    first_micro_batch: int = 0
+    inputs: dict[int, Tensors] = field(default_factory=dict)
+    targets: dict[int, Target] = field(default_factory=dict)
+    losses: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """All that one process needs to run its part of a program.
+
+    Attributes:
+        num_stages: of the whole pipeline.
+        stages: those held here, by index.
+        transport: to and from their neighbours.
+        meters: a drift meter for each of them.
+        recorder: of times.
+    """
+
+    num_stages: int
+    stages: Mapping[int, Stage]
+    transport: Transport
+    meters: Mapping[int, DriftMeter]
+    recorder: Recorder
+
+
+def execute(actions: Iterable[Action], engine: Engine, feed: Feed) -> None:
+    """Run ``actions`` in their order: receive what each needs, do it, send what it makes."""
+    for action in actions:
+        stage = engine.stages[action.stage]
+        needed = consumes(action, engine.num_stages)
+        received = engine.transport.receive(needed) if needed is not None else ()
+        version = stage.version
+        engine.meters[action.stage].before(action, version)
+        mark = engine.recorder.begin()
+        made = _run(action, stage, received, feed)
+        engine.recorder.end(action, version, mark)
+        message = produces(action, engine.num_stages)
+        if message is not None:
+            engine.transport.send(message, made)
+
+
+def _run(action: Action, stage: Stage, received: Tensors, feed: Feed) -> Tensors:
+    j = action.micro_batch
+    micro_batch = feed.first_micro_batch + j
+    match action.kind:
+        case Kind.FORWARD:
+            inputs = feed.inputs.pop(j) if action.stage == 0 else received
+            target = feed.targets.pop(j) if stage.is_last else None
+            made = stage.forward(micro_batch, inputs, target)
+            if stage.is_last:
+                feed.losses[j] = made[0]
+            return made
+        case Kind.BACKWARD:
+            return stage.backward(micro_batch, received)
+        case Kind.BACKWARD_INPUT:
+            return stage.backward_input(micro_batch, received)
+        case Kind.BACKWARD_WEIGHT:
+            stage.backward_weight(micro_batch)
+        case Kind.UPDATE:
+            stage.update()
+    return ()

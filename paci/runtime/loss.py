@@ -1,0 +1,84 @@
+"""The loss of an update: the mean over its tokens, however they fall into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A loss that is summed over tokens, and how many tokens a target holds.
+
+    The loss of an update is ``sum_j loss(output_j, target_j) / sum_j num_tokens(target_j)``
+    over its micro-batches: what one big batch would give.
+    """
+
+    def __call__(self, output: Any, target: Any) -> Tensor:
+        """Sum over the micro-batch's tokens: a scalar that gradients flow from."""
+        ...
+
+    def num_tokens(self, target: Any) -> Tensor | int:
+        """How many tokens (or rows, or whatever is counted) the target holds."""
+        ...
+
+
+class CrossEntropy:
+    """Cross-entropy over the classes of the last dimension, computed in float32.
+
+    Args:
+        ignore_index: targets of this value count for nothing.
+
+    Shapes: output [..., classes] of any floating dtype, target [...] of int64.
+    """
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        self.ignore_index = ignore_index
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        """Sum of the cross-entropies, in nats."""
+        return F.cross_entropy(
+            output.flatten(0, -2).float(),
+            target.flatten(),
+            ignore_index=self.ignore_index,
+            reduction="sum",
+        )
+
+    def num_tokens(self, target: Tensor) -> Tensor:
+        """Targets other than ``ignore_index``; stays on the target's device."""
+        return (target != self.ignore_index).sum()
+
+
+class MeanOverMicroBatches:
+    """Any PyTorch criterion that returns a mean: every micro-batch weighs the same.
+
+    Equal to one big batch as long as all micro-batches hold equally many tokens.
+    """
+
+    def __init__(self, criterion: Callable[[Any, Any], Tensor]) -> None:
+        self._criterion = criterion
+
+    def __call__(self, output: Any, target: Any) -> Tensor:
+        """The criterion's own value."""
+        return self._criterion(output, target)
+
+    def num_tokens(self, target: Any) -> Tensor | int:
+        """One: the micro-batch itself."""
+        return 1
+
+
+def as_loss(loss_fn: Callable[[Any, Any], Tensor]) -> Loss:
+    """``loss_fn`` itself if it is a ``Loss``, else as a mean over micro-batches."""
+    return loss_fn if isinstance(loss_fn, Loss) else MeanOverMicroBatches(loss_fn)
+
+
+def divisor(loss: Loss, targets: list[Any]) -> Tensor | float:
+    """The update's number of tokens, which every micro-batch's loss is divided by."""
+    counts = [loss.num_tokens(target) for target in targets]
+    if any(isinstance(count, Tensor) for count in counts):
+        return torch.stack([torch.as_tensor(count) for count in counts]).sum()
+    return float(sum(counts))

@@ -1,0 +1,395 @@
+"""The user's side: a pipeline that a training loop steps through."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from paci.errors import ConfigError
+from paci.runtime.batch import MicroBatch, split_batch, to_device
+from paci.runtime.drift import DriftMeter, DriftReport
+from paci.runtime.execute import Engine, Feed, execute
+from paci.runtime.loss import as_loss, divisor
+from paci.runtime.recorder import Recorder
+from paci.runtime.stage import Stage, Target
+from paci.runtime.weights.registry import make_weight_policy
+from paci.runtime.world import FailureBoard, World, ended_by
+from paci.schedule.action import Action, Message, Payload
+from paci.schedule.base import Schedule
+from paci.schedule.sequence import Cursor, Sequencer
+from paci.trace import Event, Trace
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became known since the last step.
+
+    Attributes:
+        losses: the mean loss over the tokens of each update whose forwards have all ended since,
+            in order; 0-d tensors on the last stage's device, read without waiting for it. Empty on
+            processes without the last stage.
+    """
+
+    losses: tuple[Tensor, ...] = ()
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The newest of ``losses``, or None."""
+        return self.losses[-1] if self.losses else None
+
+
+class Pipeline:
+    """Runs a schedule over the stages of a model, in one process or in many.
+
+    A process that hands over all stages runs them all by itself (the *virtual* way: any machine,
+    any device, the same bits). Otherwise each process of ``group`` hands over the stages that
+    the schedule's placement gives it, and all call the same methods in the same order.
+
+    Args:
+        stage: this process's stage, or a list of its stages in ascending order; any modules, each
+            called with the tensors that the one before returned. Parameters must be on the device
+            that the stage is to run on.
+        schedule: what runs when; the same on every process.
+        optimizer: over the stage's parameters, or a list, one for each stage.
+        loss_fn: ``loss_fn(output, target)``, on the last stage. Either a ``paci.Loss`` (a sum over
+            tokens and a count of them, for the exact mean over an update's tokens whatever the
+            micro-batches hold) or any criterion that returns a mean over its micro-batch, in which
+            case all micro-batches weigh the same.
+        lr_scheduler: stepped after each update of its stage; one, or a list.
+        weights: name of the weight policy; the schedule's own by default.
+        precision: ``"fp32"``, or ``"bf16"`` for one bf16 working copy of each weight beside fp32
+            masters, gradients and optimizer state. Do not use autocast in a stage: it keeps a
+            copy of each weight for every micro-batch in flight.
+        group: processes of this pipeline; by default all, if torch.distributed is initialized.
+        seed: of random numbers in forwards (dropout): each micro-batch has its own at each stage.
+        timeout_s: longest wait for another process, in seconds.
+        trace_capacity: newest events that ``trace`` can show, per process.
+
+    Raises:
+        ConfigError: stages, optimizers, processes or their configurations do not fit.
+
+    Source: arXiv 2606.07881 for the default schedule; the interface is ours.
+    """
+
+    def __init__(
+        self,
+        stage: nn.Module | Sequence[nn.Module],
+        schedule: Schedule,
+        optimizer: Optimizer | Sequence[Optimizer],
+        loss_fn: Callable[[Any, Any], Tensor],
+        *,
+        lr_scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
+        weights: str | None = None,
+        precision: str = "fp32",
+        group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+        timeout_s: float = 600.0,
+        trace_capacity: int = 20_000,
+    ) -> None:
+        modules = _listed(stage)
+        self.schedule = schedule
+        self._loss = as_loss(loss_fn)
+        self._world = World(schedule, _group(group, len(modules), schedule), timeout_s)
+        policy = make_weight_policy(weights or schedule.weights)
+        self._world.agree(
+            {"the schedule": repr(schedule), "weights": policy.name, "precision": precision}
+            | {"the seed": seed}
+        )
+        held = self._world.stages
+        optimizers, schedulers = _listed(optimizer), _listed(lr_scheduler, len(modules))
+        if not len(held) == len(modules) == len(optimizers) == len(schedulers):
+            raise ConfigError(
+                f"this process must hand over the stages {list(held)} with an optimizer each, got "
+                f"{len(modules)} stages, {len(optimizers)} optimizers and {len(schedulers)} "
+                f"learning-rate schedulers; see Pipeline's argument `stage`"
+            )
+        self.stages = {
+            index: Stage(
+                index,
+                index == schedule.num_stages - 1,
+                module,
+                its_optimizer,
+                make_weight_policy(policy.name),
+                self._loss,
+                lr_scheduler=its_scheduler,
+                precision=precision,
+                seed=seed,
+            )
+            for index, module, its_optimizer, its_scheduler in zip(
+                held, modules, optimizers, schedulers, strict=True
+            )
+        }
+        devices = {index: each.device for index, each in self.stages.items()}
+        self._engine = Engine(
+            schedule.num_stages,
+            self.stages,
+            self._world.connect(devices),
+            {index: DriftMeter(schedule, index, policy.consistent) for index in held},
+            Recorder(
+                schedule, devices[held[0]], self._world.position, self._world.size, trace_capacity
+            ),
+        )
+        self._board = None if self._world.group is None else FailureBoard(dist.get_rank())
+        self._num_done = 0  # micro-batches of all stretches that have been drained
+        self._num_fed = 0  # micro-batches of the one that is running
+        self._start_stretch()
+
+    @property
+    def holds_first(self) -> bool:
+        """Whether this process holds the first stage, and so needs the batches' inputs."""
+        return 0 in self.stages
+
+    @property
+    def holds_last(self) -> bool:
+        """Whether this process holds the last stage: needs targets, and knows the losses."""
+        return self.schedule.num_stages - 1 in self.stages
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches fed since the start of training."""
+        return self._num_done + self._num_fed
+
+    def step(self, batch: MicroBatch | Sequence[MicroBatch] | None = None) -> StepResult:
+        """Feed the micro-batches of one update and run until the schedule asks for more.
+
+        Does not empty the pipeline (unless the schedule flushes): what it could not finish, later
+        steps or ``drain`` will.
+
+        Args:
+            batch: ``(inputs, targets)`` to be cut along the first dimension, or a list of
+                micro-batches. Inputs are read by the process with the first stage, targets by
+                that with the last; others may pass None, or any batch.
+
+        Raises:
+            ConfigError: the batch cannot be cut, or this process needs one and got none.
+            WorkerError: another process failed, or a wait took longer than ``timeout_s``.
+            DriftError: the run departs from its program.
+        """
+        with self._ending_all():
+            self._feed_batch(batch)
+            self._num_fed += self.schedule.accumulation
+            self._sequencer.feed(self._num_fed)
+            execute(self._own(self._sequencer), self._engine, self._feed)
+        return self._result()
+
+    def drain(self) -> StepResult:
+        """Run everything fed to its end; afterwards no micro-batch is in flight anywhere.
+
+        Needed before evaluation, a checkpoint, or the end of training. The next ``step`` fills
+        the pipeline anew, which costs what one flush costs: about ``N - 1`` slots.
+        """
+        if not self._num_fed:
+            return StepResult()
+        with self._ending_all():
+            self._sequencer.drain()
+            execute(self._own(self._sequencer), self._engine, self._feed)
+            self._engine.transport.finish()
+            self._engine.recorder.finish()
+        result = self._result()
+        self._num_done += self._num_fed
+        self._num_fed = 0
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch]) -> float:
+        """The mean loss over the tokens of ``batches``, the same number on every process.
+
+        Drains the pipeline first. Modules run in evaluation mode, with the working weights.
+
+        Args:
+            batches: pairs (inputs, targets) of one size; every process passes equally many.
+
+        Returns:
+            nan if there is no token.
+        """
+        self.drain()
+        device = next(iter(self.stages.values())).device
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        with self._ending_all():
+            for j, (inputs, targets) in enumerate(batches):
+                for index in self.stages:
+                    total += self._evaluate_stage(index, j, inputs, targets)
+            self._engine.transport.finish()
+            if self._world.group is not None:
+                dist.all_reduce(total, group=self._world.group)
+        loss, count = total.tolist()
+        return loss / count if count else float("nan")
+
+    def trace(self) -> Trace:
+        """When each action of the newest stretch ran, on all processes. Drains the pipeline."""
+        self.drain()
+        recorder = self._engine.recorder
+        rows = self._gather(recorder.events())
+        return recorder.trace([Event._make(event) for row in rows for event in row])
+
+    def utilization(self) -> float:
+        """Busy time over workers times span, since the start, on all processes. Drains.
+
+        In one process that plays all workers, what separate devices would have had.
+        """
+        self.drain()
+        recorder = self._engine.recorder
+        pairs = self._gather((recorder.busy_s, recorder.span_s))
+        span_s = max(span for _, span in pairs)
+        busy_s = sum(busy for busy, _ in pairs)
+        return busy_s / (recorder.num_rows * span_s) if span_s else 0.0
+
+    def drift(self) -> dict[int, DriftReport]:
+        """What every stage of the pipeline met so far, from all processes. Drains."""
+        self.drain()
+        reports: dict[int, DriftReport] = {}
+        for part in self._gather({i: meter.report for i, meter in self._engine.meters.items()}):
+            reports |= part
+        return dict(sorted(reports.items()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of this process's stages, by index; drain first.
+
+        Raises:
+            ConfigError: micro-batches are in flight.
+        """
+        self._require_drained("state_dict")
+        stages = {index: stage.state_dict() for index, stage in self.stages.items()}
+        return {"stages": stages, "num_micro_batches": self._num_done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave, for the stages that this process holds.
+
+        Raises:
+            ConfigError: micro-batches are in flight, or the state is of other stages.
+        """
+        self._require_drained("load_state_dict")
+        missing = sorted(self.stages.keys() - state["stages"].keys())
+        if missing:
+            raise ConfigError(
+                f"the state must hold the stages {sorted(self.stages)} of this process, got none "
+                f"of {missing}; load the state of the same cut"
+            )
+        for index, stage in self.stages.items():
+            stage.load_state_dict(state["stages"][index])
+        self._num_done = state["num_micro_batches"]
+        self._start_stretch()
+
+    def close(self) -> None:
+        """Stop watching for failures of other processes. The pipeline cannot be used after."""
+        if self._board is not None:
+            self._board.close()
+
+    def _start_stretch(self) -> None:
+        """Begin with an empty pipeline; programs count micro-batches from 0 again."""
+        self._feed = Feed(self._num_done)
+        workers = self._world.workers
+        self._sequencer: Cursor | Sequencer = (
+            Cursor(self.schedule, workers[0]) if len(workers) == 1 else Sequencer(self.schedule)
+        )
+        for index, stage in self.stages.items():
+            self._engine.meters[index].start(stage.version)
+        self._engine.recorder.start()
+
+    def _own(self, sequencer: Cursor | Sequencer) -> Iterator[Action]:
+        """The actions that can run now, those of this process only.
+
+        A process with one worker follows that worker's program. One with several needs an order
+        between them that cannot block: the one order of all workers, its own actions picked out.
+        """
+        return (action for action in sequencer.actions() if action.stage in self.stages)
+
+    def _feed_batch(self, batch: MicroBatch | Sequence[MicroBatch] | None) -> None:
+        if not self._num_fed:
+            self._start_stretch()
+        if not (self.holds_first or self.holds_last):
+            return
+        if batch is None:
+            raise ConfigError(
+                "a process with the first or the last stage must be given a batch, got None; pass "
+                "(inputs, targets)"
+            )
+        parts = split_batch(batch, self.schedule.accumulation)
+        if self.holds_first:
+            for j, (inputs, _) in enumerate(parts, start=self._num_fed):
+                self._feed.inputs[j] = self.stages[0].take_in(inputs)
+        if self.holds_last:
+            device = self.stages[self.schedule.num_stages - 1].device
+            targets = [to_device(target, device) for _, target in parts]
+            total = divisor(self._loss, targets)
+            for j, target in enumerate(targets, start=self._num_fed):
+                self._feed.targets[j] = Target(target, total)
+
+    def _result(self) -> StepResult:
+        """Losses of the updates whose micro-batches have all gone forward."""
+        a, waiting = self.schedule.accumulation, self._feed.losses
+        losses: list[Tensor] = []
+        while len(waiting) >= a:
+            first = min(waiting)
+            losses.append(torch.stack([waiting.pop(j) for j in range(first, first + a)]).sum())
+        return StepResult(tuple(losses))
+
+    def _evaluate_stage(self, index: int, j: int, inputs: Any, targets: Any) -> Tensor | float:
+        stage, transport = self.stages[index], self._engine.transport
+        if index == 0:
+            received = stage.take_in(inputs)
+        else:
+            received = transport.receive(Message(Payload.ACTIVATION, index, j))
+        outputs = stage.evaluate(received, to_device(targets, stage.device))
+        if stage.is_last:
+            return torch.stack(outputs)
+        transport.send(Message(Payload.ACTIVATION, index + 1, j), outputs)
+        return 0.0
+
+    def _gather(self, own: Any) -> list[Any]:
+        """``own`` of every process, by place."""
+        if self._world.group is None:
+            return [own]
+        with self._ending_all():
+            everyone: list[Any] = [None] * self._world.size
+            dist.all_gather_object(everyone, own, group=self._world.group)
+        return everyone
+
+    def _require_drained(self, what: str) -> None:
+        if self._num_fed:
+            raise ConfigError(
+                f"{what} needs an empty pipeline, got {self._num_fed} micro-batches fed since it "
+                f"last was; call drain() first"
+            )
+
+    @contextlib.contextmanager
+    def _ending_all(self) -> Iterator[None]:
+        """Tell the other processes of a failure here; raise the first one of all."""
+        try:
+            yield
+        except Exception as error:
+            cause = ended_by(self._board, error)
+            if cause is error:
+                raise
+            raise cause from error
+
+
+def _listed(value: Any, num_absent: int = 1) -> list[Any]:
+    if value is None:
+        return [None] * num_absent
+    return list(value) if isinstance(value, Sequence | nn.ModuleList) else [value]
+
+
+def _group(
+    group: dist.ProcessGroup | None, num_modules: int, schedule: Schedule
+) -> dist.ProcessGroup | None:
+    """The processes that share the pipeline; None where this one holds all of it."""
+    if group is None and num_modules == schedule.num_stages:
+        return None
+    if group is not None:
+        return group
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ConfigError(
+            f"a single process must hand over all {schedule.num_stages} stages, got {num_modules}; "
+            f"pass the list of all, or start one process a stage with torchrun and call "
+            f"torch.distributed.init_process_group first"
+        )
+    return dist.group.WORLD

@@ -1,0 +1,138 @@
+"""Times every action of a process, for the trace and the utilization.
+
+On the CPU an action ends when its call returns, so a clock is read. On CUDA it is only launched
+then: events are recorded around it and read when the pipeline is drained, so that nothing waits
+for the device in between.
+
+One process that plays all workers has no bubble to measure: its workers take turns. Its *virtual*
+clock lays the measured times out as separate devices would have run them, each action starting
+when its worker is free and its message has come.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from paci.schedule.action import Action, Message, consumes, produces
+from paci.schedule.base import Schedule
+from paci.trace import Event, Trace
+
+
+class Recorder:
+    """Collects events of the newest stretch, and busy and spanned time of all of them.
+
+    Args:
+        schedule: whose actions are timed.
+        device: of the stages.
+        position: the process's place among ``num_processes``; its row in the trace.
+        num_processes: processes in the pipeline. A single one keeps a virtual clock.
+        capacity: newest events kept. On CUDA also the most that one stretch can time.
+
+    Attributes:
+        busy_s: seconds spent in actions.
+        span_s: seconds between the first start and the last end of stretches, summed over
+            stretches; on the virtual clock the longest of any worker.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        device: torch.device,
+        position: int,
+        num_processes: int,
+        capacity: int,
+    ) -> None:
+        self.busy_s = 0.0
+        self.span_s = 0.0
+        self.is_virtual = num_processes == 1
+        self._schedule = schedule
+        self._on_cuda = device.type == "cuda"
+        self._position = position
+        self._num_rows = schedule.num_workers if self.is_virtual else num_processes
+        self._capacity = capacity
+        self._open: list[tuple[Action, int, torch.cuda.Event, torch.cuda.Event]] = []
+        self._worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
+        self._events: deque[Event] = deque(maxlen=capacity)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._events.clear()
+        self._start_s: float | None = None
+        self._end_s = 0.0
+        self._free_s = [0.0] * self._schedule.num_workers
+        self._arrival_s: dict[Message, float] = {}
+
+    def begin(self) -> float | torch.cuda.Event:
+        """A mark to hand to ``end`` when the action that starts now is over."""
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def end(self, action: Action, version: int, mark: float | torch.cuda.Event) -> None:
+        """The action that started at ``mark`` is over; ``version`` is what it started with."""
+        if isinstance(mark, float):
+            self._add(action, version, mark, time.perf_counter())
+        elif len(self._open) < self._capacity:
+            over = torch.cuda.Event(enable_timing=True)
+            over.record()
+            self._open.append((action, version, mark, over))
+
+    def finish(self) -> None:
+        """End the stretch: add up its times."""
+        if self._open:
+            torch.cuda.synchronize()
+            first, base_s = self._open[0][2], time.perf_counter()
+            for action, version, mark, over in self._open:
+                start_s = base_s + first.elapsed_time(mark) / 1e3
+                self._add(action, version, start_s, base_s + first.elapsed_time(over) / 1e3)
+            self._open.clear()
+        if self._start_s is not None:
+            self.span_s += self._end_s - self._start_s
+
+    def start(self) -> None:
+        """Begin a stretch: forget the events of the one before."""
+        self._reset()
+
+    def events(self) -> Sequence[Event]:
+        """The newest events of this process, in order of their actions."""
+        return tuple(self._events)
+
+    def trace(self, events: Sequence[Event]) -> Trace:
+        """The trace of ``events``, which may come from all processes."""
+        return Trace.of(events, self._num_rows, "virtual" if self.is_virtual else "wall")
+
+    @property
+    def num_rows(self) -> int:
+        """Workers that the trace shows and the utilization counts."""
+        return self._num_rows
+
+    def _add(self, action: Action, version: int, start_s: float, end_s: float) -> None:
+        worker = self._position
+        self.busy_s += end_s - start_s
+        if self.is_virtual:
+            worker = self._worker_of[action.stage]
+            start_s, end_s = self._lay_out(action, worker, end_s - start_s)
+        if self._start_s is None:
+            self._start_s = start_s
+        self._end_s = max(self._end_s, end_s)
+        self._events.append(
+            Event(worker, action.stage, action.micro_batch, action.kind, start_s, end_s, version)
+        )
+
+    def _lay_out(self, action: Action, worker: int, duration_s: float) -> tuple[float, float]:
+        """Where the virtual clock puts an action."""
+        start_s = self._free_s[worker]
+        needed = consumes(action, self._schedule.num_stages)
+        if needed is not None:
+            start_s = max(start_s, self._arrival_s.pop(needed))
+        end_s = self._free_s[worker] = start_s + duration_s
+        message = produces(action, self._schedule.num_stages)
+        if message is not None:
+            self._arrival_s[message] = end_s
+        return start_s, end_s

@@ -1,0 +1,283 @@
+"""A stage: a module, its optimizer, its micro-batches in flight, its version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from paci.errors import ConfigError
+from paci.runtime.batch import as_tensors, to_device
+from paci.runtime.loss import Loss
+from paci.runtime.randomness import mix, seeded
+from paci.runtime.weights.base import StageWeights, Tensors, WeightPolicy
+
+# The dtype of working weights; None leaves every parameter as the module has it.
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Target:
+    """What the last stage needs for a micro-batch's loss: its target, and what to divide by."""
+
+    value: Any
+    divisor: Tensor | float
+
+
+@dataclass
+class _InFlight:
+    """What a stage keeps of a micro-batch between its forward and its backward."""
+
+    inputs: Tensors
+    target: Target | None
+    needs: tuple[bool, ...] = ()  # which outputs a gradient comes back for
+    outputs: Tensors = ()
+    gradients: Tensors = ()  # with them: between the input's and the weights' backward
+    leaves: Tensors = ()  # the working weights that the graph ends in
+
+
+class Stage:
+    """One stage of the pipeline, as the process that holds it sees it.
+
+    Args:
+        index: its place in the pipeline, from 0.
+        is_last: whether the loss is computed here.
+        module: any module; called with the tensors of the boundary before it, returns a tensor
+            or a tuple of tensors.
+        optimizer: over the module's parameters; steps in place, once an update.
+        policy: which weights a forward and a backward see.
+        loss: used by the last stage.
+        lr_scheduler: stepped after each of the optimizer's steps.
+        precision: ``"fp32"`` computes with the parameters as they are; ``"bf16"`` with one
+            bf16 working copy of each, and floating-point inputs of the first stage converted.
+        seed: of the random numbers in forwards.
+
+    Attributes:
+        version: updates applied here.
+        in_flight: what is kept of each micro-batch between forward and backward.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        is_last: bool,
+        module: nn.Module,
+        optimizer: Optimizer,
+        policy: WeightPolicy,
+        loss: Loss,
+        *,
+        lr_scheduler: LRScheduler | None = None,
+        precision: str = "fp32",
+        seed: int = 0,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ConfigError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}; choose one"
+            )
+        _check_optimizer(index, module, optimizer)
+        self.index = index
+        self.is_last = is_last
+        self.module = module
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.policy = policy
+        self.version = 0
+        self.in_flight: dict[int, _InFlight] = {}
+        self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._dtype = PRECISIONS[precision]
+        self.weights = StageWeights(module, self._dtype, policy.separate)
+        self._loss = loss
+        self._seed = seed
+
+    def take_in(self, inputs: Any) -> Tensors:
+        """The pipeline's own inputs as the first stage wants them: its device, its precision."""
+        moved: Tensors = to_device(as_tensors(inputs, "inputs"), self.device)
+        if self._dtype is None:
+            return moved
+        return tuple(x.to(self._dtype) if x.is_floating_point() else x for x in moved)
+
+    def forward(self, micro_batch: int, inputs: Tensors, target: Target | None) -> Tensors:
+        """Run the micro-batch forward and keep what its backward needs.
+
+        Args:
+            micro_batch: counted from the start of training.
+            inputs: the boundary's tensors; those that require a gradient are leaves.
+            target: on the last stage.
+
+        Returns:
+            What goes to the next stage, detached and marked ``requires_grad`` where a gradient
+            is to come back; on the last stage the share of this micro-batch in the update's
+            mean loss, a scalar.
+        """
+        flight = _InFlight(inputs, target, leaves=self.weights.leaves)
+        outputs = self.policy.forward(lambda: self._run(micro_batch, flight))
+        if self.policy.keeps_graph:
+            flight.needs = tuple(output.requires_grad for output in outputs)
+            flight.outputs = outputs
+        else:
+            # Without a graph nothing tells which outputs will need a gradient: all that can.
+            flight.needs = tuple(o.is_floating_point() or o.is_complex() for o in outputs)
+        self.in_flight[micro_batch] = flight
+        return tuple(
+            output.detach().requires_grad_(need)
+            for output, need in zip(outputs, flight.needs, strict=True)
+        )
+
+    def backward(self, micro_batch: int, gradients: Tensors) -> Tensors:
+        """Run the whole backward; return the gradients of the inputs that require one."""
+        flight = self.in_flight.pop(micro_batch)
+        roots, root_gradients = self._roots(micro_batch, flight, gradients)
+        if roots:
+            torch.autograd.backward(roots, root_gradients)
+        return _gradients(flight.inputs)
+
+    def backward_input(self, micro_batch: int, gradients: Tensors) -> Tensors:
+        """Run the input's half of the backward; keep what the weights' half needs."""
+        flight = self.in_flight[micro_batch]
+        flight.outputs, flight.gradients = self._roots(micro_batch, flight, gradients)
+        leaves = [x for x in flight.inputs if x.requires_grad]
+        if flight.outputs and leaves:
+            torch.autograd.backward(
+                flight.outputs, flight.gradients, retain_graph=True, inputs=leaves
+            )
+        return _gradients(flight.inputs)
+
+    def backward_weight(self, micro_batch: int) -> None:
+        """Run the weights' half of the backward that ``backward_input`` began."""
+        flight = self.in_flight.pop(micro_batch)
+        if flight.outputs and flight.leaves:
+            torch.autograd.backward(flight.outputs, flight.gradients, inputs=flight.leaves)
+
+    def update(self) -> None:
+        """Let the optimizer step on the masters, and publish them to the working weights."""
+        # Graphs in flight saved the weights that now change. Autograd would refuse their
+        # backward; that it multiplies with the new weights is what the method is about, so the
+        # version counters are kept as they were.
+        touched = (*self.weights.masters.values(), *self.weights.working.values())
+        with torch.autograd._unsafe_preserve_version_counter(touched):  # type: ignore[attr-defined]
+            self.optimizer.step()
+            self.policy.publish(self.weights, len(self.in_flight))
+        self.optimizer.zero_grad()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.version += 1
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Tensors, target: Any) -> Tensors:
+        """Run forward in evaluation mode, with the working weights, keeping nothing.
+
+        Returns:
+            What goes to the next stage; on the last stage the summed loss and the number of
+            tokens, both float64 scalars.
+        """
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            outputs = _as_tuple(self.module(*inputs), self.index)
+        finally:
+            self.module.train(was_training)
+        if not self.is_last:
+            return outputs
+        loss = self._loss(_unpack(outputs), target)
+        count = torch.as_tensor(self._loss.num_tokens(target), device=loss.device)
+        return loss.double(), count.double()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masters and buffers by name, optimizer, scheduler and version. Nothing is in flight."""
+        saved = self.module.state_dict()
+        buffers = {name: b for name, b in self.module.named_buffers() if name in saved}
+        return {
+            "weights": {name: p.detach() for name, p in self.weights.masters.items()},
+            "buffers": buffers,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
+            "version": self.version,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave.
+
+        Raises:
+            ConfigError: names or shapes are not this stage's.
+        """
+        own = self.state_dict()
+        for part in ("weights", "buffers"):
+            _check_shapes(self.index, part, own[part], state[part])
+            with torch.no_grad():
+                for name, tensor in own[part].items():
+                    tensor.copy_(state[part][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.version = state["version"]
+        self.weights.write_in_place()
+
+    def _run(self, micro_batch: int, flight: _InFlight) -> Tensors:
+        with seeded(self.device, mix(self._seed, self.index, micro_batch)):
+            outputs = _as_tuple(self.module(*flight.inputs), self.index)
+            if flight.target is None:
+                return outputs
+            return (self._loss(_unpack(outputs), flight.target.value) / flight.target.divisor,)
+
+    def _roots(
+        self, micro_batch: int, flight: _InFlight, gradients: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        """Where the backward starts, and with which gradients."""
+        outputs = self.policy.graph(flight.outputs, lambda: self._run(micro_batch, flight))
+        if not self.policy.keeps_graph:
+            flight.leaves = self.weights.leaves
+        if self.is_last:
+            gradients = tuple(torch.ones_like(output) for output in outputs)
+        needed = [o for o, need in zip(outputs, flight.needs, strict=True) if need]
+        pairs = [(o, g) for o, g in zip(needed, gradients, strict=True) if o.requires_grad]
+        return tuple(o for o, _ in pairs), tuple(g for _, g in pairs)
+
+
+def _as_tuple(outputs: object, index: int) -> Tensors:
+    if isinstance(outputs, Tensor):
+        return (outputs,)
+    if isinstance(outputs, tuple | list) and all(isinstance(o, Tensor) for o in outputs):
+        return tuple(outputs)
+    raise ConfigError(
+        f"a stage's module must return a tensor or a tuple of tensors, got "
+        f"{type(outputs).__name__} from stage {index}; put what it returns into tensors"
+    )
+
+
+def _unpack(outputs: Tensors) -> Tensor | Tensors:
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _gradients(inputs: Tensors) -> Tensors:
+    """Gradients of those inputs that require one, zero where none arrived."""
+    wanted = [x for x in inputs if x.requires_grad]
+    return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in wanted)
+
+
+def _check_optimizer(index: int, module: nn.Module, optimizer: Optimizer) -> None:
+    own = {id(p): name for name, p in module.named_parameters()}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    foreign = len(held - own.keys())
+    missing = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    if foreign or missing:
+        raise ConfigError(
+            f"the optimizer of stage {index} must hold exactly its trainable parameters, got "
+            f"{foreign} of other modules and none of {missing[:3]}; build it from this stage's "
+            f"module.parameters(), or freeze what it must not train"
+        )
+
+
+def _check_shapes(index: int, part: str, own: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    mine = {name: tuple(t.shape) for name, t in own.items()}
+    theirs = {name: tuple(t.shape) for name, t in other.items()}
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"{part} of stage {index} must match the state that is loaded, got {name} as "
+                f"{mine.get(name, 'absent')} here and {theirs.get(name, 'absent')} there; load the "
+                f"state of the same model and cut"
+            )

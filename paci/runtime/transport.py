@@ -1,0 +1,122 @@
+"""How tensors get from a stage to its neighbour.
+
+Each edge between neighbouring stages has two channels, one for activations down and one for
+gradients up, and each channel is a queue with a sending and a receiving end. ``Transport`` is
+the set of ends that one process holds; ``LocalChannel`` is both at once, inside a process. Those
+between processes are in ``paci.runtime.distributed``.
+
+A *stretch* is what passes between two moments at which the pipeline is empty. Within one, all
+messages of a channel have the same number of tensors, shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections import deque
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from paci.schedule.action import Message, Payload
+
+Tensors = tuple[Tensor, ...]
+Edge = tuple[Payload, int]
+
+
+class Sender(abc.ABC):
+    """The sending end of a channel."""
+
+    @abc.abstractmethod
+    def send(self, message: Message, tensors: Tensors) -> None:
+        """Start to send; does not wait for the other side unless far ahead of it.
+
+        Args:
+            message: names the micro-batch, for errors.
+            tensors: ``requires_grad`` says for which of them a gradient is to come back.
+        """
+
+    @abc.abstractmethod
+    def seal(self) -> None:
+        """Nothing more will be sent in this stretch."""
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """Wait until everything has been sent."""
+
+
+class Receiver(abc.ABC):
+    """The receiving end of a channel."""
+
+    @abc.abstractmethod
+    def receive(self, message: Message) -> Tensors:
+        """Wait for the next message; its tensors are leaves that require a gradient as sent.
+
+        Raises:
+            WorkerError: it did not come in time, or its sender is gone.
+        """
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """End the stretch: afterwards nothing is under way."""
+
+
+class LocalChannel(Sender, Receiver):
+    """Both ends are in this process; storage is handed over, not copied, on one device.
+
+    Args:
+        device: of the receiving stage.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._queue: deque[Tensors] = deque()
+
+    def send(self, message: Message, tensors: Tensors) -> None:
+        """Put the tensors in line."""
+        self._queue.append(tensors)
+
+    def receive(self, message: Message) -> Tensors:
+        """Take the next in line."""
+        assert self._queue, f"nothing in line for {message}: the order of actions is not legal"
+        return tuple(
+            x.detach().to(self._device, non_blocking=True).requires_grad_(x.requires_grad)
+            for x in self._queue.popleft()
+        )
+
+    def seal(self) -> None:
+        """Nothing to do."""
+
+    def finish(self) -> None:
+        """Nothing may be left."""
+        assert not self._queue, "a drained pipeline must have handed everything over"
+
+
+class Transport:
+    """The ends of channels that one process holds.
+
+    Args:
+        senders: by payload and receiving stage.
+        receivers: likewise.
+    """
+
+    def __init__(self, senders: Mapping[Edge, Sender], receivers: Mapping[Edge, Receiver]) -> None:
+        self._senders = dict(senders)
+        self._receivers = dict(receivers)
+
+    def send(self, message: Message, tensors: Tensors) -> None:
+        """Start to send; see ``Sender.send``."""
+        self._senders[message[:2]].send(message, tensors)
+
+    def receive(self, message: Message) -> Tensors:
+        """Wait for a message; see ``Receiver.receive``."""
+        return self._receivers[message[:2]].receive(message)
+
+    def finish(self) -> None:
+        """End the stretch on every channel. All processes must do so."""
+        for sender in self._senders.values():
+            sender.seal()
+        for receiver in self._receivers.values():
+            receiver.finish()
+        for sender in self._senders.values():
+            sender.finish()

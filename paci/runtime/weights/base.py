@@ -1,0 +1,127 @@
+"""What a weight policy decides, and the two sets of weights it decides about."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Tensors = tuple[Tensor, ...]
+
+
+class StageWeights:
+    """The weights of one stage: *masters*, which its optimizer updates, and *working* weights,
+    which its module computes with.
+
+    Without a ``dtype`` both are the same tensors unless ``separate`` is asked for. Otherwise a
+    working weight is a leaf of its own, in ``dtype``; whenever a backward has produced its
+    gradient, that is added to the master's (in the master's dtype) and freed.
+
+    Args:
+        module: the stage's module; its parameters become the masters, and in the module their
+            place is taken by the working weights.
+        dtype: of the working weights of floating-point masters; None for the masters' own.
+        separate: keep working weights apart from the masters even where the dtype is the same.
+
+    Attributes:
+        masters: by name.
+        working: by name; the very same tensors where nothing sets them apart.
+        leaves: the working weights that are trained.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None, separate: bool) -> None:
+        self.masters: dict[str, nn.Parameter] = dict(module.named_parameters())
+        self.working: dict[str, nn.Parameter] = dict(self.masters)
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        names = {id(master): name for name, master in self.masters.items()}
+        for owner in module.modules():
+            for attribute, parameter in owner.named_parameters(recurse=False):
+                self._places.setdefault(names[id(parameter)], []).append((owner, attribute))
+        self._dtypes = {
+            name: dtype if dtype and master.is_floating_point() else master.dtype
+            for name, master in self.masters.items()
+        }
+        self.separate = {
+            name
+            for name, master in self.masters.items()
+            if separate or self._dtypes[name] != master.dtype
+        }
+        self.leaves: Tensors = ()
+        self.write_fresh()
+
+    def write_in_place(self) -> None:
+        """Make the working weights equal to the masters, in the tensors that they are in.
+
+        Graphs of micro-batches in flight see the new values.
+        """
+        names = sorted(self.separate)
+        if names:
+            with torch.no_grad():
+                torch._foreach_copy_(
+                    [self.working[n] for n in names], [self.masters[n] for n in names]
+                )
+
+    def write_fresh(self) -> None:
+        """Make the working weights equal to the masters, in new tensors.
+
+        Graphs of micro-batches in flight keep the old ones, which live as long as they do.
+        """
+        for name in self.separate:
+            master = self.masters[name]
+            copy = master.detach().to(self._dtypes[name], copy=True)
+            leaf = nn.Parameter(copy, requires_grad=master.requires_grad)
+            if master.requires_grad:
+                leaf.register_post_accumulate_grad_hook(_adder(master))
+            self.working[name] = leaf
+            for owner, attribute in self._places[name]:
+                owner.register_parameter(attribute, leaf)
+        self.leaves = tuple(p for p in self.working.values() if p.requires_grad)
+
+
+def _adder(master: nn.Parameter) -> Callable[[Tensor], None]:
+    def add(working: Tensor) -> None:
+        assert working.grad is not None
+        if master.grad is None:
+            master.grad = working.grad.to(master.dtype)
+        else:
+            master.grad.add_(working.grad)
+        working.grad = None
+
+    return add
+
+
+class WeightPolicy(abc.ABC):
+    """Which weights the forward and the backward of a micro-batch see.
+
+    Class attributes:
+        name: what the registry and the command line call it.
+        summary: one line for tables and ``--help``.
+        separate: whether working weights must live apart from the masters.
+        consistent: whether a backward sees the weights of its forward, whatever happened since.
+        keeps_graph: whether a forward keeps its graph; if not, the backward computes it again.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    separate: ClassVar[bool] = False
+    consistent: ClassVar[bool] = False
+    keeps_graph: ClassVar[bool] = True
+
+    def forward(self, run: Callable[[], Tensors]) -> Tensors:
+        """Run a micro-batch's forward, with or without a graph."""
+        with torch.set_grad_enabled(self.keeps_graph):
+            return run()
+
+    def graph(self, outputs: Tensors, run: Callable[[], Tensors]) -> Tensors:
+        """The outputs to go backward from: those of the forward, or of another ``run``."""
+        if self.keeps_graph:
+            return outputs
+        with torch.enable_grad():
+            return run()
+
+    @abc.abstractmethod
+    def publish(self, weights: StageWeights, num_in_flight: int) -> None:
+        """Bring an update of the masters to the working weights."""

@@ -1,0 +1,24 @@
+"""``current``: whatever the stage holds at that moment."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from paci.runtime.weights.base import StageWeights, WeightPolicy
+
+
+class Current(WeightPolicy):
+    """Forward and backward use the newest weights; an update changes them in place.
+
+    One working copy of each weight. A backward may see newer weights than its forward did: it
+    then multiplies with the new weights and the old activations.
+
+    Source: PACI, arXiv 2606.07881, section 3.
+    """
+
+    name: ClassVar[str] = "current"
+    summary: ClassVar[str] = "the newest weights, one copy (PACI)"
+
+    def publish(self, weights: StageWeights, num_in_flight: int) -> None:
+        """In place."""
+        weights.write_in_place()
