@@ -28,7 +28,7 @@ class Loss(Protocol):
 
 
 class CrossEntropy:
-    """Cross-entropy over the classes of the last dimension, computed in float32.
+    """Cross-entropy over the classes of the last dimension, in float32 or wider.
 
     Args:
         ignore_index: targets of this value count for nothing.
@@ -41,8 +41,9 @@ class CrossEntropy:
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         """Sum of the cross-entropies, in nats."""
+        dtype = torch.promote_types(output.dtype, torch.float32)
         return F.cross_entropy(
-            output.flatten(0, -2).float(),
+            output.flatten(0, -2).to(dtype),
             target.flatten(),
             ignore_index=self.ignore_index,
             reduction="sum",

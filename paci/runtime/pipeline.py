@@ -20,6 +20,7 @@ from paci.runtime.execute import Engine, Feed, execute
 from paci.runtime.loss import as_loss, divisor
 from paci.runtime.recorder import Recorder
 from paci.runtime.stage import Stage, Target
+from paci.runtime.status import Status, StatusBoard, combine
 from paci.runtime.weights.registry import make_weight_policy
 from paci.runtime.world import FailureBoard, World, ended_by
 from paci.schedule.action import Action, Message, Payload
@@ -138,6 +139,11 @@ class Pipeline:
             ),
         )
         self._board = None if self._world.group is None else FailureBoard(dist.get_rank())
+        self._status_board = (
+            None
+            if self._world.group is None
+            else StatusBoard(self._world.ranks, self._world.position)
+        )
         self._num_done = 0  # micro-batches of all stretches that have been drained
         self._num_fed = 0  # micro-batches of the one that is running
         self._start_stretch()
@@ -173,7 +179,7 @@ class Pipeline:
             WorkerError: another process failed, or a wait took longer than ``timeout_s``.
             DriftError: the run departs from its program.
         """
-        with self._ending_all():
+        with self.failing_together():
             self._feed_batch(batch)
             self._num_fed += self.schedule.accumulation
             self._sequencer.feed(self._num_fed)
@@ -188,7 +194,7 @@ class Pipeline:
         """
         if not self._num_fed:
             return StepResult()
-        with self._ending_all():
+        with self.failing_together():
             self._sequencer.drain()
             execute(self._own(self._sequencer), self._engine, self._feed)
             self._engine.transport.finish()
@@ -213,7 +219,7 @@ class Pipeline:
         self.drain()
         device = next(iter(self.stages.values())).device
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        with self._ending_all():
+        with self.failing_together():
             for j, (inputs, targets) in enumerate(batches):
                 for index in self.stages:
                     total += self._evaluate_stage(index, j, inputs, targets)
@@ -227,7 +233,7 @@ class Pipeline:
         """When each action of the newest stretch ran, on all processes. Drains the pipeline."""
         self.drain()
         recorder = self._engine.recorder
-        rows = self._gather(recorder.events())
+        rows = self.gather(recorder.events())
         return recorder.trace([Event._make(event) for row in rows for event in row])
 
     def utilization(self) -> float:
@@ -237,7 +243,7 @@ class Pipeline:
         """
         self.drain()
         recorder = self._engine.recorder
-        pairs = self._gather((recorder.busy_s, recorder.span_s))
+        pairs = self.gather((recorder.busy_s, recorder.span_s))
         span_s = max(span for _, span in pairs)
         busy_s = sum(busy for busy, _ in pairs)
         return busy_s / (recorder.num_rows * span_s) if span_s else 0.0
@@ -246,9 +252,20 @@ class Pipeline:
         """What every stage of the pipeline met so far, from all processes. Drains."""
         self.drain()
         reports: dict[int, DriftReport] = {}
-        for part in self._gather({i: meter.report for i, meter in self._engine.meters.items()}):
+        for part in self.gather({i: meter.report for i, meter in self._engine.meters.items()}):
             reports |= part
         return dict(sorted(reports.items()))
+
+    def live(self) -> Status:
+        """Utilization and largest drift so far, from the newest word of each process.
+
+        Neither drains nor waits for anybody, so it may lag behind; for lines of progress.
+        """
+        drifts = [max(m.report.drift, default=0) for m in self._engine.meters.values()]
+        own = Status(self._engine.recorder.share_busy, max(drifts))
+        if self._status_board is None:
+            return own
+        return combine([own, *self._status_board.exchange(own)])
 
     def state_dict(self) -> dict[str, Any]:
         """The state of this process's stages, by index; drain first.
@@ -277,6 +294,20 @@ class Pipeline:
             stage.load_state_dict(state["stages"][index])
         self._num_done = state["num_micro_batches"]
         self._start_stretch()
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Tell the other processes of a failure inside; raise the first one of all.
+
+        The pipeline's own methods do; a training loop may put the rest of its work inside too.
+        """
+        try:
+            yield
+        except Exception as error:
+            cause = ended_by(self._board, error)
+            if cause is error:
+                raise
+            raise cause from error
 
     def close(self) -> None:
         """Stop watching for failures of other processes. The pipeline cannot be used after."""
@@ -344,11 +375,11 @@ class Pipeline:
         transport.send(Message(Payload.ACTIVATION, index + 1, j), outputs)
         return 0.0
 
-    def _gather(self, own: Any) -> list[Any]:
-        """``own`` of every process, by place."""
+    def gather(self, own: Any) -> list[Any]:
+        """``own`` of every process, in their order, on every process; any picklable value."""
         if self._world.group is None:
             return [own]
-        with self._ending_all():
+        with self.failing_together():
             everyone: list[Any] = [None] * self._world.size
             dist.all_gather_object(everyone, own, group=self._world.group)
         return everyone
@@ -359,17 +390,6 @@ class Pipeline:
                 f"{what} needs an empty pipeline, got {self._num_fed} micro-batches fed since it "
                 f"last was; call drain() first"
             )
-
-    @contextlib.contextmanager
-    def _ending_all(self) -> Iterator[None]:
-        """Tell the other processes of a failure here; raise the first one of all."""
-        try:
-            yield
-        except Exception as error:
-            cause = ended_by(self._board, error)
-            if cause is error:
-                raise
-            raise cause from error
 
 
 def _listed(value: Any, num_absent: int = 1) -> list[Any]:

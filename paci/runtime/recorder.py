@@ -61,6 +61,7 @@ class Recorder:
 
     def _reset(self) -> None:
         self._events.clear()
+        self._finished = False
         self._start_s: float | None = None
         self._end_s = 0.0
         self._free_s = [0.0] * self._schedule.num_workers
@@ -94,6 +95,7 @@ class Recorder:
             self._open.clear()
         if self._start_s is not None:
             self.span_s += self._end_s - self._start_s
+        self._finished = True
 
     def start(self) -> None:
         """Begin a stretch: forget the events of the one before."""
@@ -106,6 +108,14 @@ class Recorder:
     def trace(self, events: Sequence[Event]) -> Trace:
         """The trace of ``events``, which may come from all processes."""
         return Trace.of(events, self._num_rows, "virtual" if self.is_virtual else "wall")
+
+    @property
+    def share_busy(self) -> float:
+        """Busy time over span so far, of the workers that this process times."""
+        running_s = self._end_s - self._start_s if self._start_s is not None else 0.0
+        span_s = self.span_s + (0.0 if self._finished else running_s)
+        rows = self._num_rows if self.is_virtual else 1
+        return self.busy_s / (rows * span_s) if span_s else 0.0
 
     @property
     def num_rows(self) -> int:

@@ -111,7 +111,7 @@ class Stage:
         Returns:
             What goes to the next stage, detached and marked ``requires_grad`` where a gradient
             is to come back; on the last stage the share of this micro-batch in the update's
-            mean loss, a scalar.
+            mean loss, a scalar that nothing flows back to.
         """
         flight = _InFlight(inputs, target, leaves=self.weights.leaves)
         outputs = self.policy.forward(lambda: self._run(micro_batch, flight))
@@ -123,7 +123,7 @@ class Stage:
             flight.needs = tuple(o.is_floating_point() or o.is_complex() for o in outputs)
         self.in_flight[micro_batch] = flight
         return tuple(
-            output.detach().requires_grad_(need)
+            output.detach().requires_grad_(need and not self.is_last)
             for output, need in zip(outputs, flight.needs, strict=True)
         )
 
@@ -187,13 +187,17 @@ class Stage:
         return loss.double(), count.double()
 
     def state_dict(self) -> dict[str, Any]:
-        """Masters and buffers by name, optimizer, scheduler and version. Nothing is in flight."""
+        """Masters, buffers and optimizer state by name, scheduler and version.
+
+        The optimizer's state is keyed by parameter name: ``{"state": {name: {key: value}},
+        "param_groups": [{..., "params": [names]}]}``. Nothing is in flight.
+        """
         saved = self.module.state_dict()
         buffers = {name: b for name, b in self.module.named_buffers() if name in saved}
         return {
             "weights": {name: p.detach() for name, p in self.weights.masters.items()},
             "buffers": buffers,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": _rename(self.optimizer.state_dict(), self._parameter_names()),
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
             "version": self.version,
         }
@@ -210,11 +214,26 @@ class Stage:
             with torch.no_grad():
                 for name, tensor in own[part].items():
                     tensor.copy_(state[part][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        positions = {name: position for position, name in self._parameter_names().items()}
+        groups = [list(group["params"]) for group in state["optimizer"]["param_groups"]]
+        own_groups = [group["params"] for group in own["optimizer"]["param_groups"]]
+        if groups != own_groups:
+            raise ConfigError(
+                f"the optimizer of stage {self.index} must hold the parameters of the state that "
+                f"is loaded, in the same groups, got groups of {[len(g) for g in own_groups]} here "
+                f"and of {[len(g) for g in groups]} there; build it as it was built then"
+            )
+        self.optimizer.load_state_dict(_rename(state["optimizer"], positions))
         if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.version = state["version"]
         self.weights.write_in_place()
+
+    def _parameter_names(self) -> dict[Any, Any]:
+        """Name of each parameter at its position in the optimizer's own state."""
+        names = {id(master): name for name, master in self.weights.masters.items()}
+        held = (p for group in self.optimizer.param_groups for p in group["params"])
+        return {position: names[id(parameter)] for position, parameter in enumerate(held)}
 
     def _run(self, micro_batch: int, flight: _InFlight) -> Tensors:
         with seeded(self.device, mix(self._seed, self.index, micro_batch)):
@@ -246,6 +265,17 @@ def _as_tuple(outputs: object, index: int) -> Tensors:
         f"a stage's module must return a tensor or a tuple of tensors, got "
         f"{type(outputs).__name__} from stage {index}; put what it returns into tensors"
     )
+
+
+def _rename(optimizer_state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with its parameters called otherwise."""
+    return {
+        "state": {names[key]: value for key, value in optimizer_state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[key] for key in group["params"]]}
+            for group in optimizer_state["param_groups"]
+        ],
+    }
 
 
 def _unpack(outputs: Tensors) -> Tensor | Tensors:

@@ -33,6 +33,28 @@ def hosted_workers(num_workers: int, position: int, num_processes: int) -> range
     )
 
 
+def hosted_stages(schedule: Schedule, position: int, num_processes: int) -> tuple[int, ...]:
+    """The stages that process ``position`` of ``num_processes`` hands over, ascending."""
+    workers = hosted_workers(schedule.num_workers, position, num_processes)
+    return tuple(sorted(stage for worker in workers for stage in schedule.placement[worker]))
+
+
+def require_agreement(what: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    """Raise ``ConfigError`` on every rank of ``group`` (by default all) unless all have the same
+    values for the same keys."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, (dist.get_rank(), dict(what)), group=group)
+    first_rank, first = everyone[0]
+    for rank, other in everyone:
+        for key in sorted(first.keys() | other.keys()):
+            if other.get(key) != first.get(key):
+                raise ConfigError(
+                    f"all ranks must agree on {key}, got {first.get(key)!r} on rank {first_rank} "
+                    f"and {other.get(key)!r} on rank {rank}; start every rank with the same "
+                    f"configuration"
+                )
+
+
 class World:
     """The processes of one pipeline; one process alone if there is no group.
 
@@ -74,8 +96,7 @@ class World:
     @property
     def stages(self) -> tuple[int, ...]:
         """The stages that this process holds, ascending."""
-        placement = self._schedule.placement
-        return tuple(sorted(stage for worker in self.workers for stage in placement[worker]))
+        return hosted_stages(self._schedule, self.position, self.size)
 
     def position_of(self, stage: int) -> int:
         """The place of the process that holds ``stage``."""
@@ -87,18 +108,8 @@ class World:
 
     def agree(self, what: Mapping[str, Any]) -> None:
         """Raise ``ConfigError`` on every process unless all have the same ``what``."""
-        if self.group is None:
-            return
-        theirs: list[Any] = [None] * self.size
-        dist.all_gather_object(theirs, dict(what), group=self.group)
-        for key in what:
-            for position, other in enumerate(theirs):
-                if other.get(key) != theirs[0].get(key):
-                    raise ConfigError(
-                        f"all ranks must agree on {key}, got {theirs[0].get(key)!r} on rank "
-                        f"{self.ranks[0]} and {other.get(key)!r} on rank {self.ranks[position]}; "
-                        f"start every rank with the same configuration"
-                    )
+        if self.group is not None:
+            require_agreement(what, self.group)
 
     def connect(self, devices: Mapping[int, torch.device]) -> Transport:
         """Open the channels of this process. All processes of the world must do so.

@@ -1,0 +1,7 @@
+"""``python -m paci``."""
+
+import sys
+
+from paci.cli import main
+
+sys.exit(main())

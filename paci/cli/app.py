@@ -1,0 +1,53 @@
+"""``paci``: its commands, its exit codes, and the one line that an error gets."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from paci import __version__
+from paci.cli import generate, schedules, train
+from paci.errors import ConfigError, PaciError
+
+_COMMANDS = (train, generate, schedules)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are like all others: one line, exit code 2."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0, 1 (failed), 2 (bad request), 130 (interrupted)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _Parser(
+        prog="paci",
+        description="Pipeline-parallel training that never stalls.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"paci {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    try:
+        options = parser.parse_args(arguments)
+        return int(options.run(options, list(arguments)))
+    except PaciError as error:
+        _print_error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _print_error("interrupted")
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has closed it (as `head` does).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _print_error(message: str) -> None:
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    print(f"paci: error: {rank}{message}", file=sys.stderr, flush=True)

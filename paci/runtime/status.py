@@ -1,0 +1,45 @@
+"""How the processes of a pipeline know of each other's progress without waiting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+
+class Status(NamedTuple):
+    """Busy time over span, and the largest drift met, since the start."""
+
+    utilization: float
+    max_drift: int
+
+
+def combine(statuses: Sequence[Status]) -> Status:
+    """The status of a pipeline from those of its processes."""
+    utilization = sum(status.utilization for status in statuses) / len(statuses)
+    return Status(utilization, max(status.max_drift for status in statuses))
+
+
+class StatusBoard:
+    """The newest status of every process, in torch.distributed's key-value store.
+
+    Args:
+        ranks: global ranks of the pipeline's processes.
+        position: this process's place among them.
+    """
+
+    def __init__(self, ranks: Sequence[int], position: int) -> None:
+        self._store = dist.distributed_c10d._get_default_store()
+        self._own = f"paci/status/{ranks[position]}"
+        self._others = [f"paci/status/{rank}" for i, rank in enumerate(ranks) if i != position]
+
+    def exchange(self, own: Status) -> list[Status]:
+        """Publish this process's; return what the others last published, if anything."""
+        self._store.set(self._own, json.dumps(own))
+        return [
+            Status(*json.loads(self._store.get(key)))
+            for key in self._others
+            if self._store.check([key])
+        ]

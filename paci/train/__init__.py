@@ -1,0 +1,1 @@
+"""The trainer: one user of the library. Configuration, loop, checkpoints, metrics, launch."""

@@ -1,0 +1,167 @@
+"""What a training run is: every option, typed, from a TOML file and the command line."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from paci.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def option(default: Any, group: str, description: str) -> Any:
+    """A field with the group and the line that ``--help`` shows."""
+    return Field(default, description=description, json_schema_extra={"group": group})
+
+
+class TrainConfig(BaseModel):
+    """Options of ``paci train``, in the order and the groups of its help.
+
+    Everything that shapes the weights is here and is kept with a run; ``NEUTRAL`` names the
+    options that do not, and that a resumed run may therefore change.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: str = option(
+        "tiny", "model", "preset: tiny, mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+    )
+    layers: Count | None = option(None, "model", "transformer blocks, instead of the preset's")
+    heads: Count | None = option(None, "model", "attention heads, instead of the preset's")
+    width: Count | None = option(None, "model", "width of the residual stream, likewise")
+    context: Count = option(128, "model", "tokens that a sequence holds")
+    dropout: Fraction = option(0.0, "model", "dropout probability")
+    tie_embeddings: bool = option(False, "model", "share input and output embeddings (one stage)")
+
+    data: str = option(
+        "stdlib", "data", "stdlib, a file or folder of text, or hf:NAME[:SPLIT[:COLUMN]]"
+    )
+    tokenizer: str = option("bytes", "data", "bytes, or bpe:SIZE")
+    val_fraction: Fraction = option(0.1, "data", "share of documents that are held out")
+
+    schedule: str = option("paci", "pipeline", "see `paci schedules`; options as paci:slack=1")
+    stages: Count | None = option(None, "pipeline", "stages; default 4, or one a worker if more")
+    workers: Count = option(
+        1, "pipeline", "processes; stages are shared out evenly; bits do not depend on it"
+    )
+    accumulation: Count = option(8, "pipeline", "micro-batches of one update")
+    weights: str | None = option(
+        None, "pipeline", "weight policy: current, stash, recompute; default the schedule's own"
+    )
+    precision: Literal["fp32", "bf16"] = option(
+        "fp32", "pipeline", "bf16: one bf16 working copy of each weight beside fp32 masters"
+    )
+
+    updates: Count = option(400, "optimization", "optimizer steps")
+    batch_size: Count = option(32, "optimization", "sequences of one update, in all micro-batches")
+    learning_rate: Annotated[float, Field(gt=0.0)] = option(1e-3, "optimization", "at its peak")
+    warmup: Fraction = option(0.01, "optimization", "share of the updates in linear warm-up")
+    final_learning_rate: Fraction = option(
+        0.1, "optimization", "where the cosine ends, as a share of the peak"
+    )
+    weight_decay: Annotated[float, Field(ge=0.0)] = option(0.1, "optimization", "on matrices only")
+    beta1: Fraction = option(0.9, "optimization", "AdamW's first decay rate")
+    beta2: Fraction = option(0.95, "optimization", "AdamW's second decay rate")
+    seed: Annotated[int, Field(ge=0)] = option(
+        0, "optimization", "of weights, data order and dropout"
+    )
+
+    out: str | None = option(None, "run", "run folder; default runs/SCHEDULE-DATE-TIME")
+    resume: bool = option(False, "run", "go on from the newest checkpoint in --out")
+    checkpoint_every: Count = option(100, "run", "updates between checkpoints (drains)")
+    keep_checkpoints: Count = option(2, "run", "newest checkpoints to keep")
+    eval_every: Count = option(100, "run", "updates between evaluations (drains)")
+    eval_batches: Count = option(16, "run", "validation batches of one evaluation")
+    log_every: Count = option(10, "run", "updates between lines of progress")
+    sample_tokens: Annotated[int, Field(ge=0)] = option(
+        200, "run", "tokens of the text sampled at the end"
+    )
+    tensorboard: bool = option(False, "run", "also write TensorBoard events")
+
+    device: str = option("auto", "machine", "auto, cpu, or cuda (one GPU a process)")
+    threads: Count = option(1, "machine", "CPU threads a process; bits depend on it")
+    timeout: Annotated[float, Field(gt=0.0)] = option(
+        600.0, "machine", "longest wait for another process, in seconds"
+    )
+    port: Annotated[int, Field(ge=0, le=65535)] = option(
+        0, "machine", "rendezvous port of --workers; 0 picks a free one"
+    )
+
+    def trajectory(self) -> dict[str, Any]:
+        """The options that shape the weights: a run can be resumed only with the same ones."""
+        own = {key: value for key, value in self.model_dump().items() if key not in NEUTRAL}
+        return own | {"stages": self.num_stages}
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline."""
+        return max(4, self.workers) if self.stages is None else self.stages
+
+
+# Options that do not shape the weights.
+NEUTRAL = frozenset(
+    {
+        "workers",
+        "out",
+        "resume",
+        "keep_checkpoints",
+        "log_every",
+        "sample_tokens",
+        "tensorboard",
+        "device",
+        "timeout",
+        "port",
+    }
+)
+
+
+def load_config(file: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """Options from a TOML file, then from the command line.
+
+    Args:
+        file: TOML with one key an option (``batch_size = 64``), or None.
+        overrides: by option, as text or as values.
+
+    Raises:
+        ConfigError: the file cannot be read, or an option is unknown or of a wrong value.
+    """
+    values = {} if file is None else _read(Path(file))
+    _validate(values, strict=True)
+    return _validate({**values, **overrides}, strict=False)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"the configuration must be a readable file, got {file}: {error.strerror}; check "
+            f"its name"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"the configuration must be TOML, got {file}: {error}; mend that line"
+        ) from error
+
+
+def _validate(values: Mapping[str, Any], strict: bool) -> TrainConfig:
+    try:
+        return TrainConfig.model_validate(dict(values), strict=strict)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(
+                f"an option must be one that `paci train --help` lists, got {key!r}; mend or "
+                f"remove it"
+            ) from None
+        wanted = first["msg"].removeprefix("Input should be ").split(",")[0]
+        raise ConfigError(
+            f"{key} must be {wanted}, got {values.get(key)!r}; see `paci train --help`"
+        ) from None

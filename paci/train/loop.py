@@ -1,0 +1,208 @@
+"""The training loop: one user of ``Pipeline``, and nothing that another user could not write."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from paci.data import Corpus, Sampler, validation_batches
+from paci.errors import PaciError
+from paci.runtime.pipeline import StepResult
+from paci.train import checkpoint
+from paci.train.config import TrainConfig
+from paci.train.metrics import Metrics, format_duration
+from paci.train.setup import Plan, make_pipeline, weights_digest
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Trainer:
+    """Trains a GPT through a pipeline and keeps a run folder.
+
+    The process with the last stage knows the losses, so it is the one that reports.
+
+    Args:
+        config: of the run.
+        plan: what it comes to.
+        corpus: the text.
+        device: of this process.
+        folder: the run's; exists.
+        say: takes a line of progress.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        corpus: Corpus,
+        device: torch.device,
+        folder: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.corpus = corpus
+        self.folder = folder
+        self.pipeline = make_pipeline(config, plan, device)
+        self.val_loss = math.nan
+        self.update = 0
+        self.train_s = 0.0
+        self._say = say if self.pipeline.holds_last else _ignore
+        self._sampler = Sampler(corpus.train, config.context, config.batch_size, config.seed)
+        self._about: dict[str, Any] = {
+            "options": config.trajectory(),
+            "model": dataclasses.asdict(plan.model),
+            "corpus": corpus.digest,
+        }
+        if config.resume:
+            self._resume()
+        self._resumed_at = self.update
+        self._metrics = (
+            Metrics(folder, self.update, config.tensorboard) if self.pipeline.holds_last else None
+        )
+
+    @property
+    def tokens_per_update(self) -> int:
+        """Targets of one update."""
+        return self.config.batch_size * self.config.context
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Targets trained on per second since the start or the resumption, evaluations and
+        checkpoints left out."""
+        num_tokens = (self.update - self._resumed_at) * self.tokens_per_update
+        return num_tokens / self.train_s if self.train_s else 0.0
+
+    def run(self) -> None:
+        """Train to the last update, evaluating and keeping checkpoints on the way."""
+        config = self.config
+        started = time.perf_counter()
+        while self.update < config.updates:
+            result = self.pipeline.step(self._batch(self.update))
+            self.update += 1
+            stops = [n for n in (config.eval_every, config.checkpoint_every) if self._due(n)]
+            if stops:
+                self.pipeline.drain()
+            self.train_s += time.perf_counter() - started
+            if self._due(config.log_every):
+                self._log(result)
+            if self._due(config.eval_every):
+                self._evaluate()
+            if self._due(config.checkpoint_every):
+                self._save()
+            started = time.perf_counter()
+        if math.isnan(self.val_loss):  # resumed after the last update
+            self._evaluate()
+
+    def close(self) -> None:
+        """Close files and stop watching other processes."""
+        if self._metrics is not None:
+            self._metrics.close()
+        self.pipeline.close()
+
+    def _due(self, every: int) -> bool:
+        return self.update % every == 0 or self.update == self.config.updates
+
+    def _batch(self, step: int) -> Batch | None:
+        if not (self.pipeline.holds_first or self.pipeline.holds_last):
+            return None
+        inputs, targets = self._sampler.batch(step)
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def _validation(self) -> Iterator[Batch]:
+        config = self.config
+        size = config.batch_size // config.accumulation
+        batches = validation_batches(self.corpus.val, config.context, size, config.eval_batches)
+        return ((torch.from_numpy(x), torch.from_numpy(y)) for x, y in batches)
+
+    def _row(self) -> dict[str, Any]:
+        return {"update": self.update, "tokens": self.update * self.tokens_per_update}
+
+    def _log(self, result: StepResult) -> None:
+        status = self.pipeline.live()
+        if result.loss is None or self._metrics is None:
+            return
+        loss = result.loss.item()
+        row = {
+            **self._row(),
+            "loss": loss,
+            "learning_rate": self._learning_rate(),
+            "elapsed_s": round(self.train_s, 3),
+            "tokens_per_s": round(self.tokens_per_s, 1),
+            "utilization": round(status.utilization, 4),
+            "max_drift": status.max_drift,
+        }
+        self._metrics.write(row)
+        left_s = self.train_s / (self.update - self._resumed_at)
+        left_s *= self.config.updates - self.update
+        self._say(
+            f"update {self.update:>{len(str(self.config.updates))}}/{self.config.updates}  "
+            f"loss {loss:.4f}  {self.tokens_per_s:>9,.0f} tokens/s  "
+            f"utilization {status.utilization:4.0%}  drift <= {status.max_drift}  "
+            f"{format_duration(left_s)} left"
+        )
+        if not math.isfinite(loss):
+            raise PaciError(
+                f"the loss must be finite, got {loss} at update {self.update}; lower the learning "
+                f"rate, and resume from the last checkpoint or start again"
+            )
+
+    def _learning_rate(self) -> float:
+        last = self.pipeline.stages[self.plan.schedule.num_stages - 1]
+        return float(last.optimizer.param_groups[0]["lr"])
+
+    def _evaluate(self) -> None:
+        self.val_loss = self.pipeline.evaluate(self._validation())
+        perplexity = math.exp(min(self.val_loss, 700.0))
+        self._say(
+            f"update {self.update:>{len(str(self.config.updates))}}/{self.config.updates}  "
+            f"validation loss {self.val_loss:.4f}, perplexity {perplexity:.2f}"
+        )
+        if self._metrics is not None:
+            row = {"val_loss": self.val_loss, "val_perplexity": perplexity}
+            self._metrics.write({**self._row(), **row})
+
+    def _save(self) -> None:
+        root = self.folder / "checkpoints"
+        pending = checkpoint.pending_folder(root, self.update)
+        state = self.pipeline.state_dict()
+        files: dict[str, str] = {}
+        for index, stage in state["stages"].items():
+            files |= checkpoint.save_stage(pending, index, stage)
+        everyone = self.pipeline.gather(files)
+        if self.pipeline.holds_last:
+            about = {**self._about, "num_micro_batches": state["num_micro_batches"]}
+            whole = {name: digest for part in everyone for name, digest in part.items()}
+            checkpoint.commit(root, self.update, whole, about)
+            checkpoint.prune(root, self.config.keep_checkpoints)
+        if dist.is_initialized():
+            dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is there
+
+    def _resume(self) -> None:
+        folder = checkpoint.newest(self.folder / "checkpoints")
+        manifest = checkpoint.read_manifest(folder)
+        checkpoint.require_same(folder, manifest["options"], self._about["options"])
+        for key in ("model", "corpus"):
+            checkpoint.require_same(folder, {key: manifest[key]}, {key: self._about[key]})
+        stages = {index: checkpoint.load_stage(folder, index) for index in self.pipeline.stages}
+        self.pipeline.load_state_dict(
+            {"stages": stages, "num_micro_batches": manifest["num_micro_batches"]}
+        )
+        self.update = manifest["update"]
+        self._say(f"resumed from {folder} at update {self.update}")
+
+    def digest(self) -> str:
+        """See ``weights_digest``."""
+        return weights_digest(self.pipeline)
+
+
+def _ignore(line: str) -> None:
+    """Another process says it."""

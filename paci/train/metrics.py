@@ -1,0 +1,80 @@
+"""What a run tells while it goes: lines of progress, ``metrics.jsonl``, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from paci.errors import ConfigError
+
+
+class Metrics:
+    """Appends rows to ``metrics.jsonl`` (and to TensorBoard), each with its ``update``.
+
+    Args:
+        folder: the run's.
+        from_update: rows of later updates are dropped: a run that is resumed there will write
+            them again.
+        tensorboard: also write events.
+
+    Raises:
+        ConfigError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, from_update: int, tensorboard: bool) -> None:
+        self._path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(self._path) if row["update"] <= from_update]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(partial, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = _board(folder, from_update) if tensorboard else None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row and flush it."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in row.items():
+                if key != "update" and value is not None:
+                    self._board.add_scalar(key, value, row["update"])
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _board(folder: Path, from_update: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "tensorboard must be installed to write its events, got no such package; pip install "
+            "'paci[tensorboard]', or leave --tensorboard out"
+        ) from error
+    return SummaryWriter(folder / "tensorboard", purge_step=from_update + 1)
+
+
+def format_duration(seconds: float) -> str:
+    """``75`` as ``1:15``, ``3675`` as ``1:01:15``."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"

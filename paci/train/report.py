@@ -1,0 +1,144 @@
+"""What is left of a run when it ends: ``summary.json``, pictures, a sample of text."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paci.data import Tokenizer, load_tokenizer
+from paci.errors import CheckpointError
+from paci.models import GPTConfig, build_stage, generate
+from paci.runtime.drift import DriftReport
+from paci.trace import Trace
+from paci.train import checkpoint
+from paci.train.loop import Trainer
+from paci.train.metrics import read_metrics
+from paci.view.curves import loss_curve
+from paci.view.timeline import excerpt, timeline_svg
+
+# Updates that the timeline picture shows.
+_SHOWN_UPDATES = 3
+
+
+def summarize(trainer: Trainer) -> dict[str, Any]:
+    """What ``summary.json`` holds. All processes must call it; it drains the pipeline."""
+    drift = trainer.pipeline.drift()
+    return {
+        "val_loss": trainer.val_loss,
+        "val_perplexity": math.exp(min(trainer.val_loss, 700.0)),
+        "unigram_perplexity": trainer.corpus.unigram_perplexity(),
+        "updates": trainer.update,
+        "tokens": trainer.update * trainer.tokens_per_update,
+        "train_s": round(trainer.train_s, 3),
+        "tokens_per_s": round(trainer.tokens_per_s, 1),
+        "utilization": round(trainer.pipeline.utilization(), 4),
+        "utilization_clock": trainer.pipeline.trace().clock,
+        "max_drift": [max(report.drift, default=0) for report in drift.values()],
+        "peak_in_flight": [report.peak_in_flight for report in drift.values()],
+        "drift": [report.to_json() for report in drift.values()],
+        "weights_sha256": trainer.digest(),
+        "corpus_sha256": trainer.corpus.digest,
+        "num_processes": trainer.config.workers,
+        "schedule": repr(trainer.plan.schedule),
+        "layers_by_stage": [len(layers) for layers in trainer.plan.cut],
+        "options": trainer.config.model_dump(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a run rests on."""
+    packages = ("paci", "torch", "numpy", "safetensors", "tokenizers", "pydantic", "matplotlib")
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def write_report(folder: Path, summary: Mapping[str, Any], trace: Trace) -> None:
+    """Write the summary, the trace, the loss curve and the timeline."""
+    _write_json(folder / "summary.json", summary)
+    _write_json(folder / "trace.json", trace.to_json())
+    title = f"{summary['schedule']}, {summary['num_processes']} processes"
+    loss_curve(
+        read_metrics(folder / "metrics.jsonl"),
+        folder / "loss.png",
+        unigram_perplexity=summary["unigram_perplexity"],
+        title=title,
+    )
+    shown = excerpt(trace, _SHOWN_UPDATES * summary["options"]["accumulation"])
+    _write(folder / "timeline.svg", timeline_svg(shown, title=title))
+
+
+def load_model(folder: Path) -> tuple[nn.Module, GPTConfig, Tokenizer]:
+    """A run's model, from its newest checkpoint, whole and on the CPU, with its tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    newest = checkpoint.newest(folder / "checkpoints")
+    config = GPTConfig(**checkpoint.read_manifest(newest)["model"])
+    model = build_stage(config, config.layer_range, seed=0)
+    weights = checkpoint.load_weights(newest)
+    own = dict(model.named_parameters())
+    if own.keys() - weights.keys():
+        raise CheckpointError(
+            f"a checkpoint must hold the whole model, got none of "
+            f"{sorted(own.keys() - weights.keys())[:3]} in {newest}; remove that folder"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+    return model, config, load_tokenizer(folder / "tokenizer")
+
+
+def sample_text(
+    folder: Path, prompt: str, num_tokens: int, temperature: float, top_k: int | None, seed: int
+) -> str:
+    """Text that a run's model writes after ``prompt`` (after the end of a text if empty)."""
+    model, config, tokenizer = load_model(folder)
+    start = [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()]
+    tokens: Tensor = generate(
+        model,
+        torch.tensor(start),
+        num_tokens,
+        config.context,
+        temperature,
+        top_k,
+        torch.Generator().manual_seed(seed),
+    )
+    return tokenizer.decode(tokens[1:].tolist())
+
+
+def drift_table(reports: Mapping[int, DriftReport]) -> str:
+    """A line a stage: how many micro-batches met each drift."""
+    lines = []
+    for stage, report in reports.items():
+        total = sum(report.drift.values())
+        shares = (f"{k}: {report.drift[k] / total:.1%}" for k in sorted(report.drift))
+        lines.append(
+            f"stage {stage}  drift {', '.join(shares)}  in flight <= {report.peak_in_flight}"
+        )
+    return "\n".join(lines)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, json.dumps(value, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,169 @@
+"""One process of a training run, from its start to its exit."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from paci.data import Corpus, prepare
+from paci.errors import ConfigError, PaciError, WorkerError
+from paci.runtime.world import require_agreement
+from paci.train.config import TrainConfig
+from paci.train.loop import Trainer
+from paci.train.report import drift_table, sample_text, summarize, write_report
+from paci.train.setup import choose_device, make_plan
+
+Say = Callable[[str], None]
+
+
+def default_folder(config: TrainConfig) -> Path:
+    """``runs/SCHEDULE-DATE-TIME``."""
+    return Path("runs") / f"{config.schedule.partition(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def claim_folder(config: TrainConfig) -> Path:
+    """The run folder, made if need be.
+
+    Raises:
+        ConfigError: it holds another run, or cannot be made; or there is nothing to resume.
+    """
+    if config.resume and config.out is None:
+        raise ConfigError(
+            "resume needs the folder of the run to go on with, got none; pass --out FOLDER"
+        )
+    folder = default_folder(config) if config.out is None else Path(config.out)
+    if (folder / "metrics.jsonl").exists() and not config.resume:
+        raise ConfigError(
+            f"out must be a folder without a run, got {folder}, which holds one; pass --resume to "
+            f"go on with it, or another --out"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"out must be a folder that can be written, got {folder}: {error.strerror}; pass "
+            f"another --out"
+        ) from error
+    return folder
+
+
+def prepare_all(config: TrainConfig) -> Corpus:
+    """Everything that can be refused before any process is started; tokenizes the corpus.
+
+    Raises:
+        ConfigError: the options do not fit each other, the machine or the corpus.
+    """
+    corpus = prepare(config.data, config.tokenizer, val_fraction=config.val_fraction)
+    make_plan(config, corpus.tokenizer.vocab_size)
+    for side, tokens in (("train", corpus.train), ("validation", corpus.val)):
+        if len(tokens) <= config.context:
+            raise ConfigError(
+                f"the {side} part of the corpus must be longer than a context "
+                f"({config.context} tokens), got {len(tokens)}; use more text or a smaller context"
+            )
+    return corpus
+
+
+def train(config: TrainConfig, say: Say) -> Path:
+    """Run this process's part of the training; return the run folder.
+
+    Under torchrun (``WORLD_SIZE`` above 1) the processes form one pipeline.
+    """
+    torch.set_num_threads(config.threads)
+    device = choose_device(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        connect(config, device)
+    folder, corpus = _prepare_together(config)
+    plan = make_plan(config, corpus.tokenizer.vocab_size)
+    trainer = Trainer(config, plan, corpus, device, folder, say)
+    with trainer.pipeline.failing_together():
+        if trainer.pipeline.holds_last:
+            (folder / "tokenizer").mkdir(exist_ok=True)
+            corpus.tokenizer.save(folder / "tokenizer")
+        trainer.run()
+        _finish(trainer, say)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return folder
+
+
+def connect(config: TrainConfig, device: torch.device) -> None:
+    """Join the other processes.
+
+    Raises:
+        WorkerError: they do not come, or the port is taken.
+    """
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=config.timeout),
+        )
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise WorkerError(
+            f"all {os.environ['WORLD_SIZE']} ranks must meet at {address} within "
+            f"{config.timeout:g} s, got: {str(error).splitlines()[0]}; check that the port is free "
+            f"and that every rank was started"
+        ) from error
+
+
+def _finish(trainer: Trainer, say: Say) -> None:
+    """Write the report and say what is in it."""
+    config, folder = trainer.config, trainer.folder
+    summary, trace = summarize(trainer), trainer.pipeline.trace()
+    reports = trainer.pipeline.drift()
+    if trainer.pipeline.holds_last:
+        write_report(folder, summary, trace)
+        say(drift_table(reports))
+        if config.sample_tokens:
+            text = sample_text(folder, "", config.sample_tokens, 0.8, 50, config.seed)
+            (folder / "sample.txt").write_text(text, encoding="utf-8")
+            say(f"a sample of its text:\n{text}")
+        say(
+            f"validation perplexity {summary['val_perplexity']:.2f} "
+            f"(a unigram model's: {summary['unigram_perplexity']:.2f})"
+        )
+        say(f"utilization {summary['utilization']:.1%} ({summary['utilization_clock']} clock)")
+        say(f"weights sha256 {summary['weights_sha256']}")
+        say(f"run folder {folder}: summary.json, metrics.jsonl, loss.png, timeline.svg, sample.txt")
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves while the report is being written
+    trainer.close()
+
+
+def _prepare_together(config: TrainConfig) -> tuple[Path, Corpus]:
+    """The run folder and the corpus; on each host one process tokenizes, the others wait."""
+    if not dist.is_initialized():
+        return claim_folder(config), prepare_all(config)
+    require_agreement(config.trajectory() | {"out": config.out, "resume": config.resume})
+    claimed: list[object] = [None]
+    if dist.get_rank() == 0:
+        claimed = [_attempt(lambda: claim_folder(config))]
+    dist.broadcast_object_list(claimed, src=0)
+    if isinstance(claimed[0], PaciError):
+        raise claimed[0]
+    assert isinstance(claimed[0], Path)
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    refused = _attempt(lambda: prepare_all(config)) if is_first else None
+    everyone: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, refused if isinstance(refused, PaciError) else None)
+    for error in everyone:
+        if isinstance(error, PaciError):
+            raise error
+    return claimed[0], prepare_all(config)
+
+
+def _attempt(action: Callable[[], object]) -> object:
+    """What ``action`` returns, or the ``PaciError`` that it raises."""
+    try:
+        return action()
+    except PaciError as error:
+        return error

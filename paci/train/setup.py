@@ -1,0 +1,154 @@
+"""From a configuration to the parts of a run: schedule, cut, stages, optimizers, pipeline."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
+
+from paci.errors import ConfigError
+from paci.models import (
+    GPTConfig,
+    build_stage,
+    combine_digests,
+    gpt_config,
+    layer_costs,
+    layer_digests,
+    parameter_groups,
+)
+from paci.plan.partition import balanced_cut
+from paci.runtime.loss import CrossEntropy
+from paci.runtime.pipeline import Pipeline
+from paci.runtime.weights.registry import make_weight_policy
+from paci.runtime.world import hosted_stages
+from paci.schedule.base import Schedule
+from paci.schedule.check import check
+from paci.schedule.registry import make_schedule
+from paci.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration comes to, before any process is started.
+
+    Attributes:
+        schedule: checked.
+        model: of the whole model.
+        cut: the layers of each stage.
+    """
+
+    schedule: Schedule
+    model: GPTConfig
+    cut: tuple[range, ...]
+
+
+def make_plan(config: TrainConfig, vocab_size: int) -> Plan:
+    """Work a configuration out.
+
+    Raises:
+        ConfigError: its parts do not fit each other.
+    """
+    schedule = make_schedule(config.schedule, config.num_stages, config.accumulation)
+    check(schedule, num_updates=2)
+    make_weight_policy(config.weights or schedule.weights)
+    if config.batch_size % config.accumulation:
+        raise ConfigError(
+            f"batch_size must be divisible into {config.accumulation} micro-batches of one size, "
+            f"got {config.batch_size}; choose a multiple, or another accumulation"
+        )
+    if config.workers > schedule.num_workers:
+        raise ConfigError(
+            f"workers must be at most those of the schedule ({schedule.num_workers}), got "
+            f"{config.workers}; start fewer, or raise --stages"
+        )
+    chosen = {"num_layers": config.layers, "num_heads": config.heads, "width": config.width}
+    model = gpt_config(
+        config.size,
+        vocab_size=vocab_size,
+        context=config.context,
+        dropout=config.dropout,
+        tie_embeddings=config.tie_embeddings,
+        **{key: value for key, value in chosen.items() if value is not None},
+    )
+    return Plan(schedule, model, balanced_cut(layer_costs(model), config.num_stages))
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu or cuda, got {name!r}; choose one of them")
+    if name == "cpu":
+        return torch.device("cpu")
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise ConfigError(
+            f"device cuda needs one GPU a process, got {num_gpus} GPUs for local rank "
+            f"{local_rank}; start fewer workers a host, or pass --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def make_pipeline(config: TrainConfig, plan: Plan, device: torch.device) -> Pipeline:
+    """Build this process's stages, their optimizers, and the pipeline."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    held = hosted_stages(plan.schedule, rank, size)
+    modules = [build_stage(plan.model, plan.cut[stage], config.seed, device) for stage in held]
+    optimizers = [
+        torch.optim.AdamW(
+            parameter_groups(module, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+        )
+        for module in modules
+    ]
+    rate = partial(learning_rate_factor, config)
+    return Pipeline(
+        modules,
+        plan.schedule,
+        optimizers,
+        CrossEntropy(),
+        lr_scheduler=[LambdaLR(optimizer, rate) for optimizer in optimizers],
+        weights=config.weights,
+        precision=config.precision,
+        seed=config.seed,
+        timeout_s=config.timeout,
+    )
+
+
+def learning_rate_factor(config: TrainConfig, update: int) -> float:
+    """Share of the peak learning rate at ``update`` (from 0): linear warm-up, then cosine.
+
+    Source: arXiv 2606.07881, section 5: 1 % warm-up, cosine to 10 %.
+    """
+    num_warmup = max(1, round(config.warmup * config.updates))
+    if update < num_warmup:
+        return (update + 1) / num_warmup
+    progress = min(1.0, (update - num_warmup) / max(1, config.updates - num_warmup))
+    floor = config.final_learning_rate
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def weights_digest(pipeline: Pipeline) -> str:
+    """SHA-256 over the whole model's master weights in layer order: independent of the cut, of
+    the schedule's placement and of the number of processes. Drains the pipeline."""
+    pipeline.drain()
+    own: dict[int, str] = {}
+    for stage in pipeline.stages.values():
+        own |= layer_digests(stage.weights.masters)
+    whole: dict[int, str] = {}
+    for part in pipeline.gather(own):
+        whole |= part
+    return combine_digests(whole)

@@ -1,0 +1,227 @@
+"""paci against PACI by hand (``oracle.py``): other code, other library, the same numbers."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from oracle import Array, Oracle, Weights
+from torch import Tensor, nn
+
+import paci
+
+WIDTHS = (5, 7)  # between stages, and inside a stage of two layers
+NUM_CLASSES = 4
+ROWS = 3
+NUM_UPDATES = 50
+POLICIES = ("current", "stash", "recompute")
+CASES = list(itertools.product(POLICIES, (2, 3, 5), (1, 2, 3, 8)))
+
+
+class SquaredError:
+    """Half the squared distance, summed over rows."""
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return 0.5 * ((output - target) ** 2).sum()
+
+    def num_tokens(self, target: Tensor) -> int:
+        return len(target)
+
+
+LOSSES = {
+    "squares": (oracle.squared_error, SquaredError()),
+    "classes": (oracle.cross_entropy, paci.CrossEntropy()),
+}
+OPTIMIZERS = {
+    "momentum": (
+        partial(oracle.Momentum, lr=0.02, mu=0.6),
+        partial(torch.optim.SGD, lr=0.02, momentum=0.6),
+    ),
+    "adamw": (
+        partial(oracle.AdamW, lr=0.01, betas=(0.9, 0.95), eps=1e-8, decay=0.1),
+        partial(torch.optim.AdamW, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
+    ),
+}
+
+
+def initial_weights(num_stages: int) -> list[Weights]:
+    rng = np.random.default_rng(1)
+    between, inside = WIDTHS
+    stages = []
+    for stage in range(num_stages):
+        out = NUM_CLASSES if stage == num_stages - 1 else between
+        stages.append(
+            [
+                rng.normal(0, 0.7, (inside, between)),
+                rng.normal(0, 0.3, inside),
+                rng.normal(0, 0.7, (out, inside)),
+                rng.normal(0, 0.3, out),
+            ]
+        )
+    return stages
+
+
+def modules(initial: list[Weights]) -> list[nn.Module]:
+    """The same network in PyTorch."""
+    stages = []
+    for stage, weights in enumerate(initial):
+        layers: list[nn.Module] = []
+        for w, b in zip(weights[::2], weights[1::2], strict=True):
+            linear = nn.Linear(w.shape[1], w.shape[0], dtype=torch.float64)
+            with torch.no_grad():
+                linear.weight.copy_(torch.from_numpy(w))
+                linear.bias.copy_(torch.from_numpy(b))
+            layers += [linear, nn.Tanh()]
+        stages.append(nn.Sequential(*(layers[:-1] if stage == len(initial) - 1 else layers)))
+    return stages
+
+
+def data(loss: str, accumulation: int, num_updates: int = NUM_UPDATES) -> list[list]:
+    """Micro-batches of every update. Those with classes have rows that do not count."""
+    rng = np.random.default_rng(2)
+    updates = []
+    for _ in range(num_updates):
+        micro_batches = []
+        for _ in range(accumulation):
+            x = rng.normal(size=(ROWS, WIDTHS[0]))
+            if loss == "squares":
+                micro_batches.append((x, rng.normal(size=(ROWS, NUM_CLASSES))))
+            else:
+                target = rng.integers(0, NUM_CLASSES, ROWS)
+                target[1:][rng.random(ROWS - 1) < 0.4] = -100
+                micro_batches.append((x, target))
+        updates.append(micro_batches)
+    return updates
+
+
+def tensors(update: list[tuple[Array, Array]]) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.from_numpy(x), torch.from_numpy(target)) for x, target in update]
+
+
+def both(
+    schedule: paci.Schedule, policy: str, optimizer: str, loss: str, slack: int = 0
+) -> tuple[Oracle, paci.Pipeline]:
+    by_hand, ours = OPTIMIZERS[optimizer]
+    n, a = schedule.num_stages, schedule.accumulation
+    initial = initial_weights(n)
+    stages = modules(initial)
+    pipeline = paci.Pipeline(
+        stages,
+        schedule,
+        [ours(stage.parameters()) for stage in stages],
+        LOSSES[loss][1],
+        weights=policy,
+    )
+    lag = (lambda s: 0) if schedule.flushes else (lambda s: (1 + slack) * (n - 1 - s))
+    return Oracle(initial, a, policy, by_hand, LOSSES[loss][0], lag), pipeline
+
+
+def assert_same_weights(pipeline: paci.Pipeline, expected: Oracle) -> None:
+    """Each stage holds the version that its counter names."""
+    for s, stage in pipeline.stages.items():
+        for mine, theirs in zip(
+            stage.weights.masters.values(), expected.versions[s][stage.version], strict=True
+        ):
+            np.testing.assert_allclose(mine.detach().numpy(), theirs, rtol=0, atol=1e-10)
+
+
+def train_and_compare(pipeline: paci.Pipeline, expected: Oracle, stretches: list[list]) -> None:
+    losses = []
+    for stretch in stretches:
+        expected.train(stretch)
+        for k, update in enumerate(stretch):
+            losses += pipeline.step(tensors(update)).losses
+            if k % 10 == 9:  # in the middle, where stages are at different versions
+                assert_same_weights(pipeline, expected)
+        losses += pipeline.drain().losses
+        assert_same_weights(pipeline, expected)
+    num_updates = sum(map(len, stretches))
+    assert {stage.version for stage in pipeline.stages.values()} == {num_updates}
+    np.testing.assert_allclose([float(x) for x in losses], expected.losses, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("policy", "n", "a", "optimizer", "loss"),
+    [
+        (*case, ("momentum", "adamw")[i % 2], ("squares", "classes")[i // 2 % 2])
+        for i, case in enumerate(CASES)
+    ],
+)
+def test_paci_is_what_the_method_says(policy: str, n: int, a: int, optimizer: str, loss: str):
+    expected, pipeline = both(paci.PACI(n, a), policy, optimizer, loss)
+    train_and_compare(pipeline, expected, [data(loss, a)])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("n", "a", "slack"), [(3, 2, 1), (5, 3, 1), (2, 1, 3)])
+def test_slack_is_a_longer_lag(policy: str, n: int, a: int, slack: int):
+    expected, pipeline = both(paci.PACI(n, a, slack), policy, "adamw", "classes", slack)
+    train_and_compare(pipeline, expected, [data("classes", a)])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("slack", [0, 1])
+def test_draining_starts_a_new_stretch(policy: str, slack: int):
+    expected, pipeline = both(paci.PACI(3, 2, slack), policy, "momentum", "classes", slack)
+    updates = data("classes", 2)
+    train_and_compare(pipeline, expected, [updates[:13], updates[13:14], updates[14:]])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("schedule", [paci.OneFOneBFlush(3, 4), paci.GPipe(3, 4)])
+def test_a_flush_has_no_lag(policy: str, schedule: paci.Schedule):
+    expected, pipeline = both(schedule, policy, "adamw", "squares")
+    train_and_compare(pipeline, expected, [data("squares", 4, 20)])
+
+
+def test_policies_and_lags_make_a_difference():
+    """What the agreement above is worth: any other version gives visibly other weights."""
+    n, a = 3, 1
+    results = {}
+    for policy, slack in itertools.product(POLICIES, (-1, 0, 1)):
+        expected = Oracle(
+            initial_weights(n),
+            a,
+            policy,
+            OPTIMIZERS["momentum"][0],
+            oracle.squared_error,
+            lambda s, slack=slack: (1 + slack) * (n - 1 - s),
+        )
+        expected.train(data("squares", a))
+        results[policy, slack] = np.concatenate([w.ravel() for w in expected.versions[0][-1]])
+    for one, other in itertools.combinations(results, 2):
+        apart = np.abs(results[one] - results[other]).max()
+        if one[1] == other[1] == -1:  # without lag the policies are the same thing
+            assert apart < 1e-12
+        else:
+            assert apart > 1e-3, (one, other)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_by_hand_are_differences(loss: str):
+    """The oracle's backward against central differences of its forward."""
+    stages = initial_weights(2)
+    ((x, target),) = data(loss, 1, 1)[0]
+    evaluate = LOSSES[loss][0]
+
+    def value() -> float:
+        middle = oracle.forward(stages[0], x, ends_linear=False)[-1]
+        return evaluate(oracle.forward(stages[1], middle, ends_linear=True)[-1], target)[0]
+
+    first = oracle.forward(stages[0], x, ends_linear=False)
+    second = oracle.forward(stages[1], first[-1], ends_linear=True)
+    gradients, upstream = oracle.backward(stages[1], second, evaluate(second[-1], target)[1], True)
+    gradients = oracle.backward(stages[0], first, upstream, False)[0] + gradients
+    for weight, gradient in zip(stages[0] + stages[1], gradients, strict=True):
+        for index in np.ndindex(weight.shape):
+            kept, step = weight[index], 1e-6
+            weight[index] = kept + step
+            above = value()
+            weight[index] = kept - step
+            below = value()
+            weight[index] = kept
+            assert abs((above - below) / (2 * step) - gradient[index]) < 1e-7

@@ -1,0 +1,466 @@
+"""What is refused, and how: arguments, names, files, and one broken program for each rule."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paci.errors import ConfigError, ScheduleError
+from paci.schedule.action import Action, Kind
+from paci.schedule.base import Schedule
+from paci.schedule.check import check
+from paci.schedule.gpipe import GPipe
+from paci.schedule.one_f_one_b import OneFOneBFlush
+from paci.schedule.paci import PACI
+from paci.schedule.registry import PATH_VARIABLE, make_schedule, schedules
+
+F, B, I, W, U = Kind  # noqa: E741
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("cls", [PACI, OneFOneBFlush, GPipe])
+@pytest.mark.parametrize("wrong", [0, -1, True, False, 2.0, "2", None])
+def test_counts_must_be_whole_and_positive(cls: Any, wrong: object):
+    for arguments in ((wrong, 2), (2, wrong)):
+        with pytest.raises(ConfigError, match=rf"whole number of at least 1, got {wrong!r};"):
+            cls(*arguments)
+    with pytest.raises(ValueError, match="num_stages must be"):  # users need not know our tree
+        cls(wrong, 2)
+
+
+def test_the_message_names_the_argument():
+    with pytest.raises(ConfigError, match=r"^accumulation must be"):
+        PACI(2, 0)
+    with pytest.raises(ConfigError, match=r"^num_micro_batches must be"):
+        GPipe(2, 0)
+    with pytest.raises(ConfigError, match=r"^slack must be a whole number of at least 0, got -1;"):
+        PACI(2, 2, slack=-1)
+    for wrong in (True, 1.0):
+        with pytest.raises(ConfigError, match=r"^slack must be"):
+            PACI(2, 2, slack=wrong)  # type: ignore[arg-type]
+    assert PACI(2, 2, slack=0).slack == 0
+
+
+@pytest.mark.parametrize("wrong", [0, -3, True, 1.5])
+def test_num_updates_must_be_a_count(wrong: Any):
+    with pytest.raises(ConfigError, match="num_updates must be"):
+        check(PACI(2, 2), num_updates=wrong)
+
+
+@pytest.mark.parametrize("stage", [-1, 3, 100])
+def test_a_stage_must_be_placed(stage: int):
+    with pytest.raises(ConfigError, match=f"one of the 3 of the placement, got {stage}"):
+        PACI(3, 2).worker_of(stage)
+
+
+# Names and options
+
+
+def test_names_and_options_are_read():
+    assert make_schedule("paci", 4, 2) == PACI(4, 2)
+    assert make_schedule("paci:slack=2", 4, 2) == PACI(4, 2, slack=2)
+    assert make_schedule("paci:", 4, 2) == PACI(4, 2)
+    assert make_schedule("1f1b", 4, 2) == OneFOneBFlush(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("pacy", r"must be one of .*1f1b, .*gpipe, .*paci.*, got 'pacy'; choose one"),
+        ("", r"got ''"),
+        ("PACI", r"got 'PACI'"),
+        ("paci:slak=1", r"must be one of slack=\.\.\., got 'slak=1'"),
+        ("paci:slack", r"must be one of slack=\.\.\., got 'slack'"),
+        ("paci:slack=1,lag=2", r"got 'lag=2'"),
+        ("paci:slack=", r"slack of schedule 'paci' must be int, got ''"),
+        ("paci:slack=1.5", r"must be int, got '1.5'; write for instance slack=1"),
+        ("paci:slack=-1", r"slack must be a whole number of at least 0, got -1"),
+        ("paci:accumulation=3", r"got 'accumulation=3'"),
+        ("1f1b:slack=1", r"must be one of none, got 'slack=1'"),
+    ],
+)
+def test_wrong_names_and_options_are_refused(spec: str, message: str):
+    with pytest.raises(ConfigError, match=message) as caught:
+        make_schedule(spec, 4, 2)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+# Files of the user
+
+MINE = '''
+from dataclasses import dataclass
+from paci.schedule.paci import PACI
+
+@dataclass(frozen=True)
+class Mine(PACI):
+    """A schedule of my own."""
+    extra: float = 0.5
+    name = {name!r}
+    summary = "my own"
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(PATH_VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+def test_a_file_is_discovered(folder: Path):
+    (folder / "mine.py").write_text(MINE.format(name="mine"))
+    (folder / "notes.txt").write_text("no Python")
+    found = schedules()
+    assert set(found) == {*found, "mine", "paci"}
+    assert list(found) == sorted(found)
+    mine = make_schedule("mine:slack=1,extra=0.25", 3, 2)
+    assert (mine.num_stages, mine.slack, mine.extra) == (3, 1, 0.25)  # type: ignore[attr-defined]
+    check(mine)
+    assert schedules()["mine"] is found["mine"]
+
+
+def test_several_folders_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for path in folders:
+        path.mkdir()
+        (path / "same_file_name.py").write_text(MINE.format(name=path.name))
+    monkeypatch.setenv(PATH_VARIABLE, os.pathsep.join(["", *map(str, folders)]))
+    assert {"one", "two"} <= set(schedules())
+    monkeypatch.delenv(PATH_VARIABLE)
+    assert not {"one", "two"} & set(schedules())
+
+
+@pytest.mark.parametrize("text", ["def broken(:\n", "import no_such_module\n", "1 / 0\n"])
+def test_a_broken_file_is_named_and_stays_broken(folder: Path, text: str):
+    (folder / "broken.py").write_text(text)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"must be a Python module, got .*broken\.py") as it:
+            make_schedule("paci", 2, 2)
+        assert it.value.__cause__ is not None
+    (folder / "broken.py").write_text(MINE.format(name="mended"))
+    assert "mended" in schedules()
+
+
+@pytest.mark.parametrize("name", ["paci", "twin"])
+def test_two_schedules_of_one_name_are_refused(folder: Path, name: str):
+    (folder / "first.py").write_text(MINE.format(name=name))
+    (folder / "second.py").write_text(MINE.format(name="twin"))
+    with pytest.raises(ConfigError, match=f"a name of its own, got '{name}' twice"):
+        schedules()
+
+
+# Programs that break a rule
+
+Edit = Callable[[Iterator[Action]], Iterable[Action]]
+Change = tuple[tuple[Kind, int], list[tuple[Kind, int]]]
+
+
+@dataclass(frozen=True)
+class Broken(PACI):
+    """PACI, but for the programs that ``edits`` changes; ``roomy`` states a cap of its own."""
+
+    edits: tuple[tuple[int, Edit], ...] = ()
+    roomy: int = 0
+
+    def in_flight_cap(self, stage: int) -> int:
+        return self.roomy or super().in_flight_cap(stage)
+
+    def program(self, worker: int) -> Iterator[Action]:
+        actions = super().program(worker)
+        for edited, edit in self.edits:
+            if edited == worker:
+                actions = iter(edit(actions))
+        return actions
+
+
+def replace(*changes: Change, stage: int) -> Edit:
+    """Write other actions of the same stage in the place of some."""
+    table = dict(changes)
+
+    def edit(actions: Iterator[Action]) -> Iterator[Action]:
+        for action in actions:
+            key = (action.kind, action.micro_batch)
+            for kind, j in table.get(key, [key]):
+                yield Action(kind, stage, j)
+
+    return edit
+
+
+def broken(stage: int, *changes: Change, n: int = 3, roomy: int = 0) -> Broken:
+    return Broken(n, 2, edits=((stage, replace(*changes, stage=stage)),), roomy=roomy)
+
+
+def refused(schedule: Schedule, problem: str, culprit: str | None, **options: Any) -> str:
+    """Check that ``schedule`` is refused; return the row of the grid that holds the culprit."""
+    with pytest.raises(ScheduleError, match=problem) as caught:
+        check(schedule, **options)
+    assert isinstance(caught.value, ConfigError)
+    assert caught.value.exit_code == 2
+    first, *grid, legend = str(caught.value).splitlines()
+    assert "is not legal: " in first
+    assert first.endswith("; mend its program")
+    assert "> < the culprit" in legend
+    assert [line.split(" (")[0] for line in grid] == [f"stage {s}" for s in range(len(grid))]
+    assert len(grid) == schedule.num_stages
+    rows = [line for line in grid if ">" in line]
+    if culprit is None:
+        assert not rows
+        return ""
+    assert len(rows) == 1
+    assert f">{culprit}<" in rows[0]
+    return rows[0]
+
+
+def test_the_edited_schedule_is_legal_without_edits():
+    check(Broken(3, 2))
+    check(broken(1, ((F, 0), [(F, 0)])))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ([((F, 2), [(F, 2), (F, 2)])], "exactly once, got FORWARD after FORWARD"),
+        ([((F, 3), [(F, 2)])], "exactly once, got FORWARD after FORWARD"),
+    ],
+)
+def test_a_forward_twice(changes: Any, problem: str):
+    row = refused(broken(0, *changes), problem, "F2")
+    assert row.startswith("stage 0 (worker 0)")
+
+
+@pytest.mark.parametrize(
+    ("second", "problem"),
+    [
+        (B, "exactly once, got BACKWARD after BACKWARD"),
+        (I, "exactly once, got BACKWARD_INPUT after BACKWARD"),
+        (W, "exactly once, got BACKWARD_WEIGHT after BACKWARD"),
+    ],
+)
+def test_a_backward_twice(second: Kind, problem: str):
+    refused(broken(2, ((B, 0), [(B, 0), (second, 0)])), problem, f"{second.value}0")
+
+
+def test_a_whole_backward_after_its_input_half():
+    schedule = broken(2, ((B, 0), [(I, 0), (B, 0)]))
+    refused(schedule, "exactly once, got BACKWARD after BACKWARD_INPUT", "B0")
+
+
+def test_a_weight_backward_before_its_input_backward():
+    schedule = broken(2, ((B, 0), [(W, 0), (I, 0)]))
+    refused(schedule, "a weight backward must follow its input backward", "W0")
+
+
+def test_a_backward_before_its_forward():
+    schedule = broken(2, ((F, 1), [(B, 1)]), ((B, 1), [(F, 1)]))
+    row = refused(schedule, "a backward must follow its forward", "B1")
+    assert re.search(r"F0 +B0 +>B1<$", row)
+
+
+@pytest.mark.parametrize("left", [[], [(I, 2)]])
+def test_a_missing_backward_or_half_of_one(left: list[tuple[Kind, int]]):
+    schedule = broken(0, ((B, 2), left), n=1, roomy=9)
+    row = refused(schedule, r"update 1 must apply .* 2 to 3 .*got gradients of \[3\]", "U3")
+    assert "B3>U3<" in row
+
+
+def test_a_gradient_that_nobody_takes_is_in_the_way_of_the_next():
+    schedule = broken(0, ((B, 2), []), roomy=9)
+    refused(schedule, "its gradient must be the next in line, got that of 2", "B3")
+
+
+def test_a_missing_backward_stays_in_flight():
+    schedule = broken(0, ((B, 2), []))
+    refused(schedule, "in flight must be at most 3 micro-batches, got 4", "F5")
+
+
+def test_a_missing_forward():
+    """The next stage waits for it, and in the end everybody for that stage."""
+    schedule = broken(0, ((F, 2), []))
+    refused(schedule, r"no worker can move any more: .*; FORWARD\(2\) at stage 1; ", "B1")
+    schedule = broken(2, ((F, 2), []))
+    refused(schedule, "a backward must follow its forward", "B2")
+
+
+def test_a_forward_too_many_is_left_in_flight():
+    """One stage, so that nobody waits for what it never sends."""
+    schedule = broken(0, ((F, 0), [(F, -1), (F, 0)]), n=1, roomy=9)
+    refused(schedule, "stage 0 must end with 4 updates and nothing in flight, got 4 and 1", None)
+
+
+def test_an_update_too_early():
+    schedule = broken(1, ((B, 1), [(U, 1), (B, 1)]), ((U, 1), []))
+    refused(schedule, r"update 0 must apply .* 0 to 1 .*got gradients of \[0\]", "U1")
+
+
+def test_an_update_too_late():
+    schedule = broken(1, ((U, 1), []), ((B, 2), [(B, 2), (U, 1)]))
+    row = refused(schedule, "belongs to update 1, got it while update 0 accumulates", "B2")
+    assert row.startswith("stage 1")
+
+
+def test_an_update_with_the_wrong_micro_batch():
+    schedule = broken(1, ((U, 1), [(U, 0)]))
+    refused(schedule, r"carry the last of them, got gradients of \[0, 1\]", "U0")
+
+
+def test_an_update_too_many():
+    schedule = broken(1, ((U, 1), [(U, 1), (U, 1)]))
+    refused(schedule, r"update 1 must apply micro-batches 2 to 3 .*got gradients of \[\]", "U1")
+
+
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_an_action_of_a_stage_that_is_elsewhere(wrong: int):
+    def edit(actions: Iterator[Action]) -> Iterator[Action]:
+        return (a._replace(stage=wrong) if a[::2] == (F, 2) else a for a in actions)
+
+    schedule = Broken(3, 2, edits=((1, edit),))
+    row = refused(schedule, r"worker 1 holds stages \(1,\) and must act on no other", "F2")
+    assert row.startswith(f"stage {wrong}")
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_an_action_of_a_stage_that_does_not_exist(wrong: int):
+    def edit(actions: Iterator[Action]) -> Iterator[Action]:
+        return (a._replace(stage=wrong) if a[::2] == (F, 2) else a for a in actions)
+
+    problem = rf"FORWARD\(2\) at stage {wrong}: worker 1 holds stages \(1,\)"
+    with pytest.raises(ScheduleError, match=problem):
+        check(Broken(3, 2, edits=((1, edit),)))
+
+
+# Deadlocks and queues
+
+
+def test_two_orders_that_cross_are_a_deadlock():
+    """Stage 1 of GPipe wants both forwards first; stage 0 of 1F1B wants the gradient between."""
+
+    def one_by_one(_: Iterator[Action]) -> Iterator[Action]:
+        for j in itertools.count():
+            yield from (Action(F, 0, j), Action(B, 0, j))
+            if j % 2:
+                yield Action(U, 0, j)
+
+    def both_first(_: Iterator[Action]) -> Iterator[Action]:
+        for j in itertools.count(0, 2):
+            yield from (Action(kind, 1, k) for kind in (F, B) for k in (j, j + 1))
+            yield Action(U, 1, j + 1)
+
+    schedule = Broken(2, 2, edits=((0, one_by_one), (1, both_first)), roomy=9)
+    problem = r"no worker can move any more: each waits for another \(BACKWARD\(0\) at stage 0; "
+    row = refused(schedule, problem + r"FORWARD\(1\) at stage 1\)", "B0")
+    assert re.search(r"F0 +>B0<$", row)
+
+
+def test_channels_too_small_for_the_slack_are_a_deadlock():
+    """Stage 0 sends four before it takes a gradient; with room for one each way both stop."""
+    schedule = PACI(2, 2, slack=2)
+    check(schedule)
+    check(schedule, capacity=2)
+    problem = r"can move any more: .* \(FORWARD\(3\) at stage 0; BACKWARD\(1\) at stage 1\)"
+    row = refused(schedule, problem, "F3", capacity=1)
+    assert row.startswith("stage 0")
+    refused(schedule, "no worker can move any more", "F0", capacity=0)
+
+
+@pytest.mark.parametrize("kind", [F, B])
+def test_a_channel_is_a_queue(kind: Kind):
+    """A neighbour that takes the second message before the first."""
+
+    class Swapped(GPipe):
+        def program(self, worker: int) -> Iterator[Action]:
+            actions = super().program(worker)
+            taker = 1 if kind is F else 0
+            if worker != taker:
+                return actions
+            swap = {0: 1, 1: 0}
+            return (
+                a._replace(micro_batch=swap.get(a.micro_batch, a.micro_batch))
+                if a.kind is kind
+                else a
+                for a in actions
+            )
+
+    check(GPipe(2, 2))
+    message = {F: "activation", B: "gradient"}[kind]
+    problem = f"its {message} must be the next in line, got that of 0"
+    refused(Swapped(2, 2), problem, f"{kind.value}1")
+
+
+# Stated bounds
+
+
+def stating(base: type[Schedule], **members: Any) -> Any:
+    """A schedule that says something else about itself."""
+    return dataclass(frozen=True)(type("Stating", (base,), members))
+
+
+def test_drift_above_the_stated_bound():
+    schedule = stating(PACI, drift_bound=lambda self, stage: 0)(3, 2)
+    refused(schedule, r"drift must be at most 0, got 1 \(micro-batch 2\)", "U3")
+    check(stating(PACI, drift_bound=lambda self, stage: 1)(3, 2))
+
+
+def test_more_in_flight_than_the_stated_cap():
+    def cap(self: PACI, stage: int) -> int:
+        return 2
+
+    row = refused(stating(PACI, in_flight_cap=cap)(3, 2), "at most 2 micro-batches, got 3", "F2")
+    assert row.startswith("stage 0")
+    check(stating(PACI, in_flight_cap=lambda self, stage: 3)(3, 2))
+
+
+def test_a_flush_that_is_not_empty():
+    schedule = stating(PACI, flushes=True)(3, 2)
+    row = refused(schedule, r"a flush must leave nothing in flight, got \[2\]", "U1")
+    assert row.startswith("stage 1")
+    check(stating(PACI, flushes=True)(1, 2))
+
+
+# Programs without an end, or with one
+
+
+def test_a_program_that_ends():
+    schedule = Broken(2, 2, edits=((1, lambda actions: itertools.islice(actions, 7)),))
+    with pytest.raises(ScheduleError, match=r"must go on .* got the end of .* at worker 1; let it"):
+        check(schedule)
+    check(Broken(2, 2, edits=((1, lambda actions: itertools.islice(actions, 10)),)), num_updates=2)
+
+
+def test_a_program_that_never_updates():
+    schedule = Broken(2, 2, edits=((0, lambda actions: (a for a in actions if a.kind is not U)),))
+    with pytest.raises(
+        ScheduleError, match=r"must update every stage .* at worker 0; yield UPDATE"
+    ):
+        check(schedule)
+
+
+# Placements
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        ((0,), (), (1,), (2,)),
+        ((0,), (1,)),
+        ((0,), (1,), (1, 2)),
+        ((0,), (1,), (2,), (3,)),
+        ((0,), (1,), (3,)),
+        (),
+    ],
+)
+def test_a_placement_that_is_none(placement: Any):
+    schedule = stating(PACI, placement=property(lambda self: placement))(3, 2)
+    with pytest.raises(
+        ScheduleError, match="each of 3 stages once and leave no worker empty"
+    ) as it:
+        check(schedule)
+    assert f"got {placement}; mend" in str(it.value)
