@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from paci.runtime.loss import CrossEntropy, Loss
     from paci.runtime.pipeline import Pipeline, StepResult
+    from paci.runtime.world import hosted_stages
     from paci.schedule.base import Schedule
     from paci.schedule.gpipe import GPipe
     from paci.schedule.one_f_one_b import OneFOneBFlush
@@ -41,6 +42,7 @@ _HOMES = {
     "ScheduleError": "paci.errors",
     "StepResult": "paci.runtime.pipeline",
     "WorkerError": "paci.errors",
+    "hosted_stages": "paci.runtime.world",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "StepResult",
     "WorkerError",
     "__version__",
+    "hosted_stages",
 ]
 
 

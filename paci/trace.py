@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from paci.schedule.action import COMPLETES_GRADIENT, SENDS_GRADIENT, Kind
+from paci.schedule.action import (
+    COMPLETES_GRADIENT,
+    SENDS_GRADIENT,
+    Action,
+    Kind,
+    Message,
+    consumes,
+    produces,
+)
+from paci.schedule.base import Schedule
+from paci.schedule.sequence import Sequencer
 
 
 class Event(NamedTuple):
@@ -107,3 +117,57 @@ class Trace:
         """The trace that ``to_json`` wrote."""
         events = (Event._make([*row[:3], Kind(row[3]), *row[4:]]) for row in data["events"])
         return Trace.of(events, data["num_workers"], data["clock"])
+
+
+class VirtualClock:
+    """Lays actions of known duration out in time, as separate devices would run them.
+
+    Each starts when its worker is free and its message has come; messages take no time.
+
+    Args:
+        schedule: whose actions come, in any legal order.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._num_stages = schedule.num_stages
+        self._worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
+        self._free_s = [0.0] * schedule.num_workers
+        self._arrival_s: dict[Message, float] = {}
+
+    def lay_out(self, action: Action, duration_s: float) -> tuple[float, float]:
+        """Start and end of ``action``, in seconds since the first start."""
+        worker = self._worker_of[action.stage]
+        start_s = self._free_s[worker]
+        needed = consumes(action, self._num_stages)
+        if needed is not None:
+            start_s = max(start_s, self._arrival_s.pop(needed))
+        end_s = self._free_s[worker] = start_s + duration_s
+        message = produces(action, self._num_stages)
+        if message is not None:
+            self._arrival_s[message] = end_s
+        return start_s, end_s
+
+
+def planned_trace(schedule: Schedule, num_updates: int, durations_s: Mapping[Kind, float]) -> Trace:
+    """What ``num_updates`` updates and the drain look like if every action of a kind takes the
+    same time on every stage and messages take none.
+
+    Args:
+        schedule: what would run.
+        num_updates: how long.
+        durations_s: seconds by kind; kinds left out take none.
+    """
+    sequencer = Sequencer(schedule)
+    sequencer.feed(num_updates * schedule.accumulation)
+    sequencer.drain()
+    clock = VirtualClock(schedule)
+    versions = [0] * schedule.num_stages
+    events = []
+    for action in sequencer.actions():
+        kind, stage, j = action
+        start_s, end_s = clock.lay_out(action, durations_s.get(kind, 0.0))
+        events.append(
+            Event(schedule.worker_of(stage), stage, j, kind, start_s, end_s, versions[stage])
+        )
+        versions[stage] += kind is Kind.UPDATE
+    return Trace.of(events, schedule.num_workers, "simulated")

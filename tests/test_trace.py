@@ -113,6 +113,7 @@ def test_drift_is_that_of_the_input_backward_and_of_whole_micro_batches_only():
         Event(0, 0, 8, I, 2.0, 3.0, 5),
         Event(0, 0, 8, W, 3.0, 4.0, 9),
         Event(0, 0, 9, F, 4.0, 5.0, 9),  # its backward comes after the stretch
+        Event(0, 0, 8, B, 5.0, 6.0, 9),  # of another round, whose forward is not here
     ]
     assert Trace.of(events, 1, "wall").drift() == {0: Counter({2: 1})}
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from paci.errors import ConfigError
+from paci.schedule.action import Kind
 from paci.schedule.base import Schedule
 from paci.schedule.check import check
 from paci.schedule.grid import draw
 from paci.schedule.registry import make_schedule, schedules
 from paci.schedule.versions import analyse
+from paci.trace import planned_trace
+from paci.view.timeline import timeline_svg
 
 
 def add_parser(commands: Any) -> None:
@@ -26,6 +31,9 @@ def add_parser(commands: Any) -> None:
         "--accumulation", type=int, default=4, metavar="N", help="micro-batches of one update (4)"
     )
     parser.add_argument("--updates", type=int, default=2, metavar="N", help="to draw (2)")
+    parser.add_argument(
+        "--svg", metavar="FILE", help="also draw it as a picture, a backward twice a forward"
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,7 +48,21 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     print(f"{schedule}: legal over {options.updates} updates and the drain\n")
     print(draw(schedule, options.updates))
     print(f"\n{_table(schedule)}")
+    if options.svg is not None:
+        _draw(schedule, options.updates, Path(options.svg))
     return 0
+
+
+def _draw(schedule: Schedule, num_updates: int, path: Path) -> None:
+    durations_s = {Kind.FORWARD: 0.01, Kind.BACKWARD: 0.02}
+    durations_s |= {Kind.BACKWARD_INPUT: 0.01, Kind.BACKWARD_WEIGHT: 0.01}
+    trace = planned_trace(schedule, num_updates, durations_s)
+    try:
+        path.write_text(timeline_svg(trace, title=repr(schedule)), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"svg must be a file that can be written, got {path}: {error.strerror}; name another"
+        ) from error
 
 
 def _table(schedule: Schedule) -> str:

@@ -18,14 +18,15 @@ def split_batch(batch: MicroBatch | Sequence[MicroBatch], num: int) -> list[Micr
 
     Args:
         batch: ``(inputs, targets)``, each a tensor or a tuple of tensors whose first dimension is
-            the batch, cut into equal parts; or a list of ``num`` such pairs, taken as they are.
+            the batch, cut into equal parts (``[inputs, targets]`` if both are tensors, as torch's
+            DataLoader makes it); or a list of ``num`` such pairs, taken as they are.
         num: micro-batches of one update.
 
     Raises:
         ConfigError: the first dimension is not divisible by ``num``, or the list is of another
             length.
     """
-    if isinstance(batch, list):
+    if isinstance(batch, list) and not _is_collated(batch):
         if len(batch) != num:
             raise ConfigError(
                 f"a list of micro-batches must hold those of one update ({num}), got "
@@ -55,12 +56,18 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
+def _is_collated(batch: list[Any]) -> bool:
+    """Whether a list is one pair, as torch's DataLoader makes it."""
+    return len(batch) == 2 and all(isinstance(each, Tensor) for each in batch)
+
+
 def _pair(batch: Any) -> MicroBatch:
-    if not isinstance(batch, tuple) or len(batch) != 2:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ConfigError(
             f"a batch must be a pair (inputs, targets), got {type(batch).__name__}; put it into one"
         )
-    return batch
+    inputs, targets = batch
+    return inputs, targets
 
 
 def _split(value: Any, num: int) -> list[Any]:

@@ -2,7 +2,8 @@
 
 Each channel is a process group of two. (On NCCL a communicator's operations run in the order of
 their calls, so in a shared one a receive that waits for the future would hold up every send
-behind it.)
+behind it. On gloo a wait that passes its time-out breaks the whole group, which here is one
+channel and no more.)
 
 The first message of a stretch is preceded by a header that tells shapes, dtypes and which
 tensors want a gradient. From then on the receiver keeps ``RECEIVES_AHEAD`` receives posted: while
@@ -38,6 +39,18 @@ class _Spec(NamedTuple):
     requires_grad: bool
 
 
+class LinkError(WorkerError):
+    """A wait for a neighbour failed.
+
+    Attributes:
+        peer: global rank of that neighbour, who is gone or stuck, or waits for another in turn.
+    """
+
+    def __init__(self, message: str, peer: int) -> None:
+        super().__init__(message)
+        self.peer = peer
+
+
 class Link(NamedTuple):
     """Who is at the two ends of a channel, and how long they wait for each other."""
 
@@ -50,17 +63,23 @@ class Link(NamedTuple):
     def wait(self, work: dist.Work | None, verb: str, message: Message) -> None:
         """Wait for an operation on this link.
 
+        On CUDA only the current stream waits: to name a time-out would block the process until
+        the operation is complete. There the time-out is that of the group, kept by NCCL itself.
+
         Raises:
-            WorkerError: it failed, or took longer than the time-out.
+            LinkError: it failed, or took longer than the time-out.
         """
         if work is None:
             return
         try:
-            work.wait(timedelta(seconds=self.timeout_s))
+            if self.device.type == "cuda":
+                work.wait()
+            else:
+                work.wait(timedelta(seconds=self.timeout_s))
         except RuntimeError as error:
             raise self.failure(verb, message, error) from error
 
-    def failure(self, verb: str, message: Message, error: BaseException) -> WorkerError:
+    def failure(self, verb: str, message: Message, error: BaseException) -> LinkError:
         """Say in one line what could not be done, and what that tells of the other side."""
         stage = message.sender if verb == "send" else message.stage
         what = f"{message.payload.value} of micro-batch {message.micro_batch}"
@@ -71,11 +90,12 @@ class Link(NamedTuple):
             got = f"nothing for {self.timeout_s:g} s"
             remedy = "look at that rank's log; raise the time-out if it is merely slow"
         else:
-            got = f"a broken connection: rank {self.peer} died"
+            got = f"a broken connection: rank {self.peer} is gone"
             remedy = "look at that rank's log, then resume from the last checkpoint"
-        return WorkerError(
+        return LinkError(
             f"rank {self.rank} (stage {stage}) must {verb} the {what} {towards} rank {self.peer} "
-            f"(stage {other}), got {got}; {remedy}"
+            f"(stage {other}), got {got}; {remedy}",
+            self.peer,
         )
 
 
@@ -97,8 +117,9 @@ class RemoteSender(Sender):
     def send(self, message: Message, tensors: Tensors) -> None:
         """Start to send; wait for the oldest only when ``capacity`` are under way."""
         specs = [_Spec(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors]
+        header: Tensors = ()
         if self._specs is None:
-            self._start(message, _header(specs, self._link.device))
+            header = _header(specs, self._link.device)
             self._specs = specs
         elif specs != self._specs:
             raise ConfigError(
@@ -106,7 +127,7 @@ class RemoteSender(Sender):
                 f"drained, got {_text(specs)} after {_text(self._specs)} from stage "
                 f"{message.sender}; pad micro-batches to one size, or drain() in between"
             )
-        self._start(message, tuple(tensor.detach().contiguous() for tensor in tensors))
+        self._start(message, header + tuple(each.detach().contiguous() for each in tensors))
 
     def seal(self) -> None:
         """Answer the receives that are posted ahead."""
@@ -203,7 +224,11 @@ def _empty(spec: _Spec, device: torch.device) -> Tensor:
 
 
 def _text(specs: list[_Spec]) -> str:
-    return ", ".join(f"{list(s.shape)} {str(s.dtype).removeprefix('torch.')}" for s in specs)
+    return ", ".join(
+        f"{list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
+        f"{' with a gradient' if spec.requires_grad else ''}"
+        for spec in specs
+    )
 
 
 def _header(specs: list[_Spec], device: torch.device) -> Tensors:

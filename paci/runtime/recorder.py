@@ -4,9 +4,8 @@ On the CPU an action ends when its call returns, so a clock is read. On CUDA it 
 then: events are recorded around it and read when the pipeline is drained, so that nothing waits
 for the device in between.
 
-One process that plays all workers has no bubble to measure: its workers take turns. Its *virtual*
-clock lays the measured times out as separate devices would have run them, each action starting
-when its worker is free and its message has come.
+One process that plays all workers has no bubble to measure: its workers take turns. Its measured
+times are laid out on a ``VirtualClock``, as separate devices would have run them.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from collections.abc import Sequence
 
 import torch
 
-from paci.schedule.action import Action, Message, consumes, produces
+from paci.schedule.action import Action
 from paci.schedule.base import Schedule
-from paci.trace import Event, Trace
+from paci.trace import Event, Trace, VirtualClock
 
 
 class Recorder:
@@ -50,7 +49,7 @@ class Recorder:
         self.span_s = 0.0
         self.is_virtual = num_processes == 1
         self._schedule = schedule
-        self._on_cuda = device.type == "cuda"
+        self._device = device
         self._position = position
         self._num_rows = schedule.num_workers if self.is_virtual else num_processes
         self._capacity = capacity
@@ -64,34 +63,29 @@ class Recorder:
         self._finished = False
         self._start_s: float | None = None
         self._end_s = 0.0
-        self._free_s = [0.0] * self._schedule.num_workers
-        self._arrival_s: dict[Message, float] = {}
+        self._clock = VirtualClock(self._schedule)
 
     def begin(self) -> float | torch.cuda.Event:
         """A mark to hand to ``end`` when the action that starts now is over."""
-        if not self._on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return self._mark() if self._device.type == "cuda" else time.perf_counter()
 
     def end(self, action: Action, version: int, mark: float | torch.cuda.Event) -> None:
         """The action that started at ``mark`` is over; ``version`` is what it started with."""
         if isinstance(mark, float):
             self._add(action, version, mark, time.perf_counter())
         elif len(self._open) < self._capacity:
-            over = torch.cuda.Event(enable_timing=True)
-            over.record()
-            self._open.append((action, version, mark, over))
+            self._open.append((action, version, mark, self._mark()))
 
     def finish(self) -> None:
         """End the stretch: add up its times."""
         if self._open:
-            torch.cuda.synchronize()
-            first, base_s = self._open[0][2], time.perf_counter()
+            # One moment on both clocks, so that the processes of a host agree on the time.
+            now = self._mark()
+            now.synchronize()
+            now_s = time.perf_counter()
             for action, version, mark, over in self._open:
-                start_s = base_s + first.elapsed_time(mark) / 1e3
-                self._add(action, version, start_s, base_s + first.elapsed_time(over) / 1e3)
+                start_s = now_s - mark.elapsed_time(now) / 1e3
+                self._add(action, version, start_s, start_s + mark.elapsed_time(over) / 1e3)
             self._open.clear()
         if self._start_s is not None:
             self.span_s += self._end_s - self._start_s
@@ -122,27 +116,22 @@ class Recorder:
         """Workers that the trace shows and the utilization counts."""
         return self._num_rows
 
+    def _mark(self) -> torch.cuda.Event:
+        """An event on the stream that the stages compute on, which need not be on the current
+        device."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
     def _add(self, action: Action, version: int, start_s: float, end_s: float) -> None:
         worker = self._position
         self.busy_s += end_s - start_s
         if self.is_virtual:
             worker = self._worker_of[action.stage]
-            start_s, end_s = self._lay_out(action, worker, end_s - start_s)
+            start_s, end_s = self._clock.lay_out(action, end_s - start_s)
         if self._start_s is None:
             self._start_s = start_s
         self._end_s = max(self._end_s, end_s)
         self._events.append(
             Event(worker, action.stage, action.micro_batch, action.kind, start_s, end_s, version)
         )
-
-    def _lay_out(self, action: Action, worker: int, duration_s: float) -> tuple[float, float]:
-        """Where the virtual clock puts an action."""
-        start_s = self._free_s[worker]
-        needed = consumes(action, self._schedule.num_stages)
-        if needed is not None:
-            start_s = max(start_s, self._arrival_s.pop(needed))
-        end_s = self._free_s[worker] = start_s + duration_s
-        message = produces(action, self._schedule.num_stages)
-        if message is not None:
-            self._arrival_s[message] = end_s
-        return start_s, end_s

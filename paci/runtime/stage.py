@@ -174,12 +174,13 @@ class Stage:
             What goes to the next stage; on the last stage the summed loss and the number of
             tokens, both float64 scalars.
         """
-        was_training = self.module.training
+        modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
             outputs = _as_tuple(self.module(*inputs), self.index)
         finally:
-            self.module.train(was_training)
+            for module, was_training in modes:
+                module.training = was_training
         if not self.is_last:
             return outputs
         loss = self._loss(_unpack(outputs), target)
@@ -240,7 +241,13 @@ class Stage:
             outputs = _as_tuple(self.module(*flight.inputs), self.index)
             if flight.target is None:
                 return outputs
-            return (self._loss(_unpack(outputs), flight.target.value) / flight.target.divisor,)
+            loss = self._loss(_unpack(outputs), flight.target.value)
+            if loss.dim():
+                raise ConfigError(
+                    f"the loss must be a scalar, got a tensor of shape {list(loss.shape)}; let "
+                    f"loss_fn return a mean, or a sum if it counts tokens"
+                )
+            return (loss / flight.target.divisor,)
 
     def _roots(
         self, micro_batch: int, flight: _InFlight, gradients: Tensors
@@ -251,6 +258,11 @@ class Stage:
             flight.leaves = self.weights.leaves
         if self.is_last:
             gradients = tuple(torch.ones_like(output) for output in outputs)
+            if not outputs[0].requires_grad:
+                raise ConfigError(
+                    "the loss must depend on trainable weights, got one that needs no gradient; "
+                    "unfreeze a weight, and let nothing on the way to the loss detach"
+                )
         needed = [o for o, need in zip(outputs, flight.needs, strict=True) if need]
         pairs = [(o, g) for o, g in zip(needed, gradients, strict=True) if o.requires_grad]
         return tuple(o for o, _ in pairs), tuple(g for _, g in pairs)

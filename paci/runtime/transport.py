@@ -64,6 +64,9 @@ class Receiver(abc.ABC):
 class LocalChannel(Sender, Receiver):
     """Both ends are in this process; storage is handed over, not copied, on one device.
 
+    What is not contiguous becomes so, as it does between processes: kernels that depend on the
+    layout of their inputs then give the same bits in both.
+
     Args:
         device: of the receiving stage.
     """
@@ -80,7 +83,10 @@ class LocalChannel(Sender, Receiver):
         """Take the next in line."""
         assert self._queue, f"nothing in line for {message}: the order of actions is not legal"
         return tuple(
-            x.detach().to(self._device, non_blocking=True).requires_grad_(x.requires_grad)
+            x.detach()
+            .contiguous()
+            .to(self._device, non_blocking=True)
+            .requires_grad_(x.requires_grad)
             for x in self._queue.popleft()
         )
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from paci.errors import ConfigError, WorkerError
-from paci.runtime.distributed import Link, RemoteReceiver, RemoteSender
+from paci.runtime.distributed import Link, LinkError, RemoteReceiver, RemoteSender
 from paci.runtime.transport import Edge, LocalChannel, Receiver, Sender, Transport
 from paci.schedule.action import Message, Payload
 from paci.schedule.base import Schedule
 
-_FAILURE_KEY = "paci/first_failure"
-_POLL_S = 1.0
-_GRACE_S = 5.0
+_COUNT_KEY = "paci/num_failures"
+_POLL_S = 1.0  # between two looks at the board
+_GRACE_S = 5.0  # that a process has to end by itself once another has failed
+_SETTLE_S = 2.0  # in which a failure that followed from another lets that one be told
 
 
 def hosted_workers(num_workers: int, position: int, num_processes: int) -> range:
@@ -42,8 +45,7 @@ def hosted_stages(schedule: Schedule, position: int, num_processes: int) -> tupl
 def require_agreement(what: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:
     """Raise ``ConfigError`` on every rank of ``group`` (by default all) unless all have the same
     values for the same keys."""
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (dist.get_rank(), dict(what)), group=group)
+    everyone = _gather((dist.get_rank(), dict(what)), group)
     first_rank, first = everyone[0]
     for rank, other in everyone:
         for key in sorted(first.keys() | other.keys()):
@@ -74,8 +76,14 @@ class World:
         self._schedule = schedule
         self._timeout_s = timeout_s
         self.group = group
-        self.ranks = (0,) if group is None else tuple(dist.get_process_group_ranks(group))
         self.position = 0 if group is None else dist.get_rank(group)
+        if self.position < 0:
+            raise ConfigError(
+                f"the group of a pipeline must hold the process that builds it, got one without "
+                f"rank {dist.get_rank()}; pass each process the group of its own pipeline"
+            )
+        self.ranks = (0,) if group is None else tuple(dist.get_process_group_ranks(group))
+        self._groups: dict[Edge, dist.ProcessGroup] = {}
         if len(self.ranks) > schedule.num_workers:
             raise ConfigError(
                 f"the world must have at most as many processes as the schedule has workers "
@@ -119,7 +127,8 @@ class World:
         """
         senders: dict[Edge, Sender] = {}
         receivers: dict[Edge, Receiver] = {}
-        groups = self._channel_groups()
+        on_cuda = any(device.type == "cuda" for device in devices.values())
+        self._groups = groups = self._channel_groups(on_cuda)
         for edge in self._edges():
             source, target = edge.sender, edge.stage
             if source in devices and target in devices:
@@ -144,34 +153,98 @@ class World:
         peer = self.ranks[self.position_of(stage)]
         return Link(group, self.ranks[self.position], peer, self._timeout_s, device)
 
-    def _channel_groups(self) -> dict[Edge, dist.ProcessGroup]:
+    def close(self) -> None:
+        """Close the channels; all processes of the world must be done with them."""
+        for group in self._groups.values():
+            dist.destroy_process_group(group)
+        self._groups = {}
+
+    def _channel_groups(self, on_cuda: bool) -> dict[Edge, dist.ProcessGroup]:
         """A group of two for each channel between processes.
 
         Making a group takes part of every rank there is, in one order: so the ranks of other
-        pipelines beside this one (data parallelism) make ours along with theirs.
+        pipelines beside this one (data parallelism) make ours along with theirs, whatever their
+        schedules are.
+
+        On CUDA the group itself keeps the time-out (see ``Link.wait``).
         """
         if self.group is None:
             return {}
         crossing = [
-            (edge[:2], pair)
+            (edge, tuple(sorted((self.ranks[source], self.ranks[target]))))
             for edge in self._edges()
-            if (pair := (self.position_of(edge.sender), self.position_of(edge.stage)))
-            and pair[0] != pair[1]
+            if (source := self.position_of(edge.sender)) != (target := self.position_of(edge.stage))
         ]
-        pipelines: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(pipelines, self.ranks)
+        timeout = timedelta(seconds=self._timeout_s) if on_cuda else None
         groups: dict[Edge, dist.ProcessGroup] = {}
-        for ranks in sorted(set(pipelines)):
-            for edge, (source, target) in crossing:
-                group = dist.new_group(sorted((ranks[source], ranks[target])))
-                if ranks == self.ranks and self.position in (source, target):
+        pipelines = dict(_gather((self.ranks, crossing), dist.group.WORLD))
+        for ranks in sorted(pipelines):
+            for edge, pair in pipelines[ranks]:
+                group = dist.new_group(pair, timeout=timeout)
+                if ranks == self.ranks and dist.get_rank() in pair:
                     assert isinstance(group, dist.ProcessGroup)
-                    groups[edge] = group
+                    groups[edge[:2]] = group
         return groups
 
 
+def _gather(own: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """``own`` of every process of ``group``, in their order.
+
+    Raises:
+        WorkerError: one of them is gone, or did not come.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(everyone, own, group=group)
+    except RuntimeError as error:
+        raise _collective_error(error) from error
+    return everyone
+
+
+def _collective_error(error: BaseException) -> WorkerError:
+    return WorkerError(
+        f"rank {dist.get_rank()} must hear from all ranks, got {str(error).splitlines()[0]}; look "
+        f"at the other ranks' logs"
+    )
+
+
+class _Complaint(NamedTuple):
+    """What one process says of its end.
+
+    ``suspect`` is the rank that it blames: itself for an error of its own, a neighbour that went
+    away or did not answer, or ``_SOMEBODY`` if a collective failed.
+    """
+
+    rank: int
+    suspect: int
+    cause: str
+
+    def __str__(self) -> str:
+        first = self.rank if self.suspect == _SOMEBODY else self.suspect
+        return f"rank {first} failed first: {self.cause}"
+
+
+_SOMEBODY = -1
+
+
+def first_failure(complaints: Sequence[_Complaint]) -> _Complaint:
+    """The complaint that all others follow from; ``complaints`` in the order of their coming.
+
+    An error of a process's own comes first. Next, blame of a process that itself blames nobody:
+    it was killed, or is stuck. What is left are those who waited for somebody who waited.
+    """
+    complaining = {complaint.rank for complaint in complaints}
+
+    def order(complaint: _Complaint) -> int:
+        if complaint.suspect == complaint.rank:
+            return 0
+        return 2 if complaint.suspect in {_SOMEBODY, *complaining} else 1
+
+    return min(complaints, key=order)
+
+
 class FailureBoard:
-    """Where the first process that fails says so, for all others to read.
+    """Where processes that fail say so, for all others to read.
 
     A thread looks at it every second: a process whose main thread is stuck elsewhere (a long
     computation, a collective that will never complete) is ended a few seconds after another one
@@ -184,47 +257,83 @@ class FailureBoard:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._store = dist.distributed_c10d._get_default_store()
+        self._reported = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="paci-failures", daemon=True)
         self._thread.start()
+        # An interpreter that ends must not find the thread inside the store.
+        atexit.register(self.close)
 
-    def report(self, error: BaseException) -> str:
-        """Put ``error`` on the board unless something is there; return the first cause."""
+    def report(self, error: Exception) -> Exception:
+        """Put ``error`` on the board; return what to raise: ``error``, or what it follows from.
+
+        One that follows from another waits a moment for that one to be told.
+        """
         self._stop.set()
-        mine = json.dumps({"rank": self._rank, "cause": f"{type(error).__name__}: {error}"})
+        if self._reported:
+            return error  # on its way out through another level
+        self._reported = True
+        own = self._complaint(error)
+        if own.suspect == _SOMEBODY:
+            error = _collective_error(error)
+        wait_until_s = time.monotonic() + (0.0 if own.suspect == self._rank else _SETTLE_S)
         try:
-            first = json.loads(self._store.compare_set(_FAILURE_KEY, "", mine).decode())
-        except (RuntimeError, ValueError):
-            # The store lives in a process that is gone: what this rank saw is all there is.
-            return str(error)
-        if first["rank"] == self._rank:
-            return str(error)
-        return f"rank {first['rank']} failed first: {first['cause']}"
+            self._post(own)
+            while (first := first_failure(self._read())).suspect != first.rank:
+                if time.monotonic() >= wait_until_s:
+                    break
+                time.sleep(_SETTLE_S / 20)
+        except RuntimeError:
+            if own.suspect == self._rank:
+                return error
+            return WorkerError(
+                f"{error} (the store of this job is gone too: the process that keeps it, rank 0 "
+                f"unless a launcher does, is likely to have failed first)"
+            )
+        return error if own.suspect == first.suspect else WorkerError(str(first))
 
     def close(self) -> None:
         """Stop watching."""
         self._stop.set()
         self._thread.join(timeout=2 * _POLL_S)
+        atexit.unregister(self.close)
+
+    def _complaint(self, error: Exception) -> _Complaint:
+        if isinstance(error, LinkError):
+            return _Complaint(self._rank, error.peer, str(error))
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            return _Complaint(self._rank, _SOMEBODY, str(error))
+        return _Complaint(self._rank, self._rank, f"{type(error).__name__}: {error}")
+
+    def _post(self, complaint: _Complaint) -> None:
+        place = self._store.add(_COUNT_KEY, 1)
+        self._store.set(_failure_key(place), json.dumps(complaint))
+
+    def _read(self) -> list[_Complaint]:
+        """What is on the board, in order, as far as it is complete."""
+        places = range(1, self._store.add(_COUNT_KEY, 0) + 1)
+        keys = [key for place in places if self._store.check([key := _failure_key(place)])]
+        return [_Complaint(*json.loads(self._store.get(key).decode())) for key in keys]
 
     def _watch(self) -> None:
         while not self._stop.wait(_POLL_S):
             try:
-                if not self._store.check([_FAILURE_KEY]):
+                if not self._store.check([_failure_key(1)]):
                     continue
+                if self._stop.wait(_GRACE_S):
+                    return
+                first = first_failure(self._read())
             except RuntimeError:
                 return  # the store is gone; the main thread will see it too
-            if self._stop.wait(_GRACE_S):
-                return
-            first = json.loads(self._store.get(_FAILURE_KEY).decode())
-            message = f"rank {first['rank']} failed first: {first['cause']}"
-            print(f"paci: error: rank {self._rank} ends: {message}", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"paci: error: rank {self._rank} ends: {first}", file=sys.stderr, flush=True)  # noqa: T201
             time.sleep(0.1)
             os._exit(1)
 
 
+def _failure_key(place: int) -> str:
+    return f"paci/failure/{place}"
+
+
 def ended_by(board: FailureBoard | None, error: Exception) -> Exception:
     """The error to raise when this process met ``error``: that of the first process to fail."""
-    if board is None:
-        return error
-    first = board.report(error)
-    return error if first == str(error) else WorkerError(first)
+    return error if board is None else board.report(error)

@@ -18,12 +18,13 @@ from paci.data import Tokenizer, load_tokenizer
 from paci.errors import CheckpointError
 from paci.models import GPTConfig, build_stage, generate
 from paci.runtime.drift import DriftReport
+from paci.schedule.action import Kind
 from paci.trace import Trace
 from paci.train import checkpoint
 from paci.train.loop import Trainer
 from paci.train.metrics import read_metrics
 from paci.view.curves import loss_curve
-from paci.view.timeline import excerpt, timeline_svg
+from paci.view.timeline import timeline_svg, window
 
 # Updates that the timeline picture shows.
 _SHOWN_UPDATES = 3
@@ -78,8 +79,7 @@ def write_report(folder: Path, summary: Mapping[str, Any], trace: Trace) -> None
         unigram_perplexity=summary["unigram_perplexity"],
         title=title,
     )
-    shown = excerpt(trace, _SHOWN_UPDATES * summary["options"]["accumulation"])
-    _write(folder / "timeline.svg", timeline_svg(shown, title=title))
+    _write(folder / "timeline.svg", timeline_svg(_beginning(trace), title=title))
 
 
 def load_model(folder: Path) -> tuple[nn.Module, GPTConfig, Tokenizer]:
@@ -132,6 +132,14 @@ def drift_table(reports: Mapping[int, DriftReport]) -> str:
             f"stage {stage}  drift {', '.join(shares)}  in flight <= {report.peak_in_flight}"
         )
     return "\n".join(lines)
+
+
+def _beginning(trace: Trace) -> Trace:
+    """The first updates of a trace: how the pipeline fills, and how it runs when full."""
+    ends = [e.end_s for e in trace.events if e.kind is Kind.UPDATE and e.stage == 0]
+    if len(ends) <= _SHOWN_UPDATES:
+        return trace
+    return window(trace, trace.events[0].start_s, ends[_SHOWN_UPDATES - 1])
 
 
 def _write_json(path: Path, value: Any) -> None:

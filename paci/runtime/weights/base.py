@@ -38,7 +38,8 @@ class StageWeights:
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         names = {id(master): name for name, master in self.masters.items()}
         for owner in module.modules():
-            for attribute, parameter in owner.named_parameters(recurse=False):
+            own = owner.named_parameters(recurse=False, remove_duplicate=False)
+            for attribute, parameter in own:
                 self._places.setdefault(names[id(parameter)], []).append((owner, attribute))
         self._dtypes = {
             name: dtype if dtype and master.is_floating_point() else master.dtype

@@ -1,0 +1,313 @@
+"""What a user can get wrong in one process, and what the message says about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import paci
+from paci.registry import members
+from paci.runtime.weights.base import WeightPolicy
+from paci.runtime.weights.current import Current
+from paci.runtime.weights.registry import make_weight_policy, weight_policies
+from paci.runtime.weights.stash import Stash
+
+N, A = 2, 2
+
+
+def linears(num: int = N, width: int = 4) -> list[nn.Module]:
+    return [nn.Linear(width, width) for _ in range(num)]
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+def pipeline(modules: list[nn.Module] | None = None, **changes: Any) -> paci.Pipeline:
+    modules = linears() if modules is None else modules
+    options = {
+        "stage": modules,
+        "schedule": paci.PACI(N, A),
+        "optimizer": [sgd(module) for module in modules],
+        "loss_fn": F.mse_loss,
+    }
+    return paci.Pipeline(**{**options, **changes})
+
+
+def batch(rows: int = 4) -> tuple[Tensor, Tensor]:
+    return torch.ones(rows, 4), torch.ones(rows, 4)
+
+
+class Returns(nn.Module):
+    """Returns something that is no boundary."""
+
+    def __init__(self, what: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.what = nn.Linear(4, 4), what
+
+    def forward(self, x: Tensor) -> Any:
+        return self.what(self.linear(x))
+
+
+def fed() -> paci.Pipeline:
+    running = pipeline()
+    running.step(batch())
+    return running
+
+
+def load(change: Callable[[dict[str, Any]], None], into: paci.Pipeline | None = None) -> None:
+    state = pipeline().state_dict()
+    change(state)
+    (into or pipeline()).load_state_dict(state)
+
+
+def one_group_each(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [p]} for p in module.parameters()], lr=0.1)
+
+
+def with_optimizers(make: Callable[[list[nn.Module]], list[torch.optim.Optimizer]]) -> None:
+    modules = linears()
+    pipeline(modules, optimizer=make(modules))
+
+
+def frozen(modules: list[nn.Module]) -> list[nn.Module]:
+    return [module.requires_grad_(False) for module in modules]
+
+
+def duplicate() -> None:
+    class Twin(Current):
+        name = "stash"
+
+    Twin.__module__ = "elsewhere"
+    other, stash = ModuleType("elsewhere"), ModuleType(Stash.__module__)
+    other.Twin, stash.Stash = Twin, Stash  # type: ignore[attr-defined]
+    members([stash, other], WeightPolicy)
+
+
+CASES: dict[str, tuple[Callable[[], object], str]] = {
+    # what a pipeline is made of
+    "too few stages": (
+        lambda: pipeline(linears(1)),
+        "a single process must hand over all 2 stages, got 1; pass the list of all, or start one "
+        "process a stage with torchrun",
+    ),
+    "too many stages": (
+        lambda: pipeline(linears(3)),
+        "a single process must hand over all 2 stages, got 3; pass the list of all",
+    ),
+    "a module for several stages": (
+        lambda: pipeline(stage=nn.Sequential(*linears())),
+        "must hand over all 2 stages, got 1;",
+    ),
+    "one optimizer for all": (
+        lambda: pipeline(optimizer=sgd(nn.Linear(1, 1))),
+        "must hand over the stages [0, 1] with an optimizer each, got 2 stages, 1 optimizers and 2 "
+        "learning-rate schedulers; see Pipeline's argument `stage`",
+    ),
+    "one scheduler for all": (
+        lambda: pipeline(lr_scheduler=torch.optim.lr_scheduler.ConstantLR(sgd(nn.Linear(1, 1)))),
+        "got 2 stages, 2 optimizers and 1 learning-rate schedulers; see",
+    ),
+    "optimizers in another order": (
+        lambda: with_optimizers(lambda modules: [sgd(module) for module in reversed(modules)]),
+        "the optimizer of stage 0 must hold exactly its trainable parameters, got 2 of other "
+        "modules and none of ['weight', 'bias']; build it from this stage's module.parameters()",
+    ),
+    "an optimizer that leaves one out": (
+        lambda: with_optimizers(
+            lambda modules: [sgd(modules[0]), torch.optim.SGD([modules[1].weight], lr=0.1)]
+        ),
+        "the optimizer of stage 1 must hold exactly its trainable parameters, got 0 of other "
+        "modules and none of ['bias']; build it",
+    ),
+    "an unknown precision": (
+        lambda: pipeline(precision="fp16"),
+        "precision must be one of fp32, bf16, got 'fp16'; choose one",
+    ),
+    "an unknown policy": (
+        lambda: pipeline(weights="newest"),
+        f"a weight policy must be one of {', '.join(weight_policies())}, got 'newest'; choose one",
+    ),
+    "two policies of one name": (
+        duplicate,
+        "each WeightPolicy must have a name of its own, got 'stash' twice "
+        "(paci.runtime.weights.stash and elsewhere); rename one",
+    ),
+    # batches
+    "no batch": (
+        lambda: pipeline().step(),
+        "a process with the first or the last stage must be given a batch, got None; pass (inputs,",
+    ),
+    "a batch that is no pair": (
+        lambda: pipeline().step(batch()[0]),
+        "a batch must be a pair (inputs, targets), got Tensor; put it into one",
+    ),
+    "a number": (
+        lambda: pipeline().step(3),
+        "a batch must be a pair (inputs, targets), got int; put it into one",
+    ),
+    "a triple": (
+        lambda: pipeline().step((*batch(), None)),
+        "a batch must be a pair (inputs, targets), got tuple; put it into one",
+    ),
+    "a mapping": (
+        lambda: pipeline().step({"inputs": batch()[0], "targets": batch()[1]}),
+        "a batch must be a pair (inputs, targets), got dict; put it into one",
+    ),
+    "too few micro-batches": (
+        lambda: pipeline().step([batch()]),
+        "a list of micro-batches must hold those of one update (2), got 1; pass 2, or change",
+    ),
+    "no micro-batches": (
+        lambda: pipeline().step([]),
+        "a list of micro-batches must hold those of one update (2), got 0; pass 2, or change",
+    ),
+    "a micro-batch that is no pair": (
+        lambda: pipeline().step([batch(), None]),
+        "a batch must be a pair (inputs, targets), got NoneType; put it into one",
+    ),
+    "a batch that cannot be cut": (
+        lambda: pipeline().step(batch(5)),
+        "a batch must be divisible into 2 micro-batches, got a first dimension of 5; change the "
+        "batch or the accumulation",
+    ),
+    "targets that cannot be cut": (
+        lambda: pipeline().step((batch(4)[0], batch(5)[1])),
+        "a batch must be divisible into 2 micro-batches, got a first dimension of 5; change",
+    ),
+    "an empty batch": (
+        lambda: pipeline().step(batch(0)),
+        "a batch must be divisible into 2 micro-batches, got a first dimension of 0; change",
+    ),
+    "a scalar": (
+        lambda: pipeline().step((torch.ones(()), torch.ones(()))),
+        "a batch must be divisible into 2 micro-batches, got a first dimension of none; change",
+    ),
+    "inputs that are no tensors": (
+        lambda: pipeline().step(([1.0, 2.0], batch()[1])),
+        "inputs and targets of a batch must be a tensor or a tuple of tensors, got list; convert",
+    ),
+    "a tuple of other things": (
+        lambda: pipeline().step(((batch()[0], "text"), batch()[1])),
+        "inputs and targets of a batch must be a tensor or a tuple of tensors, got tuple; convert",
+    ),
+    "no inputs": (
+        lambda: pipeline().step((None, batch()[1])),
+        "inputs must be a tensor or a tuple of tensors, got NoneType; convert it",
+    ),
+    "no inputs to evaluate": (
+        lambda: pipeline().evaluate([(None, batch()[1])]),
+        "inputs must be a tensor or a tuple of tensors, got NoneType; convert it",
+    ),
+    # what modules and losses return
+    "a module that returns a mapping": (
+        lambda: pipeline([Returns(lambda x: {"x": x}), *linears(1)]).step(batch()),
+        "a stage's module must return a tensor or a tuple of tensors, got dict from stage 0; put "
+        "what it returns into tensors",
+    ),
+    "a module that returns None beside a tensor": (
+        lambda: pipeline([*linears(1), Returns(lambda x: (x, None))]).step(batch()),
+        "a stage's module must return a tensor or a tuple of tensors, got tuple from stage 1; put",
+    ),
+    "a loss that is not reduced": (
+        lambda: pipeline(loss_fn=nn.MSELoss(reduction="none")).step(batch()),
+        "the loss must be a scalar, got a tensor of shape [2, 4]; let loss_fn return a mean, or a "
+        "sum if it counts tokens",
+    ),
+    **{
+        f"a loss that nothing trains, {policy}": (
+            lambda policy=policy: pipeline(frozen(linears()), weights=policy).step(batch()),
+            "the loss must depend on trainable weights, got one that needs no gradient; unfreeze",
+        )
+        for policy in weight_policies()
+    },
+    "a loss that is detached": (
+        lambda: pipeline([*linears(1), Returns(Tensor.detach)]).step(batch()),
+        "the loss must depend on trainable weights, got one that needs no gradient; unfreeze",
+    ),
+    # states
+    "a state in mid-flight": (
+        lambda: fed().state_dict(),
+        "state_dict needs an empty pipeline, got 2 micro-batches fed since it last was; call "
+        "drain() first",
+    ),
+    "loading in mid-flight": (
+        lambda: load(lambda state: None, into=fed()),
+        "load_state_dict needs an empty pipeline, got 2 micro-batches fed since it last was; call",
+    ),
+    "a state of other stages": (
+        lambda: load(lambda state: state["stages"].pop(1)),
+        "the state must hold the stages [0, 1] of this process, got none of [1]; load the state of "
+        "the same cut",
+    ),
+    "a state of another shape": (
+        lambda: load(lambda state: None, into=pipeline(linears(width=3))),
+        "weights of stage 0 must match the state that is loaded, got bias as (3,) here and (4,) "
+        "there; load the state of the same model and cut",
+    ),
+    "a state with another weight": (
+        lambda: load(lambda state: state["stages"][1]["weights"].update(gain=torch.ones(2))),
+        "weights of stage 1 must match the state that is loaded, got gain as absent here and (2,) "
+        "there; load",
+    ),
+    "a state without a weight": (
+        lambda: load(lambda state: state["stages"][0]["weights"].pop("weight")),
+        "weights of stage 0 must match the state that is loaded, got weight as (4, 4) here and "
+        "absent there; load",
+    ),
+    "a state with another buffer": (
+        lambda: load(lambda state: state["stages"][0]["buffers"].update(mean=torch.ones(2))),
+        "buffers of stage 0 must match the state that is loaded, got mean as absent here and (2,) "
+        "there; load",
+    ),
+    "a state of other parameter groups": (
+        lambda: load(
+            lambda state: None,
+            into=pipeline(modules := linears(), optimizer=[one_group_each(m) for m in modules]),
+        ),
+        "the optimizer of stage 0 must hold the parameters of the state that is loaded, in groups "
+        "of the same sizes, got [1, 1] here and [2] there; build it as it was built then",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_an_error_that_says_what_to_do(case: str):
+    act, message = CASES[case]
+    with pytest.raises(paci.ConfigError, match=re.escape(message)) as caught:
+        act()
+    text = str(caught.value)
+    assert "\n" not in text
+    assert re.fullmatch(r".+ (must|needs) .+, got .+; .+", text)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.exit_code == 2
+
+
+def test_a_batch_that_is_refused_does_no_harm():
+    """The loop may go on with a better one."""
+    modules, others = linears(), linears()
+    for mine, theirs in zip(modules, others, strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    disturbed, undisturbed = pipeline(modules), pipeline(others)
+    for bad in (batch(5), [batch()], None, ([], [])):
+        with pytest.raises(paci.ConfigError):
+            disturbed.step(bad)
+        disturbed.step(batch())
+        undisturbed.step(batch())
+    disturbed.drain()
+    undisturbed.drain()
+    assert disturbed.num_micro_batches == undisturbed.num_micro_batches == 4 * A
+    for mine, theirs in zip(modules, others, strict=True):
+        assert torch.equal(mine.weight, theirs.weight)
+
+
+def test_a_policy_is_found_by_its_name():
+    for name in weight_policies():
+        assert make_weight_policy(name).name == name
