@@ -24,7 +24,7 @@ def members(modules: Iterable[ModuleType], family: type[Family]) -> dict[str, ty
     """The concrete subclasses of ``family`` that ``modules`` define, by their ``name``.
 
     Raises:
-        ConfigError: two of them share a name.
+        ConfigError: two of them share a name, or one has none.
     """
     found: dict[str, type[Family]] = {}
     for module in modules:
@@ -33,8 +33,13 @@ def members(modules: Iterable[ModuleType], family: type[Family]) -> dict[str, ty
                 continue
             if not issubclass(member, family) or inspect.isabstract(member):
                 continue
-            name = str(getattr(member, "name", ""))
-            if name in found:
+            name = getattr(member, "name", None)
+            if not isinstance(name, str) or not name:
+                raise ConfigError(
+                    f"each {family.__name__} must have a name, got {name!r} in {module.__name__}; "
+                    f"set the class attribute name of {member.__name__}"
+                )
+            if found.get(name, member) is not member:
                 raise ConfigError(
                     f"each {family.__name__} must have a name of its own, got {name!r} twice "
                     f"({found[name].__module__} and {module.__name__}); rename one"

@@ -20,6 +20,7 @@ from paci.schedule.gpipe import GPipe
 from paci.schedule.one_f_one_b import OneFOneBFlush
 from paci.schedule.paci import PACI
 from paci.schedule.registry import PATH_VARIABLE, make_schedule, schedules
+from paci.schedule.versions import analyse
 
 F, B, I, W, U = Kind  # noqa: E741
 
@@ -82,7 +83,7 @@ def test_names_and_options_are_read():
         ("paci:slack", r"must be one of slack=\.\.\., got 'slack'"),
         ("paci:slack=1,lag=2", r"got 'lag=2'"),
         ("paci:slack=", r"slack of schedule 'paci' must be int, got ''"),
-        ("paci:slack=1.5", r"must be int, got '1.5'; write for instance slack=1"),
+        ("paci:slack=1.5", r"must be int, got '1.5'; write it like its default, slack=0"),
         ("paci:slack=-1", r"slack must be a whole number of at least 0, got -1"),
         ("paci:accumulation=3", r"got 'accumulation=3'"),
         ("1f1b:slack=1", r"must be one of none, got 'slack=1'"),
@@ -155,6 +156,56 @@ def test_two_schedules_of_one_name_are_refused(folder: Path, name: str):
     (folder / "first.py").write_text(MINE.format(name=name))
     (folder / "second.py").write_text(MINE.format(name="twin"))
     with pytest.raises(ConfigError, match=f"a name of its own, got '{name}' twice"):
+        schedules()
+
+
+_PLAIN = """
+from dataclasses import dataclass
+from paci.schedule.paci import PACI
+
+@dataclass(frozen=True)
+class Mine(PACI):
+    {body}
+"""
+
+
+def test_a_schedule_needs_a_name_of_its_own_kind(folder: Path):
+    (folder / "mine.py").write_text(_PLAIN.format(body="name = None"))
+    with pytest.raises(ConfigError, match="each Schedule must have a name, got None"):
+        schedules()
+
+
+def test_an_alias_and_a_folder_named_twice_are_no_clash(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (folder / "mine.py").write_text(_PLAIN.format(body="name = 'mine'") + "\nAlias = Mine\n")
+    monkeypatch.setenv(PATH_VARIABLE, os.pathsep.join([str(folder), str(folder)]))
+    assert "mine" in schedules()
+
+
+def test_options_are_read_by_the_type_of_their_default(folder: Path):
+    body = "name = 'mine'\n    fast: bool = True\n    scale: float = 1.0\n    mode: str = 'a'"
+    (folder / "mine.py").write_text(_PLAIN.format(body=body))
+    made: Any = make_schedule("mine:fast=false,scale=2,mode=b,slack=1", 4, 2)
+    assert (made.fast, made.scale, made.mode, made.slack) == (False, 2.0, "b", 1)
+    with pytest.raises(ConfigError, match="option fast of schedule 'mine' must be bool, got '1'"):
+        make_schedule("mine:fast=1", 4, 2)
+
+
+def test_an_option_needs_a_default_that_text_can_stand_for(folder: Path):
+    (folder / "mine.py").write_text(_PLAIN.format(body="name = 'mine'\n    x: object = None"))
+    with pytest.raises(ConfigError, match=r"must have a default .* got none for x of Mine"):
+        make_schedule("mine", 4, 2)
+
+
+def test_a_folder_that_is_not_there_and_a_file_that_exits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (folder / "exits.py").write_text("raise SystemExit(3)")
+    with pytest.raises(ConfigError, match=r"must be a Python module, got .*exits.py"):
+        schedules()
+    monkeypatch.setenv(PATH_VARIABLE, str(folder / "nowhere"))
+    with pytest.raises(ConfigError, match=r"must name folders, got .*nowhere"):
         schedules()
 
 
@@ -269,12 +320,12 @@ def test_a_backward_before_its_forward():
 def test_a_missing_backward_or_half_of_one(left: list[tuple[Kind, int]]):
     schedule = broken(0, ((B, 2), left), n=1, roomy=9)
     row = refused(schedule, r"update 1 must apply .* 2 to 3 .*got gradients of \[3\]", "U3")
-    assert "B3>U3<" in row
+    assert re.search(r"B3 +>U3<$", row)
 
 
-def test_a_gradient_that_nobody_takes_is_in_the_way_of_the_next():
+def test_a_missing_backward_is_noticed_at_the_update():
     schedule = broken(0, ((B, 2), []), roomy=9)
-    refused(schedule, "its gradient must be the next in line, got that of 2", "B3")
+    refused(schedule, r"update 1 must apply .* 2 to 3 .*got gradients of \[3\]", "U3")
 
 
 def test_a_missing_backward_stays_in_flight():
@@ -283,17 +334,14 @@ def test_a_missing_backward_stays_in_flight():
 
 
 def test_a_missing_forward():
-    """The next stage waits for it, and in the end everybody for that stage."""
-    schedule = broken(0, ((F, 2), []))
-    refused(schedule, r"no worker can move any more: .*; FORWARD\(2\) at stage 1; ", "B1")
-    schedule = broken(2, ((F, 2), []))
-    refused(schedule, "a backward must follow its forward", "B2")
+    for stage in (0, 2):
+        schedule = broken(stage, ((F, 2), []))
+        refused(schedule, "a backward must follow its forward", "B2")
 
 
-def test_a_forward_too_many_is_left_in_flight():
-    """One stage, so that nobody waits for what it never sends."""
+def test_a_micro_batch_below_0():
     schedule = broken(0, ((F, 0), [(F, -1), (F, 0)]), n=1, roomy=9)
-    refused(schedule, "stage 0 must end with 4 updates and nothing in flight, got 4 and 1", None)
+    refused(schedule, "micro-batches count from 0", "F-1")
 
 
 def test_an_update_too_early():
@@ -420,8 +468,8 @@ def test_more_in_flight_than_the_stated_cap():
 
 def test_a_flush_that_is_not_empty():
     schedule = stating(PACI, flushes=True)(3, 2)
-    row = refused(schedule, r"a flush must leave nothing in flight, got \[2\]", "U1")
-    assert row.startswith("stage 1")
+    row = refused(schedule, r"a flush must leave nothing in flight, got \[2, 3\]", "U1")
+    assert row.startswith("stage 0")
     check(stating(PACI, flushes=True)(1, 2))
 
 
@@ -437,10 +485,37 @@ def test_a_program_that_ends():
 
 def test_a_program_that_never_updates():
     schedule = Broken(2, 2, edits=((0, lambda actions: (a for a in actions if a.kind is not U)),))
+    refused(schedule, "its gradient belongs to update 1, got it while update 0 accumulates", "B2")
     with pytest.raises(
         ScheduleError, match=r"must update every stage .* at worker 0; yield UPDATE"
     ):
-        check(schedule)
+        check(schedule, num_updates=1)
+
+
+def test_a_program_that_does_not_count():
+    """It would go on for ever: noticed at the first repetition."""
+    again = lambda actions: itertools.cycle([Action(F, 0, 0), Action(B, 0, 0)])  # noqa: E731
+    refused(Broken(1, 2, edits=((0, again),)), "must happen exactly once", "F0")
+
+
+def test_a_duplicate_is_marked_where_it_is_one_too_many():
+    row = refused(broken(1, ((F, 2), [(F, 2), (F, 2)]), roomy=9), "must happen exactly once", "F2")
+    assert re.search(r"F2 +>F2<$", row)
+
+
+def test_what_waits_in_a_deadlock_stands_in_brackets():
+    with pytest.raises(ScheduleError, match=r">[FB]\d+<") as caught:
+        check(PACI(4, 2, slack=2), capacity=1)
+    assert re.search(r"\([FB]\d+\)$", str(caught.value), re.MULTILINE)
+
+
+def test_a_deadlock_cannot_be_analysed():
+    def crossed(actions: Iterator[Action]) -> Iterator[Action]:
+        yield Action(B, 0, 0)
+        yield Action(F, 0, 0)
+
+    with pytest.raises(ScheduleError, match="must run to its end to be analysed"):
+        analyse(Broken(2, 2, edits=((0, crossed),)), 1)
 
 
 # Placements

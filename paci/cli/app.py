@@ -21,20 +21,21 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 1 (failed), 2 (bad request), 130 (interrupted)."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _Parser(
-        prog="paci",
-        description="Pipeline-parallel training that never stalls.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; raises ``ConfigError`` for what it cannot parse."""
+    parser = _Parser(prog="paci", description="Pipeline-parallel training that never stalls.")
     parser.add_argument("--version", action="version", version=f"paci {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0, 1 (failed), 2 (bad request), 130 (interrupted)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        options = parser.parse_args(arguments)
+        options = make_parser().parse_args(arguments)
         return int(options.run(options, list(arguments)))
     except PaciError as error:
         _print_error(str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ from paci.schedule.base import Schedule
 _COUNT_KEY = "paci/num_failures"
 _POLL_S = 1.0  # between two looks at the board
 _GRACE_S = 5.0  # that a process has to end by itself once another has failed
-_SETTLE_S = 2.0  # in which a failure that followed from another lets that one be told
+_SETTLE_S = 2.0  # that a process which fails stays, so that all hear of it; over _POLL_S
 
 
 def hosted_workers(num_workers: int, position: int, num_processes: int) -> range:
@@ -250,6 +251,9 @@ class FailureBoard:
     computation, a collective that will never complete) is ended a few seconds after another one
     failed. Nothing is written or read in the absence of failure but that one small look.
 
+    The process that keeps the store may be the one that fails. So it stays for a moment, and the
+    others remember what they read.
+
     Args:
         rank: this process's global rank.
     """
@@ -257,6 +261,7 @@ class FailureBoard:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._store = dist.distributed_c10d._get_default_store()
+        self._heard: list[_Complaint] = []
         self._reported = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="paci-failures", daemon=True)
@@ -267,7 +272,7 @@ class FailureBoard:
     def report(self, error: Exception) -> Exception:
         """Put ``error`` on the board; return what to raise: ``error``, or what it follows from.
 
-        One that follows from another waits a moment for that one to be told.
+        Takes a moment, in which an error that this one follows from can be told.
         """
         self._stop.set()
         if self._reported:
@@ -276,21 +281,31 @@ class FailureBoard:
         own = self._complaint(error)
         if own.suspect == _SOMEBODY:
             error = _collective_error(error)
-        wait_until_s = time.monotonic() + (0.0 if own.suspect == self._rank else _SETTLE_S)
+        knows_store = self._confer(own)
+        first = first_failure([*self._heard, own])
+        if first.suspect != own.suspect:
+            return WorkerError(str(first))
+        if knows_store or own.suspect == self._rank:
+            return error
+        return WorkerError(
+            f"{error} (the store of this job is gone too: the process that keeps it, rank 0 unless "
+            f"a launcher does, is likely to have failed first)"
+        )
+
+    def _confer(self, own: _Complaint) -> bool:
+        """Post ``own`` and hear the others, for a while; False if the store is gone."""
+        until_s = time.monotonic() + _SETTLE_S
         try:
             self._post(own)
-            while (first := first_failure(self._read())).suspect != first.rank:
-                if time.monotonic() >= wait_until_s:
+            while time.monotonic() < until_s:
+                self._heard = self._read()
+                first = first_failure([*self._heard, own])
+                if own.suspect != self._rank and first.suspect == first.rank:
                     break
                 time.sleep(_SETTLE_S / 20)
         except RuntimeError:
-            if own.suspect == self._rank:
-                return error
-            return WorkerError(
-                f"{error} (the store of this job is gone too: the process that keeps it, rank 0 "
-                f"unless a launcher does, is likely to have failed first)"
-            )
-        return error if own.suspect == first.suspect else WorkerError(str(first))
+            return False
+        return True
 
     def close(self) -> None:
         """Stop watching."""
@@ -316,18 +331,22 @@ class FailureBoard:
         return [_Complaint(*json.loads(self._store.get(key).decode())) for key in keys]
 
     def _watch(self) -> None:
-        while not self._stop.wait(_POLL_S):
+        while not self._heard:
+            if self._stop.wait(_POLL_S):
+                return
             try:
-                if not self._store.check([_failure_key(1)]):
-                    continue
-                if self._stop.wait(_GRACE_S):
-                    return
-                first = first_failure(self._read())
+                if self._store.check([_failure_key(1)]):
+                    self._heard = self._read()
             except RuntimeError:
                 return  # the store is gone; the main thread will see it too
-            print(f"paci: error: rank {self._rank} ends: {first}", file=sys.stderr, flush=True)  # noqa: T201
-            time.sleep(0.1)
-            os._exit(1)
+        if self._stop.wait(_GRACE_S):
+            return
+        with contextlib.suppress(RuntimeError):
+            self._heard = self._read()
+        first = first_failure(self._heard)
+        print(f"paci: error: rank {self._rank} ends: {first}", file=sys.stderr, flush=True)  # noqa: T201
+        time.sleep(0.1)
+        os._exit(1)
 
 
 def _failure_key(place: int) -> str:

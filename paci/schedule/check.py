@@ -16,6 +16,7 @@ A program is legal if, over a number of updates from an empty pipeline to an emp
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Sequence
 
 from paci.errors import ScheduleError
 from paci.schedule.action import (
@@ -47,26 +48,47 @@ def check(schedule: Schedule, num_updates: int = 4, capacity: int | None = None)
     """
     require_count("num_updates", num_updates)
     _check_placement(schedule)
-    _check_ownership(schedule, num_updates)
+    for worker in range(schedule.num_workers):
+        _check_worker(schedule, worker, num_updates)
+    _check_messages(schedule, num_updates, capacity)
+
+
+def _check_worker(schedule: Schedule, worker: int, num_updates: int) -> None:
+    """Rules 1 to 4: what a worker's program shows by itself."""
+    cursor = Cursor(schedule, worker)
+    cursor.feed(num_updates * schedule.accumulation)
+    cursor.drain()
+    held = schedule.placement[worker]
+    stages = {stage: _StageCheck(schedule, stage) for stage in held}
+    done: list[list[Action]] = []
+    for action in cursor.actions():
+        done.append([action])
+        if action.stage in stages:
+            problem = stages[action.stage].take(action)
+        else:
+            problem = f"worker {worker} holds stages {held} and must act on no other"
+        if problem:
+            raise _failure(schedule, done, action, problem)
+
+
+def _check_messages(schedule: Schedule, num_updates: int, capacity: int | None) -> None:
+    """Rules 5 and 6: what the workers' programs are together."""
     sequencer = Sequencer(schedule, capacity)
     sequencer.feed(num_updates * schedule.accumulation)
     sequencer.drain()
-    stages = [_StageCheck(schedule, stage) for stage in range(schedule.num_stages)]
     queues = _Queues(schedule.num_stages)
     done: list[list[Action]] = []
     for column in sequencer.columns():
-        done.append([])
+        done.append(column)
         for action in column:
-            done[-1].append(action)
-            problem = stages[action.stage].take(action) or queues.take(action)
+            problem = queues.take(action)
             if problem:
                 raise _failure(schedule, done, action, problem)
     if not sequencer.finished:
-        _report_deadlock(schedule, sequencer, done)
-    for stage in stages:
-        problem = stage.missing(num_updates)
-        if problem:
-            raise _failure(schedule, done, None, problem)
+        stuck = [each for cursor in sequencer.cursors if (each := cursor.peek()) is not None]
+        names = "; ".join(str(each) for each in stuck)
+        problem = f"no worker can move any more: each waits for another ({names})"
+        raise _failure(schedule, done, stuck[0], problem, waiting=stuck)
 
 
 class _StageCheck:
@@ -81,6 +103,8 @@ class _StageCheck:
 
     def take(self, action: Action) -> str | None:
         """What is wrong with ``action`` here, or None."""
+        if action.micro_batch < 0:
+            return "micro-batches count from 0"
         problem = self._update(action) if action.kind is Kind.UPDATE else self._compute(action)
         if problem:
             return problem
@@ -92,15 +116,6 @@ class _StageCheck:
         cap = self._schedule.in_flight_cap(self._stage)
         if len(self._log.in_flight) > cap:
             return f"in flight must be at most {cap} micro-batches, got {len(self._log.in_flight)}"
-        return None
-
-    def missing(self, num_updates: int) -> str | None:
-        """What the stage left out, or None."""
-        if self._log.version != num_updates or self._log.in_flight:
-            return (
-                f"stage {self._stage} must end with {num_updates} updates and nothing in flight, "
-                f"got {self._log.version} and {len(self._log.in_flight)}"
-            )
         return None
 
     def _compute(self, action: Action) -> str | None:
@@ -167,33 +182,14 @@ def _check_placement(schedule: Schedule) -> None:
         )
 
 
-def _check_ownership(schedule: Schedule, num_updates: int) -> None:
-    for worker, stages in enumerate(schedule.placement):
-        cursor = Cursor(schedule, worker)
-        cursor.feed(num_updates * schedule.accumulation)
-        cursor.drain()
-        done: list[list[Action]] = []
-        for action in cursor.actions():
-            done.append([action])
-            if action.stage not in stages:
-                problem = f"worker {worker} holds stages {stages} and must act on no other"
-                raise _failure(schedule, done, action, problem)
-
-
-def _report_deadlock(schedule: Schedule, sequencer: Sequencer, done: list[list[Action]]) -> None:
-    stuck = [action for cursor in sequencer.cursors if (action := cursor.peek()) is not None]
-    names = "; ".join(str(action) for action in stuck)
-    done.append(stuck)
-    raise _failure(
-        schedule, done, stuck[0], f"no worker can move any more: each waits for another ({names})"
-    )
-
-
 def _failure(
-    schedule: Schedule, done: list[list[Action]], culprit: Action | None, problem: str
+    schedule: Schedule,
+    done: list[list[Action]],
+    culprit: Action,
+    problem: str,
+    waiting: Sequence[Action] = (),
 ) -> ScheduleError:
-    subject = f"{culprit}: {problem}" if culprit else problem
     return ScheduleError(
-        f"{schedule} is not legal: {subject}; mend its program\n"
-        f"{render(done, schedule, culprit)}\n{LEGEND}, > < the culprit"
+        f"{schedule} is not legal: {culprit}: {problem}; mend its program\n"
+        f"{render(done, schedule, culprit, waiting)}\n{LEGEND}, > < the culprit, ( ) waiting"
     )

@@ -12,28 +12,42 @@ LEGEND = "F forward, B backward, I input backward, W weight backward, * update"
 
 
 def render(
-    columns: Iterable[Sequence[Action]], schedule: Schedule, culprit: Action | None = None
+    columns: Iterable[Sequence[Action]],
+    schedule: Schedule,
+    culprit: Action | None = None,
+    waiting: Sequence[Action] = (),
 ) -> str:
-    """Draw columns of actions; an action equal to ``culprit`` stands between ``>`` and ``<``."""
-    rows: list[list[str]] = [[] for _ in range(schedule.num_stages)]
-    for width, column in enumerate(columns, start=1):
-        for action in column:
-            if not 0 <= action.stage < schedule.num_stages:
-                continue
-            row = rows[action.stage]
-            row.extend([""] * (width - len(row)))
-            if action.kind is Kind.UPDATE and action != culprit:
-                row[-1] += "*"
-                continue
-            cell = f"{action.kind.value}{action.micro_batch}"
-            row[-1] += f">{cell}<" if action == culprit else cell
-    span = max((len(row) for row in rows), default=0)
-    cell_width = max((len(cell) for row in rows for cell in row), default=0) + 1
+    """Draw columns of actions.
+
+    Args:
+        columns: what happens in each; the last action that equals ``culprit`` stands between
+            ``>`` and ``<``.
+        schedule: whose.
+        culprit: to be marked.
+        waiting: actions that could not happen, drawn in brackets in a last column.
+    """
+    cells = [(width, action) for width, column in enumerate(columns) for action in column]
+    num_columns = cells[-1][0] + 1 if cells else 0
+    cells += [(num_columns, action) for action in waiting]
+    marked = max((i for i, (_, action) in enumerate(cells) if action == culprit), default=-1)
+    rows: dict[int, list[str]] = {stage: [] for stage in range(schedule.num_stages)}
+    for i, (column, action) in enumerate(cells):
+        row = rows.setdefault(action.stage, [])
+        row.extend([""] * (column + 1 - len(row)))
+        cell = f"{action.kind.value}{action.micro_batch}"
+        if i == marked:
+            row[-1] += f">{cell}<"
+        elif column == num_columns:
+            row[-1] += f"({cell})"
+        else:
+            row[-1] += "*" if action.kind is Kind.UPDATE else cell
+    cell_width = max((len(cell) for row in rows.values() for cell in row), default=0) + 1
     lines = []
-    for stage, row in enumerate(rows):
-        cells = "".join(cell.ljust(cell_width) for cell in row + [""] * (span - len(row)))
-        label = f"stage {stage} (worker {schedule.worker_of(stage)})"
-        lines.append(f"{label:<22}{cells}".rstrip())
+    for stage, row in sorted(rows.items()):
+        known = 0 <= stage < schedule.num_stages
+        worker = f"worker {schedule.worker_of(stage)}" if known else "no such stage"
+        drawn = "".join(cell.ljust(cell_width) for cell in row)
+        lines.append(f"{f'stage {stage} ({worker})':<22}{drawn}".rstrip())
     return "\n".join(lines)
 
 

@@ -10,8 +10,10 @@ import dataclasses
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import paci.schedule
 from paci.errors import ConfigError
@@ -48,37 +50,59 @@ def make_schedule(spec: str, num_stages: int, accumulation: int) -> Schedule:
 
 
 def _options(schedule: type[Schedule], text: str) -> dict[str, object]:
-    own = [f for f in dataclasses.fields(schedule) if f.init][2:]  # type: ignore[arg-type]
-    readers = {field.name: _reader(field) for field in own}
+    own = {field.name: field for field in _own_fields(schedule)}
     options: dict[str, object] = {}
     for item in filter(None, text.split(",")):
         key, equals, value = item.partition("=")
-        if key not in readers or not equals:
-            allowed = ", ".join(f"{each}=..." for each in readers) or "none"
+        if key not in own or not equals:
+            allowed = ", ".join(f"{each}=..." for each in own) or "none"
             raise ConfigError(
                 f"an option of schedule {schedule.name!r} must be one of {allowed}, got {item!r}; "
                 f"write {schedule.name}:OPTION=VALUE or leave it out"
             )
+        kind = type(own[key].default).__name__
         try:
-            options[key] = readers[key](value)
-        except ValueError:
+            options[key] = _READERS[kind](value)
+        except (ValueError, KeyError):
             raise ConfigError(
-                f"option {key} of schedule {schedule.name!r} must be "
-                f"{readers[key].__name__}, got {value!r}; write for instance {key}=1"
+                f"option {key} of schedule {schedule.name!r} must be {kind}, got {value!r}; write "
+                f"it like its default, {key}={own[key].default}"
             ) from None
     return options
 
 
-def _reader(field: dataclasses.Field[object]) -> type[int] | type[float] | type[str]:
-    """How to read an option: as its default is typed."""
-    if isinstance(field.default, int):
-        return int
-    return float if isinstance(field.default, float) else str
+_READERS: dict[str, Callable[[str], object]] = {
+    "bool": {"true": True, "True": True, "false": False, "False": False}.__getitem__,
+    "int": int,
+    "float": float,
+    "str": str,
+}
+
+
+def _own_fields(schedule: type[Schedule]) -> list[dataclasses.Field[Any]]:
+    """The options that a schedule adds to its stages and its micro-batches."""
+    family: type = schedule
+    if not dataclasses.is_dataclass(family):
+        raise ConfigError(
+            f"a schedule must be a dataclass, got {schedule.__name__} in {schedule.__module__}, "
+            f"which is none; decorate it with @dataclass(frozen=True)"
+        )
+    own = [field for field in dataclasses.fields(family) if field.init][2:]
+    for field in own:
+        if type(field.default).__name__ not in _READERS:
+            raise ConfigError(
+                f"an option of a schedule must have a default that is a bool, int, float or str, "
+                f"got none for {field.name} of {schedule.__name__}; give it one"
+            )
+    return own
 
 
 def _path_modules() -> list[ModuleType]:
-    folders = filter(None, os.environ.get(PATH_VARIABLE, "").split(os.pathsep))
-    return [_load(file) for folder in folders for file in sorted(Path(folder).glob("*.py"))]
+    folders = [Path(each) for each in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if each]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{PATH_VARIABLE} must name folders, got {folder}; mend or unset it")
+    return [_load(file) for folder in folders for file in sorted(folder.glob("*.py"))]
 
 
 def _load(file: Path) -> ModuleType:
@@ -92,7 +116,7 @@ def _load(file: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ConfigError(
             f"every file in {PATH_VARIABLE} must be a Python module, got {file}: {error!r}; mend "

@@ -44,6 +44,7 @@ class Cursor:
 
     def drain(self) -> None:
         """Nothing more will be fed: leave out what lies beyond, and end with the last update."""
+        assert self._num_fed % self._schedule.accumulation == 0, "whole updates are fed"
         self._draining = True
 
     @property

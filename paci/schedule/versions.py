@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from paci.errors import ScheduleError
 from paci.schedule.action import COMPLETES_GRADIENT, SENDS_GRADIENT, Action, Kind
 from paci.schedule.base import Schedule
 from paci.schedule.sequence import Sequencer
@@ -107,6 +108,9 @@ def analyse(schedule: Schedule, num_updates: int) -> tuple[StageVersions, ...]:
     """Drift, delay and in-flight of every stage over ``num_updates`` updates and the drain.
 
     From the program alone; a run that ends there measures exactly the same.
+
+    Raises:
+        ScheduleError: the workers' programs wait for each other for ever.
     """
     sequencer = Sequencer(schedule)
     sequencer.feed(num_updates * schedule.accumulation)
@@ -120,6 +124,11 @@ def analyse(schedule: Schedule, num_updates: int) -> tuple[StageVersions, ...]:
             found[action.stage].drift[met.drift] += 1
             found[action.stage].delay[met.delay] += 1
         peaks[action.stage] = max(peaks[action.stage], len(log.in_flight))
+    if not sequencer.finished:
+        raise ScheduleError(
+            f"a program must run to its end to be analysed, got a deadlock of {schedule}; check() "
+            f"says where"
+        )
     return tuple(
         StageVersions(each.stage, each.drift, each.delay, peak)
         for each, peak in zip(found, peaks, strict=True)

@@ -1,0 +1,520 @@
+"""Pipelines over several processes: how the tests start ranks, and what the ranks do.
+
+Ranks are forked from a server that has imported torch already, so that a launch takes well under a
+second; or they are plain processes, each started by itself. Either way no launcher watches over
+them: how a job ends is up to paci. They meet at a store whose port the system chooses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import paci
+from paci.runtime import distributed
+from paci.runtime.distributed import Link, RemoteReceiver, RemoteSender
+from paci.runtime.world import hosted_stages
+from paci.schedule.action import Action, Kind, Message, Payload
+
+WIDTH = 6
+LAUNCH_S = 200.0  # longest that any launch may take; every rank is killed then
+
+# --- starting ranks -----------------------------------------------------------------------------
+
+
+@dataclass
+class Rank:
+    """How one rank ended: its exit code, what its task returned, and all that it printed."""
+
+    exit_code: int
+    value: Any
+    output: str
+    pid: int
+    end_s: float
+
+
+def launch(
+    folder: Path,
+    num_ranks: int,
+    task: Callable[..., Any],
+    *args: Any,
+    plain: bool = False,
+    store: str = "tcp",
+) -> list[Rank]:
+    """Run ``task(rank, num_ranks, *args)`` in ``num_ranks`` processes and wait for all of them."""
+    (folder / "job").write_bytes(pickle.dumps((num_ranks, store, task, args)))
+    start = _start_plain if plain else _start_forked
+    processes = [start(rank, folder) for rank in range(num_ranks)]
+    ends = {}
+    limit_s = time.monotonic() + LAUNCH_S
+    try:
+        while len(ends) < num_ranks:
+            for rank, (pid, exit_code) in enumerate(processes):
+                if rank not in ends and (code := exit_code()) is not None:
+                    ends[rank] = (code, pid, time.time())
+            if time.monotonic() > limit_s:
+                raise AssertionError(f"ranks must end, got some that run:\n{_outputs(folder)}")
+            time.sleep(0.02)
+    finally:
+        for rank, (pid, _) in enumerate(processes):
+            if rank not in ends:
+                end_session(pid)
+    ranks = []
+    for rank in range(num_ranks):
+        code, pid, end_s = ends[rank]
+        file = folder / f"{rank}.value"
+        value = pickle.loads(file.read_bytes()) if file.exists() else None
+        ranks.append(Rank(code, value, (folder / f"{rank}.log").read_text(), pid, end_s))
+    return ranks
+
+
+def values(ranks: Sequence[Rank]) -> list[Any]:
+    """What the tasks returned; all ranks must have succeeded."""
+    text = "\n".join(f"--- rank {i}: {rank.output}" for i, rank in enumerate(ranks))
+    assert [rank.exit_code for rank in ranks] == [0] * len(ranks), text
+    return [rank.value for rank in ranks]
+
+
+def end_session(pid: int) -> None:
+    """Kill the processes of the session that ``pid`` leads, if any is left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _outputs(folder: Path) -> str:
+    return "\n".join(f"--- {log.name}: {log.read_text()}" for log in sorted(folder.glob("*.log")))
+
+
+@functools.cache
+def _fork_server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _start_forked(rank: int, folder: Path) -> tuple[int, Callable[[], int | None]]:
+    process = _fork_server().Process(target=_forked, args=(rank, folder), daemon=True)
+    process.start()
+    return process.pid, lambda: process.exitcode
+
+
+def _start_plain(rank: int, folder: Path) -> tuple[int, Callable[[], int | None]]:
+    with (folder / f"{rank}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return process.pid, process.poll
+
+
+def _forked(rank: int, folder: Path) -> None:
+    os.setsid()
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    run_rank(rank, folder)
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    """What a rank's process does."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    num_ranks, kind, task, args = pickle.loads((folder / "job").read_bytes())
+    if kind == "env":
+        dist.init_process_group("gloo")
+    else:
+        store = _store(kind, rank, num_ranks, folder)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    value = task(rank, num_ranks, *args)
+    (folder / f"{rank}.value").write_bytes(pickle.dumps(value))
+
+
+def _store(kind: str, rank: int, num_ranks: int, folder: Path) -> dist.Store:
+    if kind == "file":
+        return dist.FileStore(str(folder / "store"), num_ranks)
+    port = folder / "port"
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, num_ranks, True, wait_for_workers=False)
+        (folder / "port.part").write_text(str(store.port))
+        (folder / "port.part").rename(port)
+        return store
+    while not port.exists():
+        time.sleep(0.02)
+    return dist.TCPStore("127.0.0.1", int(port.read_text()), num_ranks, False)
+
+
+# --- what is trained ----------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Takes and gives one tensor, with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(WIDTH, WIDTH + 1), nn.Tanh(), nn.Dropout(0.25), nn.Linear(WIDTH + 1, WIDTH)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Many(nn.Module):
+    """Hands on tensors of all sorts; the last gives one.
+
+    A transposed float (not contiguous), int64, bool, bf16 and complex with a gradient, a float
+    without one, a scalar, an empty one, and one that nobody uses.
+    """
+
+    def __init__(self, is_first: bool, is_last: bool) -> None:
+        super().__init__()
+        self.is_first, self.is_last = is_first, is_last
+        self.body = Block()
+        self.unused = nn.Linear(WIDTH, 2)
+        self.table = nn.Embedding(5, WIDTH)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self.is_first:
+            ids = (x.abs().sum(1) * 10).long() % 5
+            mask, half, wave = x[:, 0] > 0, x.bfloat16(), torch.complex(x.float(), -x.float())
+            fixed, scalar = x * 2, x.sum()
+        else:
+            ids, mask, half, wave, fixed, scalar, empty, _ = others
+            assert x.is_contiguous()
+            assert empty.shape == (0, WIDTH)
+            x = x.t()
+        x = x.to(self.table.weight.dtype)
+        y = self.body(x) + self.table(ids) + half.float() + wave.imag * wave.real + fixed * scalar
+        y = torch.where(mask[:, None], y, -y)
+        if self.is_last:
+            return y
+        half, wave = (y / 3).bfloat16(), torch.complex(y.cos(), y * 0.1)
+        scalar = y.mean() * 0.1
+        plain = (ids + 1) % 5, ~mask, half, wave, fixed.detach() - 1, scalar
+        return y.t(), *plain, y[:0], self.unused(y)
+
+
+def make_stage(model: str, index: int, num_stages: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(100 + index)
+        return Block() if model == "block" else Many(index == 0, index == num_stages - 1)
+
+
+@dataclass(frozen=True)
+class Vee(paci.Schedule):
+    """Two stages a worker, down and up again, backwards split in two, never empty.
+
+    In slot ``t`` stage ``s`` does ``FORWARD(t - s)``, ``BACKWARD_INPUT(t - 2 N + 1 + s)`` and the
+    ``BACKWARD_WEIGHT`` of the slot before.
+    """
+
+    num_stages: int
+    accumulation: int
+
+    name: ClassVar[str] = "vee"
+    summary: ClassVar[str] = "for tests"
+    flushes: ClassVar[bool] = False
+
+    @property
+    def placement(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((w, self.num_stages - 1 - w) for w in range(self.num_stages // 2))
+
+    def program(self, worker: int) -> Iterator[Action]:
+        for slot in itertools.count():
+            for stage in self.placement[worker]:
+                forward, backward = slot - stage, slot - 2 * self.num_stages + 1 + stage
+                if forward >= 0:
+                    yield Action(Kind.FORWARD, stage, forward)
+                if backward >= 0:
+                    yield Action(Kind.BACKWARD_INPUT, stage, backward)
+                if backward >= 1:
+                    yield Action(Kind.BACKWARD_WEIGHT, stage, backward - 1)
+                    if backward % self.accumulation == 0:
+                        yield Action(Kind.UPDATE, stage, backward - 1)
+
+    def in_flight_cap(self, stage: int) -> int:
+        return 2 * (self.num_stages - stage) + 1
+
+    def drift_bound(self, stage: int) -> int:
+        return -(-2 * (self.num_stages - stage) // self.accumulation)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run, the same whatever processes share it.
+
+    ``plan`` is what the user does: ``("step", rows)`` with so many rows a micro-batch,
+    ``("evaluate", rows)``, ``("drain", 0)``, ``("drift", 0)``, ``("trace", 0)``,
+    ``("reload", 0)`` (take the state to a new pipeline).
+    """
+
+    schedule: paci.Schedule
+    plan: tuple[tuple[str, int], ...]
+    weights: str | None = None
+    precision: str = "fp32"
+    model: str = "block"
+    most_tags: int | None = None
+
+
+def steps(num: int, rows: int = 2) -> tuple[tuple[str, int], ...]:
+    return (("step", rows),) * num
+
+
+def make_batch(seed: int, rows: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (rows, WIDTH)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def build(
+    run: Run,
+    group: dist.ProcessGroup | None,
+    modules: list[nn.Module] | None = None,
+    **options: Any,
+) -> paci.Pipeline:
+    """The pipeline of ``run`` on the processes of ``group``, or in this one alone."""
+    if modules is None:
+        size = 1 if group is None else dist.get_world_size(group)
+        position = 0 if group is None else dist.get_rank(group)
+        num_stages = run.schedule.num_stages
+        held = hosted_stages(run.schedule, position, size)
+        modules = [make_stage(run.model, index, num_stages) for index in held]
+    optimizers = [torch.optim.Adam(module.parameters(), lr=0.01) for module in modules]
+    arguments = {"weights": run.weights, "precision": run.precision, "seed": 3, "timeout_s": 100.0}
+    return paci.Pipeline(
+        modules, run.schedule, optimizers, F.mse_loss, group=group, **(arguments | options)
+    )
+
+
+def train(run: Run, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """Do the plan; return all that can be compared."""
+    patch = mock.patch.object(distributed, "_MOST_TAGS", run.most_tags or distributed._MOST_TAGS)
+    with patch:
+        pipeline = build(run, group)
+        log: list[Any] = []
+        for number, (what, rows) in enumerate(run.plan):
+            if what == "reload":
+                state = pipeline.state_dict()
+                close(pipeline)
+                pipeline = build(run, group)
+                pipeline.load_state_dict(state)
+            else:
+                log.append(_do(pipeline, number, what, rows))
+        log.append(_losses(pipeline.drain()))
+        num_micro_batches = pipeline.num_micro_batches
+        stages = pipeline.state_dict()["stages"]
+        close(pipeline)
+    return {
+        "log": log,
+        "weights": {index: digest(state["weights"]) for index, state in stages.items()},
+        "versions": {index: state["version"] for index, state in stages.items()},
+        "num_micro_batches": num_micro_batches,
+    }
+
+
+def close(pipeline: paci.Pipeline) -> None:
+    pipeline.close()
+    pipeline._world.close()
+
+
+def _do(pipeline: paci.Pipeline, number: int, what: str, rows: int) -> Any:
+    wanted = pipeline.holds_first or pipeline.holds_last
+    match what:
+        case "step":
+            batch = make_batch(number, rows * pipeline.schedule.accumulation)
+            return _losses(pipeline.step(batch if wanted else None))
+        case "evaluate":
+            return pipeline.evaluate([make_batch(1000 + number + i, rows) for i in range(3)])
+        case "drift":
+            return pipeline.drift()
+        case "trace":
+            trace = pipeline.trace()
+            assert 0 < pipeline.utilization() <= 1
+            actions = {}
+            for event in trace.events:
+                seen = (event.kind.value, event.micro_batch, event.version)
+                actions.setdefault(event.stage, []).append(seen)
+            return actions, trace.drift(), trace.peak_in_flight()
+        case "drain":
+            return _losses(pipeline.drain())
+    raise AssertionError(what)
+
+
+def _losses(result: paci.StepResult) -> list[float] | None:
+    return [loss.item() for loss in result.losses]
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """A text that is equal for bit-identical tensors only."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+# --- what ranks do ------------------------------------------------------------------------------
+
+
+def train_all(rank: int, num_ranks: int, runs: dict[str, Run]) -> dict[str, Any]:
+    assert dist.group.WORLD is not None
+    return {name: train(run, dist.group.WORLD) for name, run in runs.items()}
+
+
+def train_side_by_side(
+    rank: int, num_ranks: int, pipelines: list[tuple[tuple[int, ...], Run]]
+) -> dict[str, Any]:
+    """Each pipeline on ranks of its own."""
+    groups = [dist.new_group(ranks) for ranks, _ in pipelines]
+    (mine,) = (i for i, (ranks, _) in enumerate(pipelines) if rank in ranks)
+    return train(pipelines[mine][1], groups[mine])
+
+
+def disagree(rank: int, num_ranks: int, differing: list[Any]) -> list[str]:
+    """Try to build pipelines about which the ranks differ; return what each rank is told."""
+    told = []
+    for choices in differing:
+        run, options, modules = choices[rank] if isinstance(choices, list) else choices
+        try:
+            build(run, dist.group.WORLD, modules, **options)
+        except paci.ConfigError as error:
+            told.append(str(error))
+        else:
+            told.append("no error")
+    return told
+
+
+def build_with_a_foreign_group(rank: int, num_ranks: int, run: Run) -> str:
+    groups = [dist.new_group([0]), dist.new_group([1])]
+    try:
+        build(run, groups[1 - rank], [make_stage("block", rank, 2)])
+    except paci.ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+class Trouble(nn.Module):
+    """A stage that fails at its ``at``-th forward, after writing the time into ``file``."""
+
+    def __init__(self, module: nn.Module, how: str, at: int, file: Path) -> None:
+        super().__init__()
+        self.module = module
+        self.how, self.countdown, self.file = how, at, file
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.countdown -= 1
+        if self.countdown < 0:
+            self.file.write_text(str(time.time()))
+            match self.how:
+                case "raise":
+                    raise ValueError("the sky is falling")
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "sleep":
+                    time.sleep(2 * LAUNCH_S)
+        return self.module(x)
+
+
+def train_into_trouble(
+    rank: int, num_ranks: int, run: Run, culprit: int, how: str, timeout_s: float, file: Path
+) -> None:
+    """Train for ever; ``culprit`` fails in the middle."""
+    held = hosted_stages(run.schedule, rank, num_ranks)
+    modules = [make_stage(run.model, index, run.schedule.num_stages) for index in held]
+    if rank == culprit:
+        modules[0] = Trouble(modules[0], how, 13, file)
+    pipeline = build(run, dist.group.WORLD, modules, timeout_s=timeout_s)
+    for number in itertools.count():
+        pipeline.step(make_batch(number, 2 * run.schedule.accumulation))
+
+
+def change_shapes(rank: int, num_ranks: int, run: Run, file: Path) -> None:
+    """Change the rows of a micro-batch without draining."""
+    pipeline = build(run, dist.group.WORLD)
+    for number in range(4):
+        pipeline.step(make_batch(number, 2 * run.schedule.accumulation))
+    file.write_text(str(time.time()))
+    while True:
+        pipeline.step(make_batch(9, 5 * run.schedule.accumulation))
+
+
+def hand_over_too_much(rank: int, num_ranks: int, run: Run, file: Path) -> None:
+    """The last rank hands over one stage too many."""
+    modules = [make_stage("block", i, 4) for i in range(1 + (rank == num_ranks - 1))]
+    file.write_text(str(time.time()))
+    build(run, dist.group.WORLD, modules)
+
+
+def outrun(rank: int, num_ranks: int, capacity: int, num_messages: int) -> list[int]:
+    """Rank 0 sends without pause, rank 1 receives when told to.
+
+    Returns how many sends had returned when nothing had been received, and at the end; or what
+    was received.
+    """
+    group = dist.new_group([0, 1])
+    store = dist.distributed_c10d._get_default_store()
+    link = Link(group, rank, 1 - rank, 60.0, torch.device("cpu"))
+    messages = [Message(Payload.ACTIVATION, 1, j) for j in range(num_messages)]
+    if rank == 1:
+        receiver = RemoteReceiver(link)
+        store.wait(["go"])
+        got = [int(receiver.receive(message)[0][0]) for message in messages]
+        receiver.finish()
+        return got
+    sender = RemoteSender(link, capacity)
+    sent = []
+
+    def send_all() -> None:
+        for message in messages:
+            sender.send(message, (torch.full((1000,), float(message.micro_batch)),))
+            sent.append(message)
+
+    thread = threading.Thread(target=send_all)
+    thread.start()
+    limit_s = time.monotonic() + 60
+    while len(sent) < capacity and time.monotonic() < limit_s:
+        time.sleep(0.01)
+    time.sleep(0.3)  # in which a sender that is not held would get further
+    held_at = len(sent)
+    store.set("go", "")
+    thread.join()
+    sender.seal()
+    sender.finish()
+    return [held_at, len(sent)]
+
+
+if __name__ == "__main__":
+    # As a module of its own name, so that what was pickled elsewhere is found.
+    import distributed_helpers
+
+    place = int(sys.argv[1]) if len(sys.argv) > 2 else int(os.environ["RANK"])
+    distributed_helpers.run_rank(place, Path(sys.argv[-1]))

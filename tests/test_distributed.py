@@ -1,0 +1,339 @@
+"""Pipelines over several processes (gloo): the same bits as one process, and how they fail."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import distributed_helpers as ranks_of
+import pytest
+from distributed_helpers import Run, Vee, is_alive, launch, make_stage, steps, train, values
+from distributed_helpers import __file__ as helpers_file
+
+import paci
+from paci.runtime.weights.registry import weight_policies
+from paci.runtime.world import _SOMEBODY, _Complaint, first_failure, hosted_stages
+from paci.schedule.check import check
+from paci.schedule.registry import schedules
+
+N = 4
+STEPS = {1: 9, 2: 6, 8: 3}
+POLICIES = tuple(weight_policies())
+SIZES = (2, 3, 4)
+
+
+# --- the same bits ------------------------------------------------------------------------------
+
+
+def registered(accumulation: int) -> list[paci.Schedule]:
+    """One of each schedule there is that takes this accumulation."""
+    found = []
+    for cls in schedules().values():
+        try:
+            found.append(cls(N, accumulation))  # type: ignore[call-arg]
+        except paci.ConfigError:
+            continue
+    return found
+
+
+def matrix() -> dict[str, Run]:
+    runs = {}
+    for a, num_steps in STEPS.items():
+        for schedule, policy in itertools.product(registered(a), POLICIES):
+            runs[f"{schedule.name}-{a}-{policy}"] = Run(schedule, steps(num_steps), policy)
+        for slack in (1, 2):
+            runs[f"slack-{slack}-{a}"] = Run(paci.PACI(N, a, slack), steps(num_steps))
+    for policy in POLICIES:
+        runs[f"bf16-{policy}"] = Run(paci.PACI(N, 2), steps(6), policy, "bf16")
+        runs[f"vee-{policy}"] = Run(Vee(N, 2), steps(8), policy)
+        runs[f"boundary-{policy}"] = Run(paci.PACI(N, 2), steps(6), policy, model="many")
+    runs["boundary-bf16"] = Run(paci.GPipe(N, 2), steps(6), "current", "bf16", "many")
+    runs["boundary-vee"] = Run(Vee(N, 1), steps(8), model="many")
+    return runs
+
+
+def stretches() -> dict[str, Run]:
+    """Runs that are drained often, in all ways."""
+    chance = random.Random(1)
+    drain, shapes = (("drain", 0),), (1, 2, 3, 5)
+    many = [steps(chance.randint(1, 7), chance.choice(shapes)) + drain for _ in range(30)]
+    asks = [("drift", 0), ("trace", 0), ("evaluate", 2), ("evaluate", 5), ("reload", 0)]
+    busy = [(*steps(chance.randint(1, 4), chance.choice(shapes)), ask) for ask in asks * 2]
+    runs = {}
+    for a in (1, 2):
+        runs[f"one-step-a-stretch-{a}"] = Run(paci.PACI(N, a), (steps(1) + drain) * 8)
+        runs[f"many-stretches-{a}"] = Run(paci.PACI(N, a, 1), tuple(itertools.chain(*many)))
+        runs[f"questions-{a}"] = Run(paci.PACI(N, a), tuple(itertools.chain(*busy)))
+    runs["questions-flush"] = Run(paci.OneFOneBFlush(N, 2), tuple(itertools.chain(*busy)), "stash")
+    runs["questions-recompute"] = Run(paci.PACI(N, 2), tuple(itertools.chain(*busy)), "recompute")
+    runs["no-step"] = Run(paci.PACI(N, 2), (("evaluate", 3), ("drain", 0), ("drift", 0)))
+    for tags in (1, 3):
+        runs[f"tags-{tags}"] = Run(
+            paci.PACI(N, 1), (steps(9) + drain) * 2, model="many", most_tags=tags
+        )
+    return runs
+
+
+RUNS = matrix() | stretches()
+
+
+def runs_of(size: int) -> dict[str, Run]:
+    """Those that so many processes can share."""
+    return {name: run for name, run in RUNS.items() if run.schedule.num_workers >= size}
+
+
+@functools.cache
+def alone(name: str) -> dict[str, Any]:
+    return train(RUNS[name])
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each rank of a world of a size found, for all runs; one launch a size."""
+
+    @functools.cache
+    def run(size: int) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp(f"world-{size}")
+        return values(launch(folder, size, ranks_of.train_all, runs_of(size)))
+
+    return run
+
+
+def require_equal(run: Run, expected: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    """What ranks found must be what one process found, each its part of it."""
+    assert len(ranks) > 1
+    for part in ("weights", "versions"):
+        held = [index for found in ranks for index in found[part]]
+        assert sorted(held) == list(range(run.schedule.num_stages))
+        merged = {index: value for found in ranks for index, value in found[part].items()}
+        assert merged == expected[part]
+    for position, found in enumerate(ranks):
+        stages = hosted_stages(run.schedule, position, len(ranks))
+        assert tuple(found["weights"]) == stages
+        assert found["num_micro_batches"] == expected["num_micro_batches"]
+        for mine, wanted in zip(found["log"], expected["log"], strict=True):
+            if isinstance(wanted, list) and run.schedule.num_stages - 1 not in stages:
+                assert mine == []  # losses are known where the last stage is
+            else:
+                assert mine == wanted
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [(size, name) for size in SIZES for name in runs_of(size)]
+)
+def test_many_processes_are_one_bit_for_bit(size: int, name: str, together: Any):
+    require_equal(RUNS[name], alone(name), [found[name] for found in together(size)])
+
+
+def test_every_schedule_takes_part():
+    assert set(schedules()) <= {run.schedule.name for run in RUNS.values()}
+    check(Vee(N, 2))
+
+
+def test_bits_tell_runs_apart():
+    """The comparison above means something: other weights give other bits."""
+    names = ["paci-1-current", "paci-1-stash", "paci-1-recompute", "slack-1-1", "1f1b-1-current"]
+    assert len({alone(name)["weights"][0] for name in names}) == len(names)
+    assert alone("1f1b-2-current")["weights"] == alone("gpipe-2-current")["weights"]
+
+
+@pytest.mark.parametrize(
+    "pipelines",
+    [
+        [((0, 1), Run(paci.PACI(2, 2), steps(6))), ((2, 3), Run(paci.PACI(2, 2), steps(6)))],
+        [((0, 2), Run(Vee(4, 1), steps(6))), ((1, 3), Run(paci.PACI(4, 2, 1), steps(8)))],
+        [((1,), Run(paci.PACI(1, 2), steps(3))), ((0, 2, 3), Run(paci.GPipe(4, 2), steps(4)))],
+    ],
+    ids=["equal", "interleaved", "uneven"],
+)
+def test_pipelines_side_by_side(tmp_path: Path, pipelines: list[tuple[tuple[int, ...], Run]]):
+    found = values(launch(tmp_path, 4, ranks_of.train_side_by_side, pipelines))
+    for held, run in pipelines:
+        if len(held) > 1:
+            require_equal(run, train(run), [found[rank] for rank in held])
+        else:
+            assert found[held[0]] == train(run)
+
+
+def test_torchrun_starts_it(tmp_path: Path):
+    run = RUNS["paci-2-current"]
+    job = ranks_of.pickle.dumps((2, "env", ranks_of.train_all, ({"run": run},)))
+    (tmp_path / "job").write_bytes(job)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with subprocess.Popen(
+        [*command, helpers_file, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=ranks_of.LAUNCH_S)
+        finally:
+            ranks_of.end_session(process.pid)
+    assert process.returncode == 0, output
+    found = [ranks_of.pickle.loads((tmp_path / f"{i}.value").read_bytes()) for i in range(2)]
+    require_equal(run, train(run), [each["run"] for each in found])
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_ranks_that_differ_are_told(tmp_path: Path):
+    run = Run(paci.PACI(3, 2), ())
+    usual: Any = (run, {}, None)
+    cases = {
+        "accumulation": [usual, usual, (Run(paci.PACI(3, 4), ()), {}, None)],
+        "schedule": [(Run(paci.GPipe(3, 2), ()), {}, None), usual, usual],
+        "precision": [usual, (run, {"precision": "bf16"}, None), usual],
+        "seed": [usual, usual, (run, {"seed": 4}, None)],
+        "weights": [usual, (run, {"weights": "stash"}, None), usual],
+        "too many ranks": (Run(paci.PACI(2, 2), ()), {}, [make_stage("block", 0, 2)]),
+        "too many stages": (run, {}, [make_stage("block", i, 3) for i in range(2)]),
+    }
+    found = values(launch(tmp_path, 3, ranks_of.disagree, list(cases.values())))
+    told = dict(zip(cases, found[0], strict=True))
+    assert found[1][:6] == found[2][:6] == found[0][:6]  # all ranks are told the same
+    for name, parts in {
+        "accumulation": (
+            "the schedule",
+            "PACI(num_stages=3, accumulation=2, slack=0) on rank 0",
+            "PACI(num_stages=3, accumulation=4, slack=0) on rank 2",
+        ),
+        "schedule": ("the schedule", "GPipe(num_stages=3, num_micro_batches=2) on rank 0", "PACI"),
+        "precision": ("precision", "'fp32' on rank 0", "'bf16' on rank 1"),
+        "seed": ("the seed", "3 on rank 0", "4 on rank 2"),
+        "weights": ("weights", "'current' on rank 0", "'stash' on rank 1"),
+        "too many ranks": ("at most", "workers (2)", "got 3"),
+        "too many stages": ("must hand over the stages [0]", "got 2 stages"),
+    }.items():
+        assert all(part in told[name] for part in parts), (name, told[name])
+    for rank in (1, 2):
+        assert f"must hand over the stages [{rank}]" in found[rank][-1]
+
+
+def test_a_group_must_hold_the_process(tmp_path: Path):
+    run = Run(paci.PACI(2, 2), ())
+    for rank, told in enumerate(
+        values(launch(tmp_path, 2, ranks_of.build_with_a_foreign_group, run))
+    ):
+        assert f"without rank {rank}" in told
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+TROUBLED = Run(paci.PACI(N, 2), ())
+
+
+def require_ended(ranks: list[ranks_of.Rank], began: Path, first: int) -> None:
+    """All ranks must have failed, soon after the trouble began, and left nothing behind."""
+    for rank in ranks:
+        assert rank.exit_code != 0, rank.output
+        assert rank.end_s - float(began.read_text()) < 30
+        assert not is_alive(rank.pid)
+    for number, rank in enumerate(ranks):
+        if number != first:
+            assert f"rank {first}" in rank.output, (number, rank.output)
+
+
+@pytest.mark.parametrize("store", ["tcp", "file"])
+@pytest.mark.parametrize("culprit", [1, 3])
+def test_an_exception_ends_all_ranks_and_is_named(tmp_path: Path, culprit: int, store: str):
+    began = tmp_path / "began"
+    found = launch(
+        tmp_path,
+        N,
+        ranks_of.train_into_trouble,
+        *(TROUBLED, culprit, "raise", 60.0, began),
+        store=store,
+    )
+    require_ended(found, began, culprit)
+    assert "\nValueError: the sky is falling" in found[culprit].output
+    for number, rank in enumerate(found):
+        if number != culprit:
+            cause = f"rank {culprit} failed first: ValueError: the sky is falling"
+            assert f"WorkerError: {cause}" in rank.output
+
+
+@pytest.mark.parametrize("culprit", [2, 0])
+def test_a_killed_rank_is_named(tmp_path: Path, culprit: int):
+    """Rank 0 keeps the store, through which the others would tell each other."""
+    began = tmp_path / "began"
+    args = (TROUBLED, culprit, "kill", 60.0, began)
+    found = launch(tmp_path, N, ranks_of.train_into_trouble, *args, plain=True)
+    require_ended(found, began, culprit)
+    assert found[culprit].exit_code == -9
+    for number, rank in enumerate(found):
+        if number != culprit:
+            assert "paci.errors.WorkerError: " in rank.output or "LinkError: " in rank.output
+        if abs(number - culprit) == 1:
+            assert f"a broken connection: rank {culprit} is gone" in rank.output
+
+
+def test_a_rank_that_stops_is_named(tmp_path: Path):
+    began = tmp_path / "began"
+    args = (TROUBLED, 2, "sleep", 3.0, began)
+    found = launch(tmp_path, N, ranks_of.train_into_trouble, *args)
+    require_ended(found, began, 2)
+    assert "paci: error: rank 2 ends: rank 2 failed first: rank " in found[2].output
+    words = {
+        1: "rank 1 (stage 1) must receive the gradient of micro-batch",
+        3: "rank 3 (stage 3) must receive the activation of micro-batch",
+    }
+    for number, words_of_rank in words.items():
+        assert words_of_rank in found[number].output
+        assert "from rank 2 (stage 2), got nothing for 3 s" in found[number].output
+    assert "WorkerError: rank 2 failed first: " in found[0].output
+
+
+def test_shapes_that_change_within_a_stretch_end_all_ranks(tmp_path: Path):
+    began = tmp_path / "began"
+    found = launch(tmp_path, 3, ranks_of.change_shapes, Run(paci.PACI(3, 2), ()), began)
+    require_ended(found, began, 0)
+    words = "got [5, 6] float32 with a gradient after [2, 6] float32 with a gradient from stage 0"
+    for rank in found:
+        assert words in rank.output
+    assert "\npaci.errors.ConfigError: " in found[0].output
+
+
+def test_one_rank_that_hands_over_too_much_ends_all(tmp_path: Path):
+    began = tmp_path / "began"
+    found = launch(tmp_path, 3, ranks_of.hand_over_too_much, Run(paci.PACI(3, 2), ()), began)
+    for rank in found:
+        assert rank.exit_code != 0
+        assert rank.end_s - float(began.read_text()) < 30
+    assert "must hand over the stages [2] with an optimizer each, got 2 stages" in found[2].output
+
+
+def test_who_failed_first():
+    own = _Complaint(3, 3, "ValueError: x")
+    blames_3, blames_1, blames_somebody = (
+        _Complaint(2, 3, "rank 3 is gone"),
+        _Complaint(0, 1, "nothing for 3 s"),
+        _Complaint(4, _SOMEBODY, "a collective failed"),
+    )
+    assert first_failure([blames_3, blames_somebody, own]) is own
+    assert first_failure([own, _Complaint(1, 1, "later")]) is own
+    # 1 is silent; 2 and 0 only waited for those who waited
+    chain = [_Complaint(3, 2, ""), _Complaint(2, 0, ""), blames_1]
+    for order in itertools.permutations(chain):
+        assert first_failure(order) is blames_1
+    assert first_failure([blames_somebody, blames_1]) is blames_1
+    assert first_failure([blames_somebody]) is blames_somebody
+    assert str(own) == "rank 3 failed first: ValueError: x"
+    assert str(blames_1) == "rank 1 failed first: nothing for 3 s"
+
+
+# --- the transport itself -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_a_sender_is_held_at_its_capacity(tmp_path: Path, capacity: int):
+    sender, received = values(launch(tmp_path, 2, ranks_of.outrun, capacity, 12))
+    assert sender == [capacity, 12]
+    assert received == list(range(12))
