@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +78,7 @@ class TrainConfig(BaseModel):
     checkpoint_every: Count = option(100, "run", "updates between checkpoints (drains)")
     keep_checkpoints: Count = option(2, "run", "newest checkpoints to keep")
     eval_every: Count = option(100, "run", "updates between evaluations (drains)")
-    eval_batches: Count = option(16, "run", "validation batches of one evaluation")
+    eval_batches: Count = option(50, "run", "validation batches of one evaluation")
     log_every: Count = option(10, "run", "updates between lines of progress")
     sample_tokens: Annotated[int, Field(ge=0)] = option(
         200, "run", "tokens of the text sampled at the end"
@@ -104,6 +105,7 @@ class TrainConfig(BaseModel):
         return max(4, self.workers) if self.stages is None else self.stages
 
 
+OPTIONS_FILE = "options.json"
 # Options that do not shape the weights.
 NEUTRAL = frozenset(
     {
@@ -124,6 +126,8 @@ NEUTRAL = frozenset(
 def load_config(file: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     """Options from a TOML file, then from the command line.
 
+    A run that is resumed starts from its own options, so that ``--resume --out RUN`` is enough.
+
     Args:
         file: TOML with one key an option (``batch_size = 64``), or None.
         overrides: by option, as text or as values.
@@ -133,7 +137,31 @@ def load_config(file: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     """
     values = {} if file is None else _read(Path(file))
     _validate(values, strict=True)
-    return _validate({**values, **overrides}, strict=False)
+    given = {**values, **overrides}
+    config = _validate(given, strict=False)
+    if not config.resume or config.out is None:
+        return config
+    kept = Path(config.out) / OPTIONS_FILE
+    return _validate({**_read_kept(kept), **given}, strict=False) if kept.exists() else config
+
+
+def keep_options(config: TrainConfig, folder: Path) -> None:
+    """Write the options into the run's folder, for ``load_config`` to resume from."""
+    options = config.model_dump(exclude={"out", "resume", "port"})
+    partial = folder / f".{OPTIONS_FILE}"
+    partial.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / OPTIONS_FILE)
+
+
+def _read_kept(path: Path) -> dict[str, Any]:
+    try:
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"a run's {OPTIONS_FILE} must be readable JSON, got {path}: {error}; remove it and "
+            f"give all options again"
+        ) from error
+    return kept
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from paci.data import Corpus, prepare
 from paci.errors import ConfigError, PaciError, WorkerError
 from paci.runtime.world import require_agreement
-from paci.train.config import TrainConfig
+from paci.train.config import TrainConfig, keep_options
 from paci.train.loop import Trainer
 from paci.train.report import drift_table, sample_text, summarize, write_report
 from paci.train.setup import choose_device, make_plan
@@ -86,6 +86,7 @@ def train(config: TrainConfig, say: Say) -> Path:
     trainer = Trainer(config, plan, corpus, device, folder, say)
     with trainer.pipeline.failing_together():
         if trainer.pipeline.holds_last:
+            keep_options(config, folder)
             (folder / "tokenizer").mkdir(exist_ok=True)
             corpus.tokenizer.save(folder / "tokenizer")
         trainer.run()
