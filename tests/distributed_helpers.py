@@ -221,7 +221,7 @@ class Many(nn.Module):
         half, wave = (y / 3).bfloat16(), torch.complex(y.cos(), y * 0.1)
         scalar = y.mean() * 0.1
         plain = (ids + 1) % 5, ~mask, half, wave, fixed.detach() - 1, scalar
-        return y.t(), *plain, y[:0], self.unused(y)
+        return y.t(), *plain, y[:0], self.unused(x)
 
 
 def make_stage(model: str, index: int, num_stages: int) -> nn.Module:
@@ -324,6 +324,7 @@ def train(run: Run, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
         log: list[Any] = []
         for number, (what, rows) in enumerate(run.plan):
             if what == "reload":
+                log.append(_losses(pipeline.drain()))
                 state = pipeline.state_dict()
                 close(pipeline)
                 pipeline = build(run, group)
@@ -370,7 +371,7 @@ def _do(pipeline: paci.Pipeline, number: int, what: str, rows: int) -> Any:
     raise AssertionError(what)
 
 
-def _losses(result: paci.StepResult) -> list[float] | None:
+def _losses(result: paci.StepResult) -> list[float]:
     return [loss.item() for loss in result.losses]
 
 

@@ -1008,7 +1008,8 @@ def test_pipelines_do_not_disturb_each_other():
     for batch in batches:
         one.step(batch)
         other.step(copy.deepcopy(batch))
-    one.drain(), other.drain()
+    one.drain()
+    other.drain()
     assert same_bits(masters(one), masters(alone))
     assert same_bits(masters(other), masters(alone))
     one.close()

@@ -312,3 +312,92 @@ def test_a_batch_that_is_refused_does_no_harm():
 def test_a_policy_is_found_by_its_name():
     for name in weight_policies():
         assert make_weight_policy(name).name == name
+
+
+def test_a_parameter_on_two_stages():
+    shared = nn.Linear(4, 4)
+    stages = [nn.Sequential(nn.Linear(4, 4), shared), nn.Sequential(shared, nn.Linear(4, 4))]
+    optimizers = [torch.optim.SGD(s.parameters(), 0.1) for s in stages]
+    with pytest.raises(
+        paci.ConfigError, match=r"belong to one stage, got 0\.weight on stages 0 and 1"
+    ):
+        paci.Pipeline(stages, paci.PACI(2, 2), optimizers, nn.MSELoss())
+
+
+def test_a_pipeline_that_failed_is_not_stepped_again():
+    class Fragile(nn.Linear):
+        broken = False
+
+        def forward(self, x):
+            if self.broken:
+                raise RuntimeError("out of luck")
+            return super().forward(x)
+
+    stages = [nn.Linear(4, 4), Fragile(4, 4)]
+    optimizers = [torch.optim.SGD(s.parameters(), 0.1) for s in stages]
+    running = paci.Pipeline(stages, paci.PACI(2, 2), optimizers, nn.MSELoss())
+    batch = (torch.ones(4, 4), torch.ones(4, 4))
+    running.step(batch)
+    with pytest.raises(paci.ConfigError, match="divisible"):
+        running.step((torch.ones(3, 4), torch.ones(3, 4)))  # refused, but nothing is lost
+    running.step(batch)
+    stages[1].broken = True
+    with pytest.raises(RuntimeError, match="out of luck"):
+        running.step(batch)
+    for again in (lambda: running.step(batch), running.drain):
+        with pytest.raises(
+            paci.WorkerError, match=r"must not be used again, .*out of luck; build a new"
+        ):
+            again()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": None}, "seed must be a whole number of at least 0, got None"),
+        ({"seed": -1}, "seed must be"),
+        ({"trace_capacity": 0}, "trace_capacity must be"),
+        ({"timeout_s": -1.0}, r"timeout_s must be above 0, got -1\.0"),
+        ({"timeout_s": float("nan")}, "timeout_s must be above 0, got nan"),
+    ],
+)
+def test_numbers_out_of_range(wrong, message):
+    stage = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(stage.parameters(), 0.1)
+    with pytest.raises(paci.ConfigError, match=message):
+        paci.Pipeline(stage, paci.PACI(1, 2), optimizer, nn.MSELoss(), **wrong)
+
+
+def test_evaluate_takes_pairs():
+    stage = nn.Linear(4, 4)
+    running = paci.Pipeline(
+        stage, paci.PACI(1, 2), torch.optim.SGD(stage.parameters(), 0.1), nn.MSELoss()
+    )
+    with pytest.raises(
+        paci.ConfigError, match=r"a batch must be a pair \(inputs, targets\), got tuple"
+    ):
+        running.evaluate([(torch.ones(2, 4),)])
+
+
+def test_a_scheduler_in_the_state_and_none_here():
+    stage = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(stage.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    loss = nn.MSELoss()
+    state = paci.Pipeline(
+        stage, paci.PACI(1, 2), optimizer, loss, lr_scheduler=scheduler
+    ).state_dict()
+    other = nn.Linear(4, 4)
+    without = paci.Pipeline(other, paci.PACI(1, 2), torch.optim.SGD(other.parameters(), 0.1), loss)
+    with pytest.raises(paci.ConfigError, match=r"scheduler if and only if .* got none here"):
+        without.load_state_dict(state)
+
+
+def test_an_update_without_tokens_changes_nothing():
+    stage = nn.Linear(4, 4)
+    before = stage.weight.detach().clone()
+    optimizer = torch.optim.SGD(stage.parameters(), 0.1)
+    running = paci.Pipeline(stage, paci.PACI(1, 2), optimizer, paci.CrossEntropy())
+    result = running.step((torch.ones(4, 4), torch.full((4,), -100)))
+    assert result.loss == 0.0
+    assert torch.equal(stage.weight, before)

@@ -58,13 +58,16 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         return _run_worker(config)
     # Torch is imported from here on: bad options are refused without it.
     from paci.train.launch import launch
-    from paci.train.run import claim_folder, prepare_all, train
+    from paci.train.run import choose_folder, claim_folder, prepare_all, train
+    from paci.train.setup import require_devices
 
     if config.workers == 1:
         train(config, _say)
         return 0
-    folder = claim_folder(config)
+    choose_folder(config)
+    require_devices(config, config.workers)
     prepare_all(config)
+    folder = claim_folder(config)
     # The last --out counts. It is settled here: a default made by each worker might differ.
     launch([*arguments, "--out", str(folder)], config.workers, config.port)
     return 0
@@ -73,7 +76,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
 def _run_worker(config: TrainConfig) -> int:
     """One process of many, started by ``launch`` or torchrun."""
     from paci.errors import ConfigError, PaciError
-    from paci.train.launch import end_with_launcher
+    from paci.train.launch import end_with_launcher, is_launched
     from paci.train.run import train
 
     world_size = int(os.environ["WORLD_SIZE"])
@@ -88,6 +91,10 @@ def _run_worker(config: TrainConfig) -> int:
     except PaciError as error:
         print(f"paci: error: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)  # threads and connections of a broken world could hold us up
+    except KeyboardInterrupt:
+        if is_launched():
+            os._exit(130)  # the launcher says so for all
+        raise
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()

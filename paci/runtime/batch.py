@@ -32,8 +32,8 @@ def split_batch(batch: MicroBatch | Sequence[MicroBatch], num: int) -> list[Micr
                 f"a list of micro-batches must hold those of one update ({num}), got "
                 f"{len(batch)}; pass {num}, or change the accumulation"
             )
-        return [_pair(micro_batch) for micro_batch in batch]
-    inputs, targets = _pair(batch)
+        return [as_pair(micro_batch) for micro_batch in batch]
+    inputs, targets = as_pair(batch)
     parts = zip(_split(inputs, num), _split(targets, num), strict=True)
     return list(parts)
 
@@ -61,7 +61,12 @@ def _is_collated(batch: list[Any]) -> bool:
     return len(batch) == 2 and all(isinstance(each, Tensor) for each in batch)
 
 
-def _pair(batch: Any) -> MicroBatch:
+def as_pair(batch: Any) -> MicroBatch:
+    """``batch`` as a pair ``(inputs, targets)``.
+
+    Raises:
+        ConfigError: it is none.
+    """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ConfigError(
             f"a batch must be a pair (inputs, targets), got {type(batch).__name__}; put it into one"

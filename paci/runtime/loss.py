@@ -78,8 +78,12 @@ def as_loss(loss_fn: Callable[[Any, Any], Tensor]) -> Loss:
 
 
 def divisor(loss: Loss, targets: list[Any]) -> Tensor | float:
-    """The update's number of tokens, which every micro-batch's loss is divided by."""
+    """The update's number of tokens, which every micro-batch's loss is divided by.
+
+    One where there is none, so that such an update changes nothing but what decay does.
+    """
     counts = [loss.num_tokens(target) for target in targets]
     if any(isinstance(count, Tensor) for count in counts):
-        return torch.stack([torch.as_tensor(count) for count in counts]).sum()
-    return float(sum(counts))
+        total = torch.stack([torch.as_tensor(count) for count in counts]).sum()
+        return torch.where(total == 0, torch.ones_like(total), total)
+    return float(sum(counts)) or 1.0

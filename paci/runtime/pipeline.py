@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from paci.errors import ConfigError
-from paci.runtime.batch import MicroBatch, split_batch, to_device
+from paci.errors import ConfigError, WorkerError
+from paci.runtime.assemble import build_stages, choose_group, listed
+from paci.runtime.batch import MicroBatch, as_pair, split_batch, to_device
 from paci.runtime.drift import DriftMeter, DriftReport
 from paci.runtime.execute import Engine, Feed, execute
 from paci.runtime.loss import as_loss, divisor
 from paci.runtime.recorder import Recorder
-from paci.runtime.stage import Stage, Target
+from paci.runtime.stage import Target
 from paci.runtime.status import Status, StatusBoard, combine
 from paci.runtime.weights.registry import make_weight_policy
 from paci.runtime.world import FailureBoard, World, ended_by
-from paci.schedule.action import Action, Message, Payload
-from paci.schedule.base import Schedule
+from paci.schedule.action import Message, Payload
+from paci.schedule.base import Schedule, require_count
 from paci.schedule.sequence import Cursor, Sequencer
 from paci.trace import Event, Trace
 
@@ -67,8 +68,8 @@ class Pipeline:
         lr_scheduler: stepped after each update of its stage; one, or a list.
         weights: name of the weight policy; the schedule's own by default.
         precision: ``"fp32"``, or ``"bf16"`` for one bf16 working copy of each weight beside fp32
-            masters, gradients and optimizer state. Do not use autocast in a stage: it keeps a
-            copy of each weight for every micro-batch in flight.
+            masters, gradients and optimizer state; buffers stay as they are. Do not use autocast
+            in a stage: it keeps a copy of each weight for every micro-batch in flight.
         group: processes of this pipeline; by default all, if torch.distributed is initialized.
         seed: of random numbers in forwards (dropout): each micro-batch has its own at each stage.
         timeout_s: longest wait for another process, in seconds.
@@ -95,39 +96,32 @@ class Pipeline:
         timeout_s: float = 600.0,
         trace_capacity: int = 20_000,
     ) -> None:
-        modules = _listed(stage)
+        require_count("seed", seed, least=0)
+        require_count("trace_capacity", trace_capacity)
+        if not timeout_s > 0:
+            raise ConfigError(f"timeout_s must be above 0, got {timeout_s!r}; pass seconds")
+        modules = listed(stage)
         self.schedule = schedule
         self._loss = as_loss(loss_fn)
-        self._world = World(schedule, _group(group, len(modules), schedule), timeout_s)
+        self._world = World(schedule, choose_group(group, len(modules), schedule), timeout_s)
         policy = make_weight_policy(weights or schedule.weights)
         self._world.agree(
             {"the schedule": repr(schedule), "weights": policy.name, "precision": precision}
             | {"the seed": seed}
         )
         held = self._world.stages
-        optimizers, schedulers = _listed(optimizer), _listed(lr_scheduler, len(modules))
-        if not len(held) == len(modules) == len(optimizers) == len(schedulers):
-            raise ConfigError(
-                f"this process must hand over the stages {list(held)} with an optimizer each, got "
-                f"{len(modules)} stages, {len(optimizers)} optimizers and {len(schedulers)} "
-                f"learning-rate schedulers; see Pipeline's argument `stage`"
-            )
-        self.stages = {
-            index: Stage(
-                index,
-                index == schedule.num_stages - 1,
-                module,
-                its_optimizer,
-                make_weight_policy(policy.name),
+        with self._world.refusing_together():
+            self.stages = build_stages(
+                held,
+                schedule,
+                modules,
+                listed(optimizer),
+                listed(lr_scheduler, len(modules)),
+                type(policy),
                 self._loss,
-                lr_scheduler=its_scheduler,
-                precision=precision,
-                seed=seed,
+                precision,
+                seed,
             )
-            for index, module, its_optimizer, its_scheduler in zip(
-                held, modules, optimizers, schedulers, strict=True
-            )
-        }
         devices = {index: each.device for index, each in self.stages.items()}
         self._engine = Engine(
             schedule.num_stages,
@@ -146,6 +140,7 @@ class Pipeline:
         )
         self._num_done = 0  # micro-batches of all stretches that have been drained
         self._num_fed = 0  # micro-batches of the one that is running
+        self._failure: BaseException | None = None
         self._start_stretch()
 
     @property
@@ -179,11 +174,12 @@ class Pipeline:
             WorkerError: another process failed, or a wait took longer than ``timeout_s``.
             DriftError: the run departs from its program.
         """
+        self._require_whole()
         with self.failing_together():
             self._feed_batch(batch)
             self._num_fed += self.schedule.accumulation
             self._sequencer.feed(self._num_fed)
-            execute(self._own(self._sequencer), self._engine, self._feed)
+            self._run()
         return self._result()
 
     def drain(self) -> StepResult:
@@ -192,11 +188,12 @@ class Pipeline:
         Needed before evaluation, a checkpoint, or the end of training. The next ``step`` fills
         the pipeline anew, which costs what one flush costs: about ``N - 1`` slots.
         """
+        self._require_whole()
         if not self._num_fed:
             return StepResult()
         with self.failing_together():
             self._sequencer.drain()
-            execute(self._own(self._sequencer), self._engine, self._feed)
+            self._run()
             self._engine.transport.finish()
             self._engine.recorder.finish()
         result = self._result()
@@ -220,7 +217,7 @@ class Pipeline:
         device = next(iter(self.stages.values())).device
         total = torch.zeros(2, dtype=torch.float64, device=device)
         with self.failing_together():
-            for j, (inputs, targets) in enumerate(batches):
+            for j, (inputs, targets) in enumerate(map(as_pair, batches)):
                 for index in self.stages:
                     total += self._evaluate_stage(index, j, inputs, targets)
             self._engine.transport.finish()
@@ -325,13 +322,18 @@ class Pipeline:
             self._engine.meters[index].start(stage.version)
         self._engine.recorder.start()
 
-    def _own(self, sequencer: Cursor | Sequencer) -> Iterator[Action]:
-        """The actions that can run now, those of this process only.
+    def _run(self) -> None:
+        """Run what can run now, of this process.
 
         A process with one worker follows that worker's program. One with several needs an order
         between them that cannot block: the one order of all workers, its own actions picked out.
         """
-        return (action for action in sequencer.actions() if action.stage in self.stages)
+        own = (action for action in self._sequencer.actions() if action.stage in self.stages)
+        try:
+            execute(own, self._engine, self._feed)
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def _feed_batch(self, batch: MicroBatch | Sequence[MicroBatch] | None) -> None:
         if not self._num_fed:
@@ -384,32 +386,17 @@ class Pipeline:
             dist.all_gather_object(everyone, own, group=self._world.group)
         return everyone
 
+    def _require_whole(self) -> None:
+        if self._failure is not None:
+            raise WorkerError(
+                f"a pipeline that failed must not be used again, got a call after "
+                f"{type(self._failure).__name__}: {self._failure}; build a new one and load the "
+                f"last checkpoint"
+            )
+
     def _require_drained(self, what: str) -> None:
         if self._num_fed:
             raise ConfigError(
                 f"{what} needs an empty pipeline, got {self._num_fed} micro-batches fed since it "
                 f"last was; call drain() first"
             )
-
-
-def _listed(value: Any, num_absent: int = 1) -> list[Any]:
-    if value is None:
-        return [None] * num_absent
-    return list(value) if isinstance(value, Sequence | nn.ModuleList) else [value]
-
-
-def _group(
-    group: dist.ProcessGroup | None, num_modules: int, schedule: Schedule
-) -> dist.ProcessGroup | None:
-    """The processes that share the pipeline; None where this one holds all of it."""
-    if group is None and num_modules == schedule.num_stages:
-        return None
-    if group is not None:
-        return group
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ConfigError(
-            f"a single process must hand over all {schedule.num_stages} stages, got {num_modules}; "
-            f"pass the list of all, or start one process a stage with torchrun and call "
-            f"torch.distributed.init_process_group first"
-        )
-    return dist.group.WORLD

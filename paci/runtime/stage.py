@@ -225,7 +225,13 @@ class Stage:
                 f"and of {[len(g) for g in groups]} there; build it as it was built then"
             )
         self.optimizer.load_state_dict(_rename(state["optimizer"], positions))
-        if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
+        if (self.lr_scheduler is None) != (state["lr_scheduler"] is None):
+            raise ConfigError(
+                f"stage {self.index} must have a learning-rate scheduler if and only if the state "
+                f"that is loaded has one, got {'none' if self.lr_scheduler is None else 'one'} "
+                f"here; build the pipeline as it was built then"
+            )
+        if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.version = state["version"]
         self.weights.write_in_place()

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -120,6 +120,25 @@ class World:
         if self.group is not None:
             require_agreement(what, self.group)
 
+    @contextlib.contextmanager
+    def refusing_together(self) -> Iterator[None]:
+        """If any process raises ``ConfigError`` inside, all do: none is left to wait for it.
+
+        All processes of the world must enter.
+        """
+        refused: ConfigError | None = None
+        try:
+            yield
+        except ConfigError as error:
+            refused = error
+        if self.group is not None:
+            everyone = _gather(refused and str(refused), self.group)
+            for rank, message in zip(self.ranks, everyone, strict=True):
+                if message is not None and refused is None:
+                    refused = ConfigError(f"rank {rank} refused: {message}")
+        if refused is not None:
+            raise refused
+
     def connect(self, devices: Mapping[int, torch.device]) -> Transport:
         """Open the channels of this process. All processes of the world must do so.
 
@@ -220,6 +239,11 @@ class _Complaint(NamedTuple):
     suspect: int
     cause: str
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is an error of the process's own, and so follows from no other."""
+        return self.suspect == self.rank
+
     def __str__(self) -> str:
         first = self.rank if self.suspect == _SOMEBODY else self.suspect
         return f"rank {first} failed first: {self.cause}"
@@ -237,7 +261,7 @@ def first_failure(complaints: Sequence[_Complaint]) -> _Complaint:
     complaining = {complaint.rank for complaint in complaints}
 
     def order(complaint: _Complaint) -> int:
-        if complaint.suspect == complaint.rank:
+        if complaint.is_own:
             return 0
         return 2 if complaint.suspect in {_SOMEBODY, *complaining} else 1
 
@@ -283,9 +307,9 @@ class FailureBoard:
             error = _collective_error(error)
         knows_store = self._confer(own)
         first = first_failure([*self._heard, own])
-        if first.suspect != own.suspect:
+        if first.suspect != own.suspect or (first.is_own and first.rank != self._rank):
             return WorkerError(str(first))
-        if knows_store or own.suspect == self._rank:
+        if knows_store or own.is_own:
             return error
         return WorkerError(
             f"{error} (the store of this job is gone too: the process that keeps it, rank 0 unless "
@@ -299,8 +323,7 @@ class FailureBoard:
             self._post(own)
             while time.monotonic() < until_s:
                 self._heard = self._read()
-                first = first_failure([*self._heard, own])
-                if own.suspect != self._rank and first.suspect == first.rank:
+                if not own.is_own and first_failure([*self._heard, own]).is_own:
                     break
                 time.sleep(_SETTLE_S / 20)
         except RuntimeError:

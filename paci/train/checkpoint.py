@@ -134,26 +134,30 @@ def newest(root: Path) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint is of, after its files have been checked against their digests.
+    """What a checkpoint is of.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or of another format.
+        CheckpointError: the manifest is missing or damaged, or of another format.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        known, files = manifest["format"], manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+        known = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder / MANIFEST, str(error)) from error
     if known != FORMAT:
         raise CheckpointError(
             f"a checkpoint must be of format {FORMAT}, got {known} in {folder}; read it with the "
             f"version of paci that wrote it"
         )
-    for name, digest in files.items():
+    return manifest
+
+
+def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise ``CheckpointError`` unless all files are there, with the digests they must have."""
+    for name, digest in manifest["files"].items():
         path = folder / name
         if not path.is_file() or _sha256(path) != digest:
             raise _damaged(path, "another digest" if path.is_file() else "no such file")
-    return manifest
 
 
 def require_same(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -169,6 +173,7 @@ def require_same(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """All stages' weights and buffers by name, in one model."""
     manifest = read_manifest(folder)
+    verify(folder, manifest)
     weights: dict[str, Tensor] = {}
     for index in range(len(manifest["files"])):
         state = load_stage(folder, index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from paci.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+ProperFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def option(default: Any, group: str, description: str) -> Any:
@@ -37,7 +39,7 @@ class TrainConfig(BaseModel):
     heads: Count | None = option(None, "model", "attention heads, instead of the preset's")
     width: Count | None = option(None, "model", "width of the residual stream, likewise")
     context: Count = option(128, "model", "tokens that a sequence holds")
-    dropout: Fraction = option(0.0, "model", "dropout probability")
+    dropout: ProperFraction = option(0.0, "model", "dropout probability")
     tie_embeddings: bool = option(False, "model", "share input and output embeddings (one stage)")
 
     data: str = option(
@@ -61,15 +63,19 @@ class TrainConfig(BaseModel):
 
     updates: Count = option(400, "optimization", "optimizer steps")
     batch_size: Count = option(32, "optimization", "sequences of one update, in all micro-batches")
-    learning_rate: Annotated[float, Field(gt=0.0)] = option(1e-3, "optimization", "at its peak")
+    learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = option(
+        1e-3, "optimization", "at its peak"
+    )
     warmup: Fraction = option(0.01, "optimization", "share of the updates in linear warm-up")
     final_learning_rate: Fraction = option(
         0.1, "optimization", "where the cosine ends, as a share of the peak"
     )
-    weight_decay: Annotated[float, Field(ge=0.0)] = option(0.1, "optimization", "on matrices only")
-    beta1: Fraction = option(0.9, "optimization", "AdamW's first decay rate")
-    beta2: Fraction = option(0.95, "optimization", "AdamW's second decay rate")
-    seed: Annotated[int, Field(ge=0)] = option(
+    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = option(
+        0.1, "optimization", "on matrices only"
+    )
+    beta1: ProperFraction = option(0.9, "optimization", "AdamW's first decay rate")
+    beta2: ProperFraction = option(0.95, "optimization", "AdamW's second decay rate")
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = option(
         0, "optimization", "of weights, data order and dropout"
     )
 
@@ -87,7 +93,7 @@ class TrainConfig(BaseModel):
 
     device: str = option("auto", "machine", "auto, cpu, or cuda (one GPU a process)")
     threads: Count = option(1, "machine", "CPU threads a process; bits depend on it")
-    timeout: Annotated[float, Field(gt=0.0)] = option(
+    timeout: Annotated[float, Field(gt=0.0, le=1e9)] = option(
         600.0, "machine", "longest wait for another process, in seconds"
     )
     port: Annotated[int, Field(ge=0, le=65535)] = option(
@@ -147,7 +153,7 @@ def load_config(file: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
 
 def keep_options(config: TrainConfig, folder: Path) -> None:
     """Write the options into the run's folder, for ``load_config`` to resume from."""
-    options = config.model_dump(exclude={"out", "resume", "port"})
+    options = config.model_dump(exclude={"out", "resume", "port"}) | {"stages": config.num_stages}
     partial = folder / f".{OPTIONS_FILE}"
     partial.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
     partial.replace(folder / OPTIONS_FILE)
@@ -155,12 +161,14 @@ def keep_options(config: TrainConfig, folder: Path) -> None:
 
 def _read_kept(path: Path) -> dict[str, Any]:
     try:
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        kept: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"a run's {OPTIONS_FILE} must be readable JSON, got {path}: {error}; remove it and "
             f"give all options again"
         ) from error
+    if "WORLD_SIZE" in os.environ:
+        kept.pop("workers", None)  # how many there are is up to the launcher
     return kept
 
 

@@ -10,12 +10,13 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -40,7 +41,24 @@ def launch(arguments: Sequence[str], num_workers: int, port: int) -> None:
         WorkerError: a process failed; names the first one.
     """
     _require_free(port)
-    config = LaunchConfig(
+    # It logs tracebacks of its own, and so does TCPStore when the launcher is killed; one line from
+    # the process that failed says what matters.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    try:
+        with tempfile.TemporaryDirectory(prefix="paci-") as folder:
+            _run(_config(num_workers, port, folder), arguments)
+    finally:
+        del os.environ[LAUNCHER_VARIABLE]
+
+
+def _config(num_workers: int, port: int, folder: str) -> LaunchConfig:
+    """Args: ``folder`` takes what the elastic launcher writes for itself."""
+    return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_workers,
@@ -49,34 +67,38 @@ def launch(arguments: Sequence[str], num_workers: int, port: int) -> None:
         rdzv_endpoint=f"localhost:{port}",
         max_restarts=0,
         monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
     )
-    # It logs tracebacks of its own; one line from the process that failed says what matters.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _run(config: LaunchConfig, arguments: Sequence[str]) -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "paci", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise WorkerError(
-            f"all {num_workers} workers must run to the end, got {_how_it_ended(failure.exitcode)} "
-            f"of rank {rank}; see its message above, if it left one, and go on with --resume from "
-            f"the last checkpoint"
+            f"all {config.nproc_per_node} workers must run to the end, got "
+            f"{_how_it_ended(failure.exitcode)} of rank {rank}; see its message above, if it left "
+            f"one, and go on with --resume from the last checkpoint"
         ) from error
     except SignalException as error:
         raise KeyboardInterrupt from error
 
 
+def is_launched() -> bool:
+    """Whether ``launch`` started this process."""
+    return LAUNCHER_VARIABLE in os.environ
+
+
 def end_with_launcher() -> None:
     """In a process that ``launch`` started: end it when the launcher is gone, whatever happens."""
-    launcher = int(os.environ.get(LAUNCHER_VARIABLE, "0"))
 
     def watch() -> None:
-        while os.getppid() == launcher:
+        while str(os.getppid()) == os.environ[LAUNCHER_VARIABLE]:
             time.sleep(1.0)
         os._exit(1)
 
-    if launcher and os.getppid() == launcher:
+    if is_launched():
         threading.Thread(target=watch, name="paci-launcher", daemon=True).start()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,7 @@ class Trainer:
         self.train_s = 0.0
         self._say = say if self.pipeline.holds_last else _ignore
         self._sampler = Sampler(corpus.train, config.context, config.batch_size, config.seed)
-        self._about: dict[str, Any] = {
-            "options": config.trajectory(),
-            "model": dataclasses.asdict(plan.model),
-            "corpus": corpus.digest,
-        }
+        self._about = describe(config, plan, corpus)
         if config.resume:
             self._resume()
         self._resumed_at = self.update
@@ -151,8 +147,8 @@ class Trainer:
         )
         if not math.isfinite(loss):
             raise PaciError(
-                f"the loss must be finite, got {loss} at update {self.update}; lower the learning "
-                f"rate, and resume from the last checkpoint or start again"
+                f"the loss must be finite, got {loss} at update {self.update}; start again "
+                f"with a lower learning rate"
             )
 
     def _learning_rate(self) -> float:
@@ -171,6 +167,7 @@ class Trainer:
             self._metrics.write({**self._row(), **row})
 
     def _save(self) -> None:
+        self._require_finite()
         root = self.folder / "checkpoints"
         pending = checkpoint.pending_folder(root, self.update)
         state = self.pipeline.state_dict()
@@ -186,12 +183,18 @@ class Trainer:
         if dist.is_initialized():
             dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is there
 
+    def _require_finite(self) -> None:
+        """A checkpoint that nobody could go on from must not take the place of one before."""
+        for index, stage in self.pipeline.stages.items():
+            for name, weight in stage.weights.masters.items():
+                if not weight.isfinite().all():
+                    raise PaciError(
+                        f"weights must be finite to be kept, got others in {name} of stage {index} "
+                        f"at update {self.update}; start again with a lower learning rate"
+                    )
+
     def _resume(self) -> None:
-        folder = checkpoint.newest(self.folder / "checkpoints")
-        manifest = checkpoint.read_manifest(folder)
-        checkpoint.require_same(folder, manifest["options"], self._about["options"])
-        for key in ("model", "corpus"):
-            checkpoint.require_same(folder, {key: manifest[key]}, {key: self._about[key]})
+        folder, manifest = find_checkpoint(self.folder, self._about, verify=False)
         stages = {index: checkpoint.load_stage(folder, index) for index in self.pipeline.stages}
         self.pipeline.load_state_dict(
             {"stages": stages, "num_micro_batches": manifest["num_micro_batches"]}
@@ -202,6 +205,38 @@ class Trainer:
     def digest(self) -> str:
         """See ``weights_digest``."""
         return weights_digest(self.pipeline)
+
+
+def describe(config: TrainConfig, plan: Plan, corpus: Corpus) -> dict[str, Any]:
+    """What a run is of, as its checkpoints say: options, model and corpus."""
+    return {
+        "options": config.trajectory(),
+        "model": dataclasses.asdict(plan.model),
+        "corpus": corpus.digest,
+    }
+
+
+def find_checkpoint(
+    folder: Path, about: Mapping[str, Any], verify: bool
+) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint of the run in ``folder``, and its manifest.
+
+    Args:
+        folder: the run's.
+        about: what ``describe`` says of the run that is to go on.
+        verify: whether to hold every file against its digest.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of another run.
+    """
+    newest = checkpoint.newest(folder / "checkpoints")
+    manifest = checkpoint.read_manifest(newest)
+    checkpoint.require_same(newest, manifest["options"], about["options"])
+    for key in ("model", "corpus"):
+        checkpoint.require_same(newest, {key: manifest[key]}, {key: about[key]})
+    if verify:
+        checkpoint.verify(newest, manifest)
+    return newest, manifest
 
 
 def _ignore(line: str) -> None:

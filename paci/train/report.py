@@ -79,7 +79,7 @@ def write_report(folder: Path, summary: Mapping[str, Any], trace: Trace) -> None
         unigram_perplexity=summary["unigram_perplexity"],
         title=title,
     )
-    _write(folder / "timeline.svg", timeline_svg(_beginning(trace), title=title))
+    write_text(folder / "timeline.svg", timeline_svg(_beginning(trace), title=title))
 
 
 def load_model(folder: Path) -> tuple[nn.Module, GPTConfig, Tokenizer]:
@@ -143,10 +143,11 @@ def _beginning(trace: Trace) -> Trace:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     partial = path.with_name(f".{path.name}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -15,8 +15,8 @@ from paci.data import Corpus, prepare
 from paci.errors import ConfigError, PaciError, WorkerError
 from paci.runtime.world import require_agreement
 from paci.train.config import TrainConfig, keep_options
-from paci.train.loop import Trainer
-from paci.train.report import drift_table, sample_text, summarize, write_report
+from paci.train.loop import Trainer, describe, find_checkpoint
+from paci.train.report import drift_table, sample_text, summarize, write_report, write_text
 from paci.train.setup import choose_device, make_plan
 
 Say = Callable[[str], None]
@@ -27,11 +27,11 @@ def default_folder(config: TrainConfig) -> Path:
     return Path("runs") / f"{config.schedule.partition(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def claim_folder(config: TrainConfig) -> Path:
-    """The run folder, made if need be.
+def choose_folder(config: TrainConfig) -> Path:
+    """The run folder, if it may be used; nothing is made.
 
     Raises:
-        ConfigError: it holds another run, or cannot be made; or there is nothing to resume.
+        ConfigError: it holds another run, or there is none to resume.
     """
     if config.resume and config.out is None:
         raise ConfigError(
@@ -43,6 +43,16 @@ def claim_folder(config: TrainConfig) -> Path:
             f"out must be a folder without a run, got {folder}, which holds one; pass --resume to "
             f"go on with it, or another --out"
         )
+    return folder
+
+
+def claim_folder(config: TrainConfig) -> Path:
+    """The run folder, made if need be.
+
+    Raises:
+        ConfigError: it may not be used, or cannot be made or written.
+    """
+    folder = choose_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
@@ -61,15 +71,22 @@ def prepare_all(config: TrainConfig) -> Corpus:
     Raises:
         ConfigError: the options do not fit each other, the machine or the corpus.
     """
-    corpus = prepare(config.data, config.tokenizer, val_fraction=config.val_fraction)
-    make_plan(config, corpus.tokenizer.vocab_size)
+    make_plan(config, vocab_size=1)  # refuses most mistakes before any text is read
+    corpus = _corpus(config)
+    plan = make_plan(config, corpus.tokenizer.vocab_size)
     for side, tokens in (("train", corpus.train), ("validation", corpus.val)):
         if len(tokens) <= config.context:
             raise ConfigError(
                 f"the {side} part of the corpus must be longer than a context "
                 f"({config.context} tokens), got {len(tokens)}; use more text or a smaller context"
             )
+    if config.resume:
+        find_checkpoint(choose_folder(config), describe(config, plan, corpus), verify=True)
     return corpus
+
+
+def _corpus(config: TrainConfig) -> Corpus:
+    return prepare(config.data, config.tokenizer, val_fraction=config.val_fraction)
 
 
 def train(config: TrainConfig, say: Say) -> Path:
@@ -126,7 +143,7 @@ def _finish(trainer: Trainer, say: Say) -> None:
         say(drift_table(reports))
         if config.sample_tokens:
             text = sample_text(folder, "", config.sample_tokens, 0.8, 50, config.seed)
-            (folder / "sample.txt").write_text(text, encoding="utf-8")
+            write_text(folder / "sample.txt", text)
             say(f"a sample of its text:\n{text}")
         say(
             f"validation perplexity {summary['val_perplexity']:.2f} "
@@ -141,10 +158,22 @@ def _finish(trainer: Trainer, say: Say) -> None:
 
 
 def _prepare_together(config: TrainConfig) -> tuple[Path, Corpus]:
-    """The run folder and the corpus; on each host one process tokenizes, the others wait."""
+    """The run folder and the corpus; on each host one process tokenizes, the others wait.
+
+    The folder is made last: a run that is refused leaves none behind.
+    """
     if not dist.is_initialized():
-        return claim_folder(config), prepare_all(config)
+        choose_folder(config)
+        corpus = prepare_all(config)
+        return claim_folder(config), corpus
     require_agreement(config.trajectory() | {"out": config.out, "resume": config.resume})
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    refused = _attempt(lambda: (choose_folder(config), prepare_all(config))) if is_first else None
+    everyone: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, refused if isinstance(refused, PaciError) else None)
+    for error in everyone:
+        if isinstance(error, PaciError):
+            raise error
     claimed: list[object] = [None]
     if dist.get_rank() == 0:
         claimed = [_attempt(lambda: claim_folder(config))]
@@ -152,14 +181,7 @@ def _prepare_together(config: TrainConfig) -> tuple[Path, Corpus]:
     if isinstance(claimed[0], PaciError):
         raise claimed[0]
     assert isinstance(claimed[0], Path)
-    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    refused = _attempt(lambda: prepare_all(config)) if is_first else None
-    everyone: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, refused if isinstance(refused, PaciError) else None)
-    for error in everyone:
-        if isinstance(error, PaciError):
-            raise error
-    return claimed[0], prepare_all(config)
+    return claimed[0], _corpus(config)
 
 
 def _attempt(action: Callable[[], object]) -> object:

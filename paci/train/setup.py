@@ -66,6 +66,11 @@ def make_plan(config: TrainConfig, vocab_size: int) -> Plan:
             f"workers must be at most those of the schedule ({schedule.num_workers}), got "
             f"{config.workers}; start fewer, or raise --stages"
         )
+    if config.tie_embeddings and config.num_stages > 1:
+        raise ConfigError(
+            f"tie_embeddings needs the first and the last layer on one stage, got "
+            f"{config.num_stages} stages; pass --stages 1, or leave it out"
+        )
     chosen = {"num_layers": config.layers, "num_heads": config.heads, "width": config.width}
     model = gpt_config(
         config.size,
@@ -84,21 +89,30 @@ def choose_device(config: TrainConfig) -> torch.device:
     Raises:
         ConfigError: it is not there.
     """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if require_devices(config, local_rank + 1) == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def require_devices(config: TrainConfig, num_processes: int) -> str:
+    """Whether this host's first ``num_processes`` processes are to run on ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: it has not that many devices.
+    """
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
         raise ConfigError(f"device must be auto, cpu or cuda, got {name!r}; choose one of them")
-    if name == "cpu":
-        return torch.device("cpu")
-    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= num_gpus:
+    if name == "cuda" and (num_gpus := torch.cuda.device_count()) < num_processes:
         raise ConfigError(
-            f"device cuda needs one GPU a process, got {num_gpus} GPUs for local rank "
-            f"{local_rank}; start fewer workers a host, or pass --device cpu"
+            f"device cuda needs one GPU a process, got {num_gpus} GPUs for {num_processes} on this "
+            f"host; start fewer workers a host, or pass --device cpu"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    return name
 
 
 def make_pipeline(config: TrainConfig, plan: Plan, device: torch.device) -> Pipeline:

@@ -12,7 +12,8 @@ class Recompute(WeightPolicy):
 
     A micro-batch in flight costs its input and nothing else. Forward and backward of the
     backward pass see the same, newest, weights; what was sent on to the next stage came from
-    the older ones. Random state is that of the first forward, so dropout repeats.
+    the older ones. Random state is that of the first forward, so dropout repeats; buffers that a
+    forward changes are changed twice.
 
     Source: activation recomputation, arXiv 1604.06174; under asynchronous updates this is ours.
     """

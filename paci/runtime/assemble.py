@@ -1,0 +1,98 @@
+"""From what a user hands over to the stages of a process, with everything checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from paci.errors import ConfigError
+from paci.runtime.loss import Loss
+from paci.runtime.stage import Stage
+from paci.runtime.weights.base import WeightPolicy
+from paci.schedule.base import Schedule
+
+
+def listed(value: Any, num_absent: int = 1) -> list[Any]:
+    """One thing or a list of them as a list; None as ``num_absent`` times None."""
+    if value is None:
+        return [None] * num_absent
+    return list(value) if isinstance(value, Sequence | nn.ModuleList) else [value]
+
+
+def choose_group(
+    group: dist.ProcessGroup | None, num_modules: int, schedule: Schedule
+) -> dist.ProcessGroup | None:
+    """The processes that share the pipeline; None where this one holds all of it.
+
+    Raises:
+        ConfigError: this process holds a part, and there is no other process.
+    """
+    if group is None and num_modules == schedule.num_stages:
+        return None
+    if group is not None:
+        return group
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ConfigError(
+            f"a single process must hand over all {schedule.num_stages} stages, got {num_modules}; "
+            f"pass the list of all, or start one process a stage with torchrun and call "
+            f"torch.distributed.init_process_group first"
+        )
+    return dist.group.WORLD
+
+
+def build_stages(
+    held: Sequence[int],
+    schedule: Schedule,
+    modules: Sequence[nn.Module],
+    optimizers: Sequence[Optimizer],
+    lr_schedulers: Sequence[LRScheduler | None],
+    make_policy: Callable[[], WeightPolicy],
+    loss: Loss,
+    precision: str,
+    seed: int,
+) -> dict[int, Stage]:
+    """The stages of a process, by index.
+
+    Raises:
+        ConfigError: they are not those of ``held``, have not an optimizer each, or share weights.
+    """
+    if not len(held) == len(modules) == len(optimizers) == len(lr_schedulers):
+        raise ConfigError(
+            f"this process must hand over the stages {list(held)} with an optimizer each, got "
+            f"{len(modules)} stages, {len(optimizers)} optimizers and {len(lr_schedulers)} "
+            f"learning-rate schedulers; see Pipeline's argument `stage`"
+        )
+    _check_apart(held, modules)
+    return {
+        index: Stage(
+            index,
+            index == schedule.num_stages - 1,
+            module,
+            optimizer,
+            make_policy(),
+            loss,
+            lr_scheduler=lr_scheduler,
+            precision=precision,
+            seed=seed,
+        )
+        for index, module, optimizer, lr_scheduler in zip(
+            held, modules, optimizers, lr_schedulers, strict=True
+        )
+    }
+
+
+def _check_apart(held: Sequence[int], modules: Sequence[nn.Module]) -> None:
+    owners: dict[int, int] = {}
+    for index, module in zip(held, modules, strict=True):
+        for name, parameter in module.named_parameters():
+            owner = owners.setdefault(id(parameter), index)
+            if owner != index:
+                raise ConfigError(
+                    f"a parameter must belong to one stage, got {name} on stages {owner} and "
+                    f"{index}; give each its own, or put what shares it on one stage"
+                )
