@@ -34,6 +34,11 @@ VOCAB, CONTEXT, ROWS = 13, 6, 2
 Batch = tuple[Any, Any]
 
 
+def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error in the target's dtype (PyTorch 2.6 cannot mix them in a backward)."""
+    return F.mse_loss(output.to(target.dtype), target)
+
+
 # --- what is trained ------------------------------------------------------------------------
 
 
@@ -76,7 +81,7 @@ def token_batches(num: int, accumulation: int, seed: int = 5) -> list[Batch]:
 
 
 MODELS: dict[str, tuple[Callable[..., list[nn.Module]], Callable[..., list[Batch]], Any]] = {
-    "mlp": (mlp, float_batches, F.mse_loss),
+    "mlp": (mlp, float_batches, mse),
     "gpt": (gpt, token_batches, paci.CrossEntropy()),
 }
 
@@ -92,7 +97,7 @@ def adamw(module: nn.Module) -> torch.optim.Optimizer:
 def make_pipeline(
     modules: Sequence[nn.Module],
     schedule: paci.Schedule,
-    loss_fn: Any = F.mse_loss,
+    loss_fn: Any = mse,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = momentum,
     **options: Any,
 ) -> paci.Pipeline:
@@ -340,7 +345,7 @@ def test_a_plain_criterion_weighs_micro_batches_alike():
     uneven = [(x[:1], y[:1]), (x[1:], y[1:])]
     pipeline = make_pipeline(mlp(1), paci.PACI(1, 2))
     model = mlp(1)[0]
-    expected = sum(F.mse_loss(model(a), b) for a, b in uneven) / 2
+    expected = sum(mse(model(a), b) for a, b in uneven) / 2
     torch.testing.assert_close(pipeline.step(uneven).loss, expected.detach())
 
 
@@ -406,7 +411,7 @@ def forked() -> list[nn.Module]:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_boundaries_of_many_tensors(policy: str):
     batches = float_batches(3, 2)
-    expected, _ = train_plainly([Unpacked(*forked())], batches, 2, F.mse_loss)
+    expected, _ = train_plainly([Unpacked(*forked())], batches, 2, mse)
     pipeline = make_pipeline(forked(), paci.OneFOneBFlush(3, 2), weights=policy)
     run(pipeline, batches)
     assert same_bits(masters(pipeline), expected)
@@ -417,12 +422,8 @@ def test_boundaries_of_many_tensors(policy: str):
 
 def test_an_output_that_nobody_uses_gets_zeros():
     stages = [
-        Stage(
-            0, False, (fork := Fork()), momentum(fork), make_weight_policy("current"), F.mse_loss
-        ),
-        Stage(
-            1, False, (mid := Middle()), momentum(mid), make_weight_policy("current"), F.mse_loss
-        ),
+        Stage(0, False, (fork := Fork()), momentum(fork), make_weight_policy("current"), mse),
+        Stage(1, False, (mid := Middle()), momentum(mid), make_weight_policy("current"), mse),
     ]
     outputs = stages[0].forward(0, (torch.randn(2, 6),), None)
     assert [output.requires_grad for output in outputs] == [True, False, False, False, True]
@@ -462,7 +463,7 @@ def test_a_complex_boundary(policy: str):
             return [ToComplex(), FromComplex()]
 
     batches = float_batches(3, 2)
-    expected, _ = train_plainly(build(), batches, 2, F.mse_loss)
+    expected, _ = train_plainly(build(), batches, 2, mse)
     pipeline = make_pipeline(build(), paci.GPipe(2, 2), weights=policy)
     run(pipeline, batches)
     assert same_bits(masters(pipeline), expected)
@@ -486,7 +487,7 @@ def test_batches_of_several_inputs_and_targets():
             return self.linear(x), x + y
 
     def loss_fn(output: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
-        return F.mse_loss(output[0], target[0]) + F.mse_loss(output[1], target[1])
+        return mse(output[0], target[0]) + mse(output[1], target[1])
 
     torch.manual_seed(0)
     add, two = Add(), Two()
@@ -525,7 +526,7 @@ def test_frozen_weights_stay(policy: str, precision: str):
     changed = [not torch.equal(a, b) for a, b in zip(before, masters(pipeline), strict=True)]
     assert changed == [False] * 4 + [False] * 2 + [True] * 2 + [True] * 4
     if precision == "fp32":
-        assert same_bits(masters(pipeline), train_plainly(build(), batches, 2, F.mse_loss)[0])
+        assert same_bits(masters(pipeline), train_plainly(build(), batches, 2, mse)[0])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -557,7 +558,7 @@ def test_a_weight_in_two_places_is_one_weight(policy: str, precision: str):
         assert module.first.weight is module.second.weight
         assert module.scale is module.other_scale
     if precision == "fp32":
-        assert same_bits(masters(pipeline), train_plainly(build(), batches, 2, F.mse_loss)[0])
+        assert same_bits(masters(pipeline), train_plainly(build(), batches, 2, mse)[0])
     else:
         assert {m.scale.dtype for m in modules} == {torch.bfloat16}
 
@@ -631,9 +632,7 @@ def test_learning_rates_follow_each_stages_own_updates():
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (k + 1))
         for optimizer in optimizers
     ]
-    pipeline = paci.Pipeline(
-        modules, paci.PACI(3, 2), optimizers, F.mse_loss, lr_scheduler=schedulers
-    )
+    pipeline = paci.Pipeline(modules, paci.PACI(3, 2), optimizers, mse, lr_scheduler=schedulers)
     for num, batch in enumerate(float_batches(4, 2), start=1):
         pipeline.step(batch)
         versions = [pipeline.stages[s].version for s in range(3)]
@@ -786,7 +785,7 @@ def test_a_saved_state_goes_on_bit_for_bit(policy: str, precision: str):
             modules,
             paci.PACI(3, 2),
             optimizers,
-            F.mse_loss,
+            mse,
             lr_scheduler=decays,
             weights=policy,
             precision=precision,

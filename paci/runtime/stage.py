@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,9 +157,11 @@ class Stage:
         """Let the optimizer step on the masters, and publish them to the working weights."""
         # Graphs in flight saved the weights that now change. Autograd would refuse their
         # backward; that it multiplies with the new weights is what the method is about, so the
-        # version counters are kept as they were.
-        touched = (*self.weights.masters.values(), *self.weights.working.values())
-        with torch.autograd._unsafe_preserve_version_counter(touched):  # type: ignore[attr-defined]
+        # version counters are kept as they were. (One by one: PyTorch 2.6 takes no tuple.)
+        with contextlib.ExitStack() as kept:
+            for weight in self.weights.working.values():
+                keeper = torch.autograd._unsafe_preserve_version_counter(weight)  # type: ignore[attr-defined]
+                kept.enter_context(keeper)
             self.optimizer.step()
             self.policy.publish(self.weights, len(self.in_flight))
         self.optimizer.zero_grad()
