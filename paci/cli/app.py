@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -34,9 +35,14 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 1 (failed), 2 (bad request), 130 (interrupted)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model may write what a terminal cannot show
     try:
-        options = make_parser().parse_args(arguments)
-        return int(options.run(options, list(arguments)))
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # while a reader that has gone away can still be dealt with
     except PaciError as error:
         _print_error(str(error))
         return error.exit_code
@@ -47,6 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has closed it (as `head` does).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        raise ConfigError(
+            f"an option must be one that `paci {options.command} --help` lists, got "
+            f"{' '.join(unknown)!r}; mend or remove it"
+        )
+    return int(options.run(options, list(arguments)))
 
 
 def _print_error(message: str) -> None:

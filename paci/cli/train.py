@@ -95,6 +95,8 @@ def _run_worker(config: TrainConfig) -> int:
         if is_launched():
             os._exit(130)  # the launcher says so for all
         raise
+    except BrokenPipeError:
+        os._exit(1)  # nobody reads our output any more
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from paci.schedule.action import Action, Kind
-from paci.schedule.base import Schedule, require_count
+from paci.schedule.flushing import FlushingSchedule
 
 
 @dataclass(frozen=True)
-class GPipe(Schedule):
+class GPipe(FlushingSchedule):
     """All micro-batches of an update forward, then all backward: the bubble of 1F1B-flush, and
     more memory, since every stage keeps all ``m`` micro-batches.
 
@@ -33,18 +33,8 @@ class GPipe(Schedule):
     Source: arXiv 1811.06965, section 2.2.
     """
 
-    num_stages: int
-    num_micro_batches: int
-    accumulation: int = field(init=False, repr=False)
-
     name: ClassVar[str] = "gpipe"
     summary: ClassVar[str] = "synchronous, all forwards then all backwards"
-    flushes: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        require_count("num_stages", self.num_stages)
-        require_count("num_micro_batches", self.num_micro_batches)
-        object.__setattr__(self, "accumulation", self.num_micro_batches)
 
     def program(self, worker: int) -> Iterator[Action]:
         """Yield one flushed round of stage ``worker`` after the other."""
@@ -58,7 +48,3 @@ class GPipe(Schedule):
     def in_flight_cap(self, stage: int) -> int:
         """``m``, at every stage."""
         return self.num_micro_batches
-
-    def drift_bound(self, stage: int) -> int:
-        """None: nothing updates while a micro-batch is in flight."""
-        return 0

@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from paci.schedule.action import Action, Kind
-from paci.schedule.base import Schedule, require_count
+from paci.schedule.flushing import FlushingSchedule
 
 
 @dataclass(frozen=True)
-class OneFOneBFlush(Schedule):
+class OneFOneBFlush(FlushingSchedule):
     """Warm up with ``min(N - 1 - s, m)`` forwards, alternate, cool down, update; again.
-
-    Equal to plain gradient accumulation: every forward and backward of an update sees the same
-    weights (drift and delay 0).
 
     Args:
         num_stages: stages in the pipeline (``N``), one a worker.
@@ -35,18 +32,8 @@ class OneFOneBFlush(Schedule):
     Source: PipeDream-flush, arXiv 2006.09503, section 3.2; DAPPLE, arXiv 2007.01045.
     """
 
-    num_stages: int
-    num_micro_batches: int
-    accumulation: int = field(init=False, repr=False)
-
     name: ClassVar[str] = "1f1b"
     summary: ClassVar[str] = "synchronous 1F1B, empties at every update"
-    flushes: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        require_count("num_stages", self.num_stages)
-        require_count("num_micro_batches", self.num_micro_batches)
-        object.__setattr__(self, "accumulation", self.num_micro_batches)
 
     def program(self, worker: int) -> Iterator[Action]:
         """Yield one flushed round of stage ``worker`` after the other."""
@@ -64,7 +51,3 @@ class OneFOneBFlush(Schedule):
     def in_flight_cap(self, stage: int) -> int:
         """``min(N - s, m)``."""
         return min(self.num_stages - stage, self.num_micro_batches)
-
-    def drift_bound(self, stage: int) -> int:
-        """None: nothing updates while a micro-batch is in flight."""
-        return 0

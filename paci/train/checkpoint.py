@@ -52,8 +52,7 @@ def save_stage(folder: Path, index: int, state: Mapping[str, Any]) -> dict[str, 
     path = folder / f"stage-{index:05d}.safetensors"
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(own, path, metadata={"state": json.dumps(plain)})
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    _sync(path)
     return {path.name: _sha256(path)}
 
 
@@ -104,6 +103,7 @@ def commit(root: Path, update: int, files: Mapping[str, str], about: Mapping[str
     pending, final = pending_folder(root, update), root / pending_folder(root, update).name[1:]
     manifest = {"format": FORMAT, "update": update, "files": dict(sorted(files.items())), **about}
     (pending / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync(pending / MANIFEST)
     if final.exists():
         shutil.rmtree(final)
     pending.rename(final)
@@ -183,6 +183,11 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 def _complete(root: Path) -> list[Path]:
     return sorted(folder for folder in root.glob("update-*") if folder.is_dir())
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:
