@@ -116,7 +116,8 @@ def _outputs(folder: Path) -> str:
 @functools.cache
 def _fork_server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # The first optimizer that a process builds imports torch._dynamo, which takes a second or two.
+    context.set_forkserver_preload(["torch", "torch._dynamo", "paci.runtime.pipeline"])
     return context
 
 
@@ -224,10 +225,28 @@ class Many(nn.Module):
         return y.t(), *plain, y[:0], self.unused(x)
 
 
+class Carry(nn.Module):
+    """Hands a weight of the first stage down to all others, as tied embeddings do."""
+
+    def __init__(self, is_first: bool, is_last: bool) -> None:
+        super().__init__()
+        self.is_first, self.is_last = is_first, is_last
+        self.body = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, *carried: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self.is_first:
+            return self.body(x), self.body.weight
+        (weight,) = carried
+        y = F.linear(self.body(x), weight)
+        return y if self.is_last else (y, weight)
+
+
 def make_stage(model: str, index: int, num_stages: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(100 + index)
-        return Block() if model == "block" else Many(index == 0, index == num_stages - 1)
+        if model == "block":
+            return Block()
+        return {"many": Many, "carry": Carry}[model](index == 0, index == num_stages - 1)
 
 
 @dataclass(frozen=True)
@@ -357,7 +376,7 @@ def _do(pipeline: paci.Pipeline, number: int, what: str, rows: int) -> Any:
         case "evaluate":
             return pipeline.evaluate([make_batch(1000 + number + i, rows) for i in range(3)])
         case "drift":
-            return pipeline.drift()
+            return {index: report.to_json() for index, report in pipeline.drift().items()}
         case "trace":
             trace = pipeline.trace()
             assert 0 < pipeline.utilization() <= 1
@@ -416,11 +435,13 @@ def disagree(rank: int, num_ranks: int, differing: list[Any]) -> list[str]:
 
 def build_with_a_foreign_group(rank: int, num_ranks: int, run: Run) -> str:
     groups = [dist.new_group([0]), dist.new_group([1])]
+    told = "no error"
     try:
         build(run, groups[1 - rank], [make_stage("block", rank, 2)])
     except paci.ConfigError as error:
-        return str(error)
-    return "no error"
+        told = str(error)
+    dist.barrier()  # rank 0 takes the store with it
+    return told
 
 
 class Trouble(nn.Module):

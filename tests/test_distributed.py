@@ -7,17 +7,19 @@ import itertools
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import distributed_helpers as ranks_of
 import pytest
-from distributed_helpers import Run, Vee, is_alive, launch, make_stage, steps, train, values
+from distributed_helpers import Rank, Run, Vee, is_alive, launch, make_stage, steps, train, values
 from distributed_helpers import __file__ as helpers_file
 
 import paci
+from paci.runtime.failures import SOMEBODY, Complaint, first_failure
 from paci.runtime.weights.registry import weight_policies
-from paci.runtime.world import _SOMEBODY, _Complaint, first_failure, hosted_stages
+from paci.runtime.world import hosted_stages
 from paci.schedule.check import check
 from paci.schedule.registry import schedules
 
@@ -93,12 +95,15 @@ def alone(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def together(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
-    """What each rank of a world found, for all runs; one launch for each size of the world."""
-    folder = tmp_path_factory.mktemp("world")
-    return values(launch(folder, request.param, ranks_of.train_all, runs_of(request.param)))
+def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Rank]]:
+    """The ranks of a world of a size, which did all runs; one launch a size."""
+
+    @functools.cache
+    def run(size: int) -> list[Rank]:
+        folder = tmp_path_factory.mktemp(f"world-{size}")
+        return launch(folder, size, ranks_of.train_all, runs_of(size))
+
+    return run
 
 
 def require_equal(run: Run, expected: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
@@ -121,12 +126,12 @@ def require_equal(run: Run, expected: dict[str, Any], ranks: list[dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("together", "name"),
-    [(size, name) for size in SIZES for name in runs_of(size)],
-    indirect=["together"],
+    ("size", "name"), [(size, name) for size in SIZES for name in runs_of(size)]
 )
-def test_many_processes_are_one_bit_for_bit(together: list[dict[str, Any]], name: str):
-    require_equal(RUNS[name], alone(name), [found[name] for found in together])
+def test_many_processes_are_one_bit_for_bit(
+    size: int, name: str, together: Callable[[int], list[Rank]]
+):
+    require_equal(RUNS[name], alone(name), [found[name] for found in values(together(size))])
 
 
 def test_every_schedule_takes_part():
@@ -139,6 +144,12 @@ def test_bits_tell_runs_apart():
     names = ["paci-1-current", "paci-1-stash", "paci-1-recompute", "slack-1-1", "1f1b-1-current"]
     assert len({alone(name)["weights"][0] for name in names}) == len(names)
     assert alone("1f1b-2-current")["weights"] == alone("gpipe-2-current")["weights"]
+
+
+def test_a_weight_that_is_handed_on_is_a_copy(tmp_path: Path):
+    run = Run(paci.PACI(N, 1), steps(9), model="carry")
+    found = values(launch(tmp_path, N, ranks_of.train_all, {"run": run}))
+    require_equal(run, train(run), [each["run"] for each in found])
 
 
 @pytest.mark.parametrize(
@@ -201,10 +212,14 @@ def test_ranks_that_differ_are_told(tmp_path: Path):
     for name, parts in {
         "accumulation": (
             "the schedule",
-            "PACI(num_stages=3, accumulation=2, slack=0) on rank 0",
-            "PACI(num_stages=3, accumulation=4, slack=0) on rank 2",
+            "'PACI(num_stages=3, accumulation=2, slack=0)' on rank 0",
+            "'PACI(num_stages=3, accumulation=4, slack=0)' on rank 2",
         ),
-        "schedule": ("the schedule", "GPipe(num_stages=3, num_micro_batches=2) on rank 0", "PACI"),
+        "schedule": (
+            "the schedule",
+            "'GPipe(num_stages=3, num_micro_batches=2)' on rank 0",
+            "PACI",
+        ),
         "precision": ("precision", "'fp32' on rank 0", "'bf16' on rank 1"),
         "seed": ("the seed", "3 on rank 0", "4 on rank 2"),
         "weights": ("weights", "'current' on rank 0", "'stash' on rank 1"),
@@ -229,7 +244,7 @@ def test_a_group_must_hold_the_process(tmp_path: Path):
 TROUBLED = Run(paci.PACI(N, 2), ())
 
 
-def require_ended(ranks: list[ranks_of.Rank], began: Path, first: int) -> None:
+def require_ended(ranks: list[Rank], began: Path, first: int) -> None:
     """All ranks must have failed, soon after the trouble began, and left nothing behind."""
     for rank in ranks:
         assert rank.exit_code != 0, rank.output
@@ -240,8 +255,7 @@ def require_ended(ranks: list[ranks_of.Rank], began: Path, first: int) -> None:
             assert f"rank {first}" in rank.output, (number, rank.output)
 
 
-@pytest.mark.parametrize("store", ["tcp", "file"])
-@pytest.mark.parametrize("culprit", [1, 3])
+@pytest.mark.parametrize(("culprit", "store"), [(0, "tcp"), (1, "tcp"), (3, "file")])
 def test_an_exception_ends_all_ranks_and_is_named(tmp_path: Path, culprit: int, store: str):
     began = tmp_path / "began"
     found = launch(
@@ -311,16 +325,16 @@ def test_one_rank_that_hands_over_too_much_ends_all(tmp_path: Path):
 
 
 def test_who_failed_first():
-    own = _Complaint(3, 3, "ValueError: x")
+    own = Complaint(3, 3, "ValueError: x")
     blames_3, blames_1, blames_somebody = (
-        _Complaint(2, 3, "rank 3 is gone"),
-        _Complaint(0, 1, "nothing for 3 s"),
-        _Complaint(4, _SOMEBODY, "a collective failed"),
+        Complaint(2, 3, "rank 3 is gone"),
+        Complaint(0, 1, "nothing for 3 s"),
+        Complaint(4, SOMEBODY, "a collective failed"),
     )
     assert first_failure([blames_3, blames_somebody, own]) is own
-    assert first_failure([own, _Complaint(1, 1, "later")]) is own
+    assert first_failure([own, Complaint(1, 1, "later")]) is own
     # 1 is silent; 2 and 0 only waited for those who waited
-    chain = [_Complaint(3, 2, ""), _Complaint(2, 0, ""), blames_1]
+    chain = [Complaint(3, 2, ""), Complaint(2, 0, ""), blames_1]
     for order in itertools.permutations(chain):
         assert first_failure(order) is blames_1
     assert first_failure([blames_somebody, blames_1]) is blames_1

@@ -67,4 +67,5 @@ def _run(arguments: Sequence[str]) -> int:
 
 def _print_error(message: str) -> None:
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-    print(f"paci: error: {rank}{message}", file=sys.stderr, flush=True)
+    # One write a line: the ranks of a job share their stderr.
+    print(f"paci: error: {rank}{message}\n", end="", file=sys.stderr, flush=True)

@@ -89,7 +89,8 @@ def _run_worker(config: TrainConfig) -> int:
     try:
         train(config.model_copy(update={"workers": world_size}), _say)
     except PaciError as error:
-        print(f"paci: error: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+        line = f"paci: error: rank {os.environ['RANK']}: {error}\n"
+        print(line, end="", file=sys.stderr, flush=True)  # one write: others write there too
         os._exit(error.exit_code)  # threads and connections of a broken world could hold us up
     except KeyboardInterrupt:
         if is_launched():

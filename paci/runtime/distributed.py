@@ -114,6 +114,12 @@ class RemoteSender(Sender):
         self._under_way: deque[tuple[Message, list[dist.Work | None], Tensors]] = deque()
         self._num_sent = 0
 
+    def open(self, message: Message) -> None:
+        """Exchange a first byte: a link that does not work is found before training starts, and
+        NCCL, which connects on first use, does not do so in the midst of a schedule."""
+        self._start(message, (torch.zeros(1, dtype=torch.uint8, device=self._link.device),))
+        self.finish()
+
     def send(self, message: Message, tensors: Tensors) -> None:
         """Start to send; wait for the oldest only when ``capacity`` are under way."""
         specs = [_Spec(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors]
@@ -176,6 +182,12 @@ class RemoteReceiver(Receiver):
         self._link = link
         self._specs: list[_Spec] | None = None
         self._posted: deque[tuple[Message, list[tuple[Tensor, dist.Work | None]]]] = deque()
+        self._num_posted = 0
+
+    def open(self, message: Message) -> None:
+        """See ``RemoteSender.open``."""
+        byte = torch.empty(1, dtype=torch.uint8, device=self._link.device)
+        self._link.wait(self._post(byte, message), "receive", message)
         self._num_posted = 0
 
     def receive(self, message: Message) -> Tensors:

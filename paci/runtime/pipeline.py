@@ -18,12 +18,13 @@ from paci.runtime.assemble import build_stages, choose_group, listed
 from paci.runtime.batch import MicroBatch, as_pair, split_batch, to_device
 from paci.runtime.drift import DriftMeter, DriftReport
 from paci.runtime.execute import Engine, Feed, execute
+from paci.runtime.failures import FailureBoard, ended_by
 from paci.runtime.loss import as_loss, divisor
 from paci.runtime.recorder import Recorder
 from paci.runtime.stage import Target
 from paci.runtime.status import Status, StatusBoard, combine
 from paci.runtime.weights.registry import make_weight_policy
-from paci.runtime.world import FailureBoard, World, ended_by
+from paci.runtime.world import World
 from paci.schedule.action import Message, Payload
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.sequence import Cursor, Sequencer

@@ -124,7 +124,7 @@ class Stage:
             flight.needs = tuple(o.is_floating_point() or o.is_complex() for o in outputs)
         self.in_flight[micro_batch] = flight
         return tuple(
-            output.detach().requires_grad_(need and not self.is_last)
+            self._own(output).requires_grad_(need and not self.is_last)
             for output, need in zip(outputs, flight.needs, strict=True)
         )
 
@@ -238,6 +238,12 @@ class Stage:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.version = state["version"]
         self.weights.write_in_place()
+
+    def _own(self, output: Tensor) -> Tensor:
+        """``output`` to be handed on: a copy if it is a weight, which an update would change."""
+        if output.untyped_storage().data_ptr() in self.weights.storages:
+            return output.detach().clone()
+        return output.detach()
 
     def _parameter_names(self) -> dict[Any, Any]:
         """Name of each parameter at its position in the optimizer's own state."""

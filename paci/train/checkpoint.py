@@ -31,6 +31,7 @@ from paci.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_ENTRIES = {"update", "files", "options", "model", "corpus", "num_micro_batches"}
 
 
 def save_stage(folder: Path, index: int, state: Mapping[str, Any]) -> dict[str, str]:
@@ -149,6 +150,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"a checkpoint must be of format {FORMAT}, got {known} in {folder}; read it with the "
             f"version of paci that wrote it"
         )
+    if missing := sorted(_ENTRIES - manifest.keys()):
+        raise _damaged(folder / MANIFEST, f"it does not say {missing[0]}")
     return manifest
 
 

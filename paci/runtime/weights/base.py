@@ -30,6 +30,7 @@ class StageWeights:
         masters: by name.
         working: by name; the very same tensors where nothing sets them apart.
         leaves: the working weights that are trained.
+        storages: where the working weights are in memory.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None, separate: bool) -> None:
@@ -51,6 +52,7 @@ class StageWeights:
             if separate or self._dtypes[name] != master.dtype
         }
         self.leaves: Tensors = ()
+        self.storages: frozenset[int] = frozenset()
         self.write_fresh()
 
     def write_in_place(self) -> None:
@@ -80,6 +82,8 @@ class StageWeights:
             for owner, attribute in self._places[name]:
                 owner.register_parameter(attribute, leaf)
         self.leaves = tuple(p for p in self.working.values() if p.requires_grad)
+        held = (p.untyped_storage().data_ptr() for p in self.working.values() if p.numel())
+        self.storages = frozenset(held)
 
 
 def _adder(master: nn.Parameter) -> Callable[[Tensor], None]:

@@ -1,0 +1,183 @@
+"""Who failed first, told to all: one process's failure ends the others with its cause."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from paci.errors import WorkerError
+from paci.runtime.distributed import LinkError
+
+_COUNT_KEY = "paci/num_failures"
+_POLL_S = 1.0  # between two looks at the board
+_GRACE_S = 5.0  # that a process has to end by itself once another has failed
+_SETTLE_S = 2.0  # that a process which fails stays, so that all hear of it; over _POLL_S
+
+SOMEBODY = -1  # whom a process blames when a collective failed
+
+
+def collective_error(error: BaseException) -> WorkerError:
+    """What to raise when a collective failed because of ``error``."""
+    return WorkerError(
+        f"rank {dist.get_rank()} must hear from all ranks, got {str(error).splitlines()[0]}; look "
+        f"at the other ranks' logs"
+    )
+
+
+class Complaint(NamedTuple):
+    """What one process says of its end.
+
+    ``suspect`` is the rank that it blames: itself for an error of its own, a neighbour that went
+    away or did not answer, or ``SOMEBODY`` if a collective failed.
+    """
+
+    rank: int
+    suspect: int
+    cause: str
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is an error of the process's own, and so follows from no other."""
+        return self.suspect == self.rank
+
+    def __str__(self) -> str:
+        first = self.rank if self.suspect == SOMEBODY else self.suspect
+        return f"rank {first} failed first: {self.cause}"
+
+
+def first_failure(complaints: Sequence[Complaint]) -> Complaint:
+    """The complaint that all others follow from; ``complaints`` in the order of their coming.
+
+    An error of a process's own comes first. Next, blame of a process that itself blames nobody:
+    it was killed, or is stuck. What is left are those who waited for somebody who waited.
+    """
+    complaining = {complaint.rank for complaint in complaints}
+
+    def order(complaint: Complaint) -> int:
+        if complaint.is_own:
+            return 0
+        return 2 if complaint.suspect in {SOMEBODY, *complaining} else 1
+
+    return min(complaints, key=order)
+
+
+class FailureBoard:
+    """Where processes that fail say so, for all others to read.
+
+    A thread looks at it every second: a process whose main thread is stuck elsewhere (a long
+    computation, a collective that will never complete) is ended a few seconds after another one
+    failed. Nothing is written or read in the absence of failure but that one small look.
+
+    The process that keeps the store may be the one that fails. So it stays for a moment, and the
+    others remember what they read.
+
+    Args:
+        rank: this process's global rank.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._store = dist.distributed_c10d._get_default_store()
+        self._heard: list[Complaint] = []
+        self._reported = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="paci-failures", daemon=True)
+        self._thread.start()
+        # An interpreter that ends must not find the thread inside the store.
+        atexit.register(self.close)
+
+    def report(self, error: Exception) -> Exception:
+        """Put ``error`` on the board; return what to raise: ``error``, or what it follows from.
+
+        Takes a moment, in which an error that this one follows from can be told.
+        """
+        self._stop.set()
+        if self._reported:
+            return error  # on its way out through another level
+        self._reported = True
+        own = self._complaint(error)
+        if own.suspect == SOMEBODY:
+            error = collective_error(error)
+        knows_store = self._confer(own)
+        first = first_failure([*self._heard, own])
+        if first.suspect != own.suspect or (first.is_own and first.rank != self._rank):
+            return WorkerError(str(first))
+        if knows_store or own.is_own:
+            return error
+        return WorkerError(
+            f"{error} (the store of this job is gone too: the process that keeps it, rank 0 unless "
+            f"a launcher does, is likely to have failed first)"
+        )
+
+    def _confer(self, own: Complaint) -> bool:
+        """Post ``own`` and hear the others, for a while; False if the store is gone."""
+        until_s = time.monotonic() + _SETTLE_S
+        try:
+            self._post(own)
+            while time.monotonic() < until_s:
+                self._heard = self._read()
+                if not own.is_own and first_failure([*self._heard, own]).is_own:
+                    break
+                time.sleep(_SETTLE_S / 20)
+        except RuntimeError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._stop.set()
+        self._thread.join(timeout=2 * _POLL_S)
+        atexit.unregister(self.close)
+
+    def _complaint(self, error: Exception) -> Complaint:
+        if isinstance(error, LinkError):
+            return Complaint(self._rank, error.peer, str(error))
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            return Complaint(self._rank, SOMEBODY, str(error))
+        return Complaint(self._rank, self._rank, f"{type(error).__name__}: {error}")
+
+    def _post(self, complaint: Complaint) -> None:
+        place = self._store.add(_COUNT_KEY, 1)
+        self._store.set(_failure_key(place), json.dumps(complaint))
+
+    def _read(self) -> list[Complaint]:
+        """What is on the board, in order, as far as it is complete."""
+        places = range(1, self._store.add(_COUNT_KEY, 0) + 1)
+        keys = [key for place in places if self._store.check([key := _failure_key(place)])]
+        return [Complaint(*json.loads(self._store.get(key).decode())) for key in keys]
+
+    def _watch(self) -> None:
+        while not self._heard:
+            if self._stop.wait(_POLL_S):
+                return
+            try:
+                if self._store.check([_failure_key(1)]):
+                    self._heard = self._read()
+            except RuntimeError:
+                return  # the store is gone; the main thread will see it too
+        if self._stop.wait(_GRACE_S):
+            return
+        with contextlib.suppress(RuntimeError):
+            self._heard = self._read()
+        first = first_failure(self._heard)
+        print(f"paci: error: rank {self._rank} ends: {first}", file=sys.stderr, flush=True)  # noqa: T201
+        time.sleep(0.1)
+        os._exit(1)
+
+
+def _failure_key(place: int) -> str:
+    return f"paci/failure/{place}"
+
+
+def ended_by(board: FailureBoard | None, error: Exception) -> Exception:
+    """The error to raise when this process met ``error``: that of the first process to fail."""
+    return error if board is None else board.report(error)

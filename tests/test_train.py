@@ -1,0 +1,326 @@
+"""`paci train`: the same bits from any number of processes, equal to a loop without a pipeline."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cli_helpers as cli
+import pytest
+import torch
+import torch.nn.functional as F
+from cli_helpers import Shop
+
+from paci.data import Sampler, prepare
+from paci.models import build_stage, combine_digests, gpt_config, layer_digests
+from paci.schedule.registry import make_schedule
+from paci.schedule.versions import analyse
+
+# Two optimizer steps are enough for delay to reach the weights where accumulation is 8.
+SCHEDULES = [
+    {"schedule": "paci", "accumulation": 1},
+    {"schedule": "paci", "accumulation": 2},
+    {"schedule": "paci", "accumulation": 8},
+    {"schedule": "1f1b", "accumulation": 4},
+    {"schedule": "gpipe", "accumulation": 4},
+]
+VARIANTS = [
+    {"precision": "bf16"},
+    {"weights": "stash"},
+    {"weights": "recompute"},
+    {"schedule": "paci:slack=1"},
+    {"tokenizer": "bpe:300"},
+]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop(tmp_path_factory.mktemp("train"))
+
+
+def named(options: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in options.values())
+
+
+# --- the same bits ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", SCHEDULES, ids=named)
+def test_the_same_weights_from_one_two_and_four_processes(shop: Shop, options: dict[str, Any]):
+    alone = shop.train(**options)
+    # Evaluations in between drain; here there is none, and the run met what its program says.
+    schedule = make_schedule(options["schedule"], 4, options["accumulation"])
+    expected = analyse(schedule, num_updates=4)
+    for found in (alone, *(shop.train_ranks(size, **options) for size in (2, 4))):
+        assert found["weights_sha256"] == alone["weights_sha256"]
+        assert found["val_loss"] == alone["val_loss"]
+        assert found["max_drift"] == [stage.max_drift for stage in expected]
+        assert found["peak_in_flight"] == [stage.peak_in_flight for stage in expected]
+        for measured, stage in zip(found["drift"], expected, strict=True):
+            assert measured["drift"] == {str(k): n for k, n in sorted(stage.drift.items())}
+            assert measured["delay"] == {str(k): n for k, n in sorted(stage.delay.items())}
+    assert shop.train(**options)["weights_sha256"] == alone["weights_sha256"]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=named)
+def test_every_kind_of_run_gives_the_same_weights_on_two_processes(
+    shop: Shop, options: dict[str, Any]
+):
+    plain, alone, two = shop.train(), shop.train(**options), shop.train_ranks(2, **options)
+    assert alone["weights_sha256"] == two["weights_sha256"] != plain["weights_sha256"]
+    assert math.isfinite(alone["val_loss"])
+    if options.get("weights") == "stash":
+        assert alone["max_drift"] == [0] * 4
+    if options.get("schedule") == "paci:slack=1":
+        assert alone["peak_in_flight"] == [7, 5, 3, 1]
+
+
+def test_commands_and_torchrun_give_the_same_weights_as_one_process(shop: Shop):
+    expected = shop.train()["weights_sha256"]
+    for size in (2, 4):
+        out = shop.new()
+        with shop.command(*shop.options(out=out, workers=size)) as command:
+            done = command.wait()
+        assert (done.code, done.err) == (0, "")
+        assert cli.digest(out) == expected
+        assert f"weights sha256 {expected}" in done.out
+        assert cli.summary(out)["num_processes"] == size
+        assert not cli.processes_of(out)
+    out = shop.new()
+    started = cli.torchrun(2, shop.options(out=out))
+    with shop.command(*started, module="torch.distributed.run") as command:
+        done = command.wait()
+    assert done.code == 0, done.err
+    assert cli.digest(out) == expected
+
+
+def test_the_seed_decides_and_the_cut_does_not(shop: Shop):
+    options = {"schedule": "1f1b", "accumulation": 4, "dropout": 0.0}
+    digests = [shop.train(stages=n, **options)["weights_sha256"] for n in (1, 2, 4)]
+    assert len(set(digests)) == 1
+    assert shop.train(stages=1, seed=1, **options)["weights_sha256"] != digests[0]
+    # For an asynchronous schedule the cut decides how late a gradient is.
+    options["schedule"] = "paci"
+    assert len({shop.train(stages=n, **options)["weights_sha256"] for n in (1, 2, 4)}) == 3
+
+
+def test_without_asynchrony_the_pipeline_is_a_plain_training_loop(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+):
+    options = {
+        "schedule": "1f1b",
+        "accumulation": 4,
+        "dropout": 0.0,
+        "updates": 20,
+        "learning_rate": 3e-3,
+        "warmup": 0.2,
+        "final_learning_rate": 0.2,
+        "seed": 5,
+    }
+    out = shop.new()
+    found = shop.train(**options, out=out, log_every=1)
+    monkeypatch.setenv("PACI_CACHE", shop.env["PACI_CACHE"])
+    for num_parts, is_exact in ((4, True), (1, False)):
+        model, losses, rates = plain_loop(shop.corpus, num_parts)
+        logged = [row for row in cli.rows(out) if "loss" in row]
+        if is_exact:
+            digests = layer_digests(dict(model.named_parameters()))
+            assert combine_digests(digests) == found["weights_sha256"]
+            assert [row["loss"] for row in logged] == losses
+        assert [row["loss"] for row in logged] == pytest.approx(losses, rel=1e-5)
+        assert [row["learning_rate"] for row in logged] == pytest.approx(rates, rel=1e-12)
+
+
+def plain_loop(corpus: Path, num_parts: int) -> tuple[torch.nn.Module, list[float], list[float]]:
+    """What the run above does, on one device; also the losses, and the rates after each update."""
+    data = prepare(str(corpus), "bytes")
+    config = gpt_config(
+        "tiny",
+        vocab_size=data.tokenizer.vocab_size,
+        context=32,
+        num_layers=4,
+        num_heads=2,
+        width=32,
+    )
+    model = build_stage(config, config.layer_range, seed=5)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=3e-3,
+        betas=(0.9, 0.95),
+    )
+    sampler = Sampler(data.train, context=32, batch_size=16, seed=5)
+    losses, rates = [], []
+    for update in range(20):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(update)
+        inputs, targets = (torch.from_numpy(part) for part in sampler.batch(update))
+        parts = zip(inputs.chunk(num_parts), targets.chunk(num_parts), strict=True)
+        total = torch.tensor(0.0)
+        for part_inputs, part_targets in parts:
+            logits = model(part_inputs).flatten(0, 1)
+            loss = F.cross_entropy(logits, part_targets.flatten(), reduction="sum")
+            loss = loss / targets.numel()
+            loss.backward()
+            total += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item())
+        rates.append(learning_rate(update + 1))
+    return model, losses, rates
+
+
+def learning_rate(update: int) -> float:
+    """Four updates up, sixteen along a cosine to a fifth."""
+    if update < 4:
+        return 3e-3 * ((update + 1) / 4)
+    return 3e-3 * (0.2 + (1.0 - 0.2) * 0.5 * (1.0 + math.cos(math.pi * (update - 4) / 16)))
+
+
+# --- what a run does and leaves -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_learns(shop: Shop, precision: str):
+    found = shop.train(
+        precision=precision, updates=60, learning_rate=1e-2, dropout=0.0, accumulation=4
+    )
+    assert found["val_perplexity"] < 0.8 * found["unigram_perplexity"]
+    assert found["val_perplexity"] == pytest.approx(math.exp(found["val_loss"]))
+
+
+def test_what_a_run_leaves_behind(shop: Shop):
+    out = shop.new()
+    options = {
+        "updates": 7,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 2,
+        "eval_every": 3,
+        "log_every": 2,
+        "sample_tokens": 20,
+        "tensorboard": importlib.util.find_spec("tensorboard") is not None,
+    }
+    done = shop.call(*shop.options(out=out, **options))
+    assert done.code == 0, done.err
+    found = cli.summary(out)
+    assert {
+        "val_loss",
+        "val_perplexity",
+        "unigram_perplexity",
+        "tokens_per_s",
+        "utilization",
+        "max_drift",
+        "peak_in_flight",
+        "weights_sha256",
+        "versions",
+    } <= found.keys()
+    assert found["tokens"] == 7 * 16 * 32
+    assert found["tokens_per_s"] > 0
+    assert 0 < found["utilization"] <= 1
+    assert [len(found[key]) for key in ("max_drift", "peak_in_flight", "drift")] == [4, 4, 4]
+    assert {"paci", "torch", "python"} <= found["versions"].keys()
+    assert found["options"]["updates"] == 7
+
+    rows = cli.rows(out)
+    assert [row["update"] for row in rows if "loss" in row] == [2, 4, 6, 7]
+    evaluations = [row for row in rows if "val_loss" in row]
+    assert [row["update"] for row in evaluations] == [3, 6, 7]
+    assert evaluations[-1]["val_loss"] == found["val_loss"]
+    assert cli.checkpoints(out) == ["update-00000006", "update-00000007"]
+
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert ElementTree.parse(out / "timeline.svg").getroot().tag.endswith("svg")
+    trace = json.loads((out / "trace.json").read_text())
+    assert trace
+    text = (out / "sample.txt").read_text(encoding="utf-8")
+    assert text
+    assert text in done.out
+    if options["tensorboard"]:
+        assert [row["val_loss"] for row in evaluations] == pytest.approx(events(out, "val_loss"))
+    allowed = {"summary.json", "metrics.jsonl", "loss.png", "timeline.svg", "trace.json"}
+    allowed |= {"sample.txt", "checkpoints", "tokenizer", "options.json", "tensorboard"}
+    assert {path.name for path in out.iterdir()} <= allowed
+
+    lines = done.out.splitlines()
+    assert [line for line in lines if line.startswith("update 3/7  validation loss")]
+    assert [line for line in lines if line.startswith("update 4/7  loss") and "tokens/s" in line]
+    assert f"weights sha256 {found['weights_sha256']}" in lines
+
+
+def events(out: Path, key: str) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(out / "tensorboard"))
+    accumulator.Reload()
+    return [event.value for event in accumulator.Scalars(key)]
+
+
+def test_generate_depends_on_the_weights_and_its_own_options_alone(shop: Shop):
+    one, two = shop.new(), shop.new()
+    shop.train(out=one, tokenizer="bpe:300")
+    shop.train_ranks(2, out=two, tokenizer="bpe:300")
+
+    def text(folder: Path, *options: object) -> str:
+        done = shop.call("generate", folder, "--prompt", "the stage", "--tokens", 30, *options)
+        assert (done.code, done.err) == (0, "")
+        return done.out
+
+    first = text(one)
+    assert first.startswith("the stage")
+    assert first == text(one) == text(two)
+    assert first != text(one, "--seed", 1)
+    greedy = {text(one, "--temperature", 0, "--seed", seed) for seed in (1, 2)}
+    assert greedy == {text(one, "--top-k", 1)}
+    # Longer than the context, and from nothing.
+    assert shop.call("generate", one, "--tokens", 50).code == 0
+
+
+def test_options_come_from_a_file_and_the_command_line_wins(shop: Shop):
+    file = shop.folder / "options.toml"
+    base = {**cli.SMALL, "data": str(shop.corpus), "updates": 3, "learning_rate": 1, "seed": 7}
+    text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in base.items())
+    file.write_text(text + "tensorboard = false\n")
+    out = shop.new()
+    done = shop.call(
+        "train", "--config", file, "--updates", 2, "--learning-rate", "1e-3", "--out", out
+    )
+    assert done.code == 0, done.err
+    found = cli.summary(out)
+    assert (found["updates"], found["options"]["learning_rate"]) == (2, 1e-3)
+    assert found["weights_sha256"] == shop.train(updates=2, seed=7)["weights_sha256"]
+
+
+def test_a_schedule_in_one_file_is_picked_up_everywhere(shop: Shop):
+    expected = shop.train()["weights_sha256"]
+    assert "PACI with a gate" in shop.call("schedules").out
+    drawn = shop.call("schedules", "gated", "--stages", 3, "--accumulation", 2)
+    assert drawn.code == 0
+    assert "legal over 2 updates" in drawn.out
+    assert shop.train(schedule="gated")["weights_sha256"] == expected
+    out = shop.new()
+    with shop.command(*shop.options(out=out, schedule="gated", workers=2)) as command:
+        done = command.wait()
+    assert (done.code, done.err) == (0, "")
+    assert cli.digest(out) == expected
+
+
+def test_options_that_do_not_shape_the_weights_do_not(shop: Shop):
+    expected = shop.train()["weights_sha256"]
+    neutral = [{"log_every": 1}, {"sample_tokens": 3}, {"keep_checkpoints": 1}, {"threads": 1}]
+    together = dict(itertools.chain.from_iterable(options.items() for options in neutral))
+    assert shop.train(**together)["weights_sha256"] == expected
+    # A drain makes the gradients after it less late.
+    assert shop.train(checkpoint_every=1)["weights_sha256"] != expected
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running(shop: Shop) -> Iterator[None]:
+    yield
+    assert not cli.processes_of(shop.folder)
