@@ -53,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has closed it (as `head` does).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        _print_error(f"{error}; what was written before is whole")
+        return 1
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -69,6 +69,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     prepare_all(config)
     folder = claim_folder(config)
     # The last --out counts. It is settled here: a default made by each worker might differ.
+    _say(f"starting {config.workers} workers; run folder {folder}")
     launch([*arguments, "--out", str(folder)], config.workers, config.port)
     return 0
 
@@ -98,6 +99,10 @@ def _run_worker(config: TrainConfig) -> int:
         raise
     except BrokenPipeError:
         os._exit(1)  # nobody reads our output any more
+    except OSError as error:
+        sys.stderr.write(f"paci: error: rank {os.environ['RANK']}: {error}\n")
+        sys.stderr.flush()
+        os._exit(1)
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()

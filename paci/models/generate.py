@@ -41,7 +41,7 @@ def generate(
         Prompt and continuation, int64 [T + num_tokens], on the prompt's device.
 
     Raises:
-        ConfigError: an argument is outside what is said above.
+        ConfigError: an argument is outside what is said above, or the model has diverged.
     """
     _check(tokens_T, num_tokens, context, temperature, top_k)
     with _eval_mode(model):
@@ -64,6 +64,11 @@ def _draw(
     logits_K, tokens_K = logits_V.topk(num_kept)
     # Largest logit to zero before the division, so that a tiny temperature cannot overflow it.
     probabilities_K = ((logits_K - logits_K[0]) / temperature).softmax(dim=0)
+    if not probabilities_K.isfinite().all():
+        raise ConfigError(
+            "a model's logits must be finite to draw from, got others; use a model that has not "
+            "diverged"
+        )
     return tokens_K[probabilities_K.multinomial(1, generator=generator)]
 
 

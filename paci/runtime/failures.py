@@ -169,7 +169,8 @@ class FailureBoard:
         with contextlib.suppress(RuntimeError):
             self._heard = self._read()
         first = first_failure(self._heard)
-        print(f"paci: error: rank {self._rank} ends: {first}", file=sys.stderr, flush=True)  # noqa: T201
+        sys.stderr.write(f"paci: error: rank {self._rank} ends: {first}\n")
+        sys.stderr.flush()
         time.sleep(0.1)
         os._exit(1)
 

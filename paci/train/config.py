@@ -79,7 +79,9 @@ class TrainConfig(BaseModel):
         0, "optimization", "of weights, data order and dropout"
     )
 
-    out: str | None = option(None, "run", "run folder; default runs/SCHEDULE-DATE-TIME")
+    out: Annotated[str, Field(min_length=1)] | None = option(
+        None, "run", "run folder; default runs/SCHEDULE-DATE-TIME"
+    )
     resume: bool = option(False, "run", "go on from the newest checkpoint in --out")
     checkpoint_every: Count = option(100, "run", "updates between checkpoints (drains)")
     keep_checkpoints: Count = option(2, "run", "newest checkpoints to keep")
@@ -115,6 +117,7 @@ OPTIONS_FILE = "options.json"
 # Options that do not shape the weights.
 NEUTRAL = frozenset(
     {
+        "data",  # the text itself is compared, wherever it lies
         "workers",
         "out",
         "resume",

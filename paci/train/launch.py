@@ -76,10 +76,12 @@ def _run(config: LaunchConfig, arguments: Sequence[str]) -> None:
         elastic_launch(config, sys.executable)("-m", "paci", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        remedy = "its message above says why"
+        if failure.exitcode < 0:
+            remedy = "go on with --resume from the last checkpoint"
         raise WorkerError(
             f"all {config.nproc_per_node} workers must run to the end, got "
-            f"{_how_it_ended(failure.exitcode)} of rank {rank}; see its message above, if it left "
-            f"one, and go on with --resume from the last checkpoint"
+            f"{_how_it_ended(failure.exitcode)} of rank {rank}; {remedy}"
         ) from error
     except SignalException as error:
         raise KeyboardInterrupt from error

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from paci.data import Corpus, Sampler, validation_batches
 from paci.errors import PaciError
+from paci.models import num_parameters
 from paci.runtime.pipeline import StepResult
 from paci.train import checkpoint
 from paci.train.config import TrainConfig
@@ -80,6 +81,11 @@ class Trainer:
     def run(self) -> None:
         """Train to the last update, evaluating and keeping checkpoints on the way."""
         config = self.config
+        self._say(
+            f"GPT of {num_parameters(self.plan.model):,} parameters, layers by stage "
+            f"{[len(layers) for layers in self.plan.cut]}, {self.plan.schedule}, "
+            f"{config.workers} {'process' if config.workers == 1 else 'processes'}"
+        )
         started = time.perf_counter()
         while self.update < config.updates:
             result = self.pipeline.step(self._batch(self.update))
@@ -127,6 +133,11 @@ class Trainer:
         if result.loss is None or self._metrics is None:
             return
         loss = result.loss.item()
+        if not math.isfinite(loss):
+            raise PaciError(
+                f"the loss must be finite, got {loss} at update {self.update}; start again "
+                f"with a lower learning rate"
+            )
         row = {
             **self._row(),
             "loss": loss,
@@ -145,11 +156,6 @@ class Trainer:
             f"utilization {status.utilization:4.0%}  drift <= {status.max_drift}  "
             f"{format_duration(left_s)} left"
         )
-        if not math.isfinite(loss):
-            raise PaciError(
-                f"the loss must be finite, got {loss} at update {self.update}; start again "
-                f"with a lower learning rate"
-            )
 
     def _learning_rate(self) -> float:
         last = self.pipeline.stages[self.plan.schedule.num_stages - 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -23,8 +24,10 @@ Say = Callable[[str], None]
 
 
 def default_folder(config: TrainConfig) -> Path:
-    """``runs/SCHEDULE-DATE-TIME``."""
-    return Path("runs") / f"{config.schedule.partition(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """``runs/SCHEDULE-DATE-TIME``, with a number behind it if there is one already."""
+    name = f"{config.schedule.partition(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    return next(folder for each in names if not (folder := Path("runs") / each).exists())
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -144,7 +147,7 @@ def _finish(trainer: Trainer, say: Say) -> None:
         if config.sample_tokens:
             text = sample_text(folder, "", config.sample_tokens, 0.8, 50, config.seed)
             write_text(folder / "sample.txt", text)
-            say(f"a sample of its text:\n{text}")
+            say(f"a sample of its text:\n{_printable(text)}")
         say(
             f"validation perplexity {summary['val_perplexity']:.2f} "
             f"(a unigram model's: {summary['unigram_perplexity']:.2f})"
@@ -157,6 +160,13 @@ def _finish(trainer: Trainer, say: Say) -> None:
     trainer.close()
 
 
+def _printable(text: str) -> str:
+    """``text`` without what would move a terminal's cursor or change its colours."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
 def _prepare_together(config: TrainConfig) -> tuple[Path, Corpus]:
     """The run folder and the corpus; on each host one process tokenizes, the others wait.
 
@@ -166,7 +176,8 @@ def _prepare_together(config: TrainConfig) -> tuple[Path, Corpus]:
         choose_folder(config)
         corpus = prepare_all(config)
         return claim_folder(config), corpus
-    require_agreement(config.trajectory() | {"out": config.out, "resume": config.resume})
+    shared = {key: getattr(config, key) for key in ("out", "resume", "data")}
+    require_agreement(config.trajectory() | shared)
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     refused = _attempt(lambda: (choose_folder(config), prepare_all(config))) if is_first else None
     everyone: list[object] = [None] * dist.get_world_size()
