@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from paci.errors import WorkerError
 from paci.runtime.distributed import LinkError
 
-_COUNT_KEY = "paci/num_failures"
+_boards = itertools.count()  # all processes make theirs in one order
 _POLL_S = 1.0  # between two looks at the board
 _GRACE_S = 5.0  # that a process has to end by itself once another has failed
 _SETTLE_S = 2.0  # that a process which fails stays, so that all hear of it; over _POLL_S
@@ -86,6 +87,7 @@ class FailureBoard:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
+        self._key = f"paci/board/{next(_boards)}"
         self._store = dist.distributed_c10d._get_default_store()
         self._heard: list[Complaint] = []
         self._reported = False
@@ -146,21 +148,24 @@ class FailureBoard:
         return Complaint(self._rank, self._rank, f"{type(error).__name__}: {error}")
 
     def _post(self, complaint: Complaint) -> None:
-        place = self._store.add(_COUNT_KEY, 1)
-        self._store.set(_failure_key(place), json.dumps(complaint))
+        place = self._store.add(f"{self._key}/num_failures", 1)
+        self._store.set(self._failure_key(place), json.dumps(complaint))
 
     def _read(self) -> list[Complaint]:
         """What is on the board, in order, as far as it is complete."""
-        places = range(1, self._store.add(_COUNT_KEY, 0) + 1)
-        keys = [key for place in places if self._store.check([key := _failure_key(place)])]
+        places = range(1, self._store.add(f"{self._key}/num_failures", 0) + 1)
+        keys = [key for place in places if self._store.check([key := self._failure_key(place)])]
         return [Complaint(*json.loads(self._store.get(key).decode())) for key in keys]
+
+    def _failure_key(self, place: int) -> str:
+        return f"{self._key}/failure/{place}"
 
     def _watch(self) -> None:
         while not self._heard:
             if self._stop.wait(_POLL_S):
                 return
             try:
-                if self._store.check([_failure_key(1)]):
+                if self._store.check([self._failure_key(1)]):
                     self._heard = self._read()
             except RuntimeError:
                 return  # the store is gone; the main thread will see it too
@@ -173,10 +178,6 @@ class FailureBoard:
         sys.stderr.flush()
         time.sleep(0.1)
         os._exit(1)
-
-
-def _failure_key(place: int) -> str:
-    return f"paci/failure/{place}"
 
 
 def ended_by(board: FailureBoard | None, error: Exception) -> Exception:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +31,7 @@ from paci.runtime.world import World
 from paci.schedule.action import Message, Payload
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.sequence import Cursor, Sequencer
-from paci.trace import Event, Trace
+from paci.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,10 @@ class Pipeline:
             masters, gradients and optimizer state; buffers stay as they are. Do not use autocast
             in a stage: it keeps a copy of each weight for every micro-batch in flight.
         group: processes of this pipeline; by default all, if torch.distributed is initialized.
+            Where several pipelines stand side by side, all ranks build theirs at the same time.
         seed: of random numbers in forwards (dropout): each micro-batch has its own at each stage.
-        timeout_s: longest wait for another process, in seconds.
+        timeout_s: longest wait for another process, in seconds; on NCCL a pause between steps
+            counts too, since receives are posted ahead.
         trace_capacity: newest events that ``trace`` can show, per process.
 
     Raises:
@@ -141,6 +146,7 @@ class Pipeline:
         )
         self._num_done = 0  # micro-batches of all stretches that have been drained
         self._num_fed = 0  # micro-batches of the one that is running
+        self._kept_losses: list[Tensor] = []  # known, and not yet in a result
         self._failure: BaseException | None = None
         self._start_stretch()
 
@@ -191,7 +197,7 @@ class Pipeline:
         """
         self._require_whole()
         if not self._num_fed:
-            return StepResult()
+            return self._result()
         with self.failing_together():
             self._sequencer.drain()
             self._run()
@@ -213,12 +219,17 @@ class Pipeline:
 
         Returns:
             nan if there is no token.
+
+        Raises:
+            ConfigError: a batch is no pair, or processes pass different numbers of them.
         """
-        self.drain()
+        self._drain_between_steps()
+        pairs = [as_pair(batch) for batch in batches]
+        self._world.agree({"the number of evaluation batches": len(pairs)})
         device = next(iter(self.stages.values())).device
         total = torch.zeros(2, dtype=torch.float64, device=device)
         with self.failing_together():
-            for j, (inputs, targets) in enumerate(map(as_pair, batches)):
+            for j, (inputs, targets) in enumerate(pairs):
                 for index in self.stages:
                     total += self._evaluate_stage(index, j, inputs, targets)
             self._engine.transport.finish()
@@ -229,17 +240,23 @@ class Pipeline:
 
     def trace(self) -> Trace:
         """When each action of the newest stretch ran, on all processes. Drains the pipeline."""
-        self.drain()
+        self._drain_between_steps()
         recorder = self._engine.recorder
-        rows = self.gather(recorder.events())
-        return recorder.trace([Event._make(event) for row in rows for event in row])
+        rows = self.gather((self._clock_shift_s(), recorder.events()))
+        return recorder.trace(
+            [
+                event._replace(start_s=event.start_s + shift_s, end_s=event.end_s + shift_s)
+                for shift_s, events in rows
+                for event in events
+            ]
+        )
 
     def utilization(self) -> float:
         """Busy time over workers times span, since the start, on all processes. Drains.
 
         In one process that plays all workers, what separate devices would have had.
         """
-        self.drain()
+        self._drain_between_steps()
         recorder = self._engine.recorder
         pairs = self.gather((recorder.busy_s, recorder.span_s))
         span_s = max(span for _, span in pairs)
@@ -248,9 +265,10 @@ class Pipeline:
 
     def drift(self) -> dict[int, DriftReport]:
         """What every stage of the pipeline met so far, from all processes. Drains."""
-        self.drain()
+        self._drain_between_steps()
+        own = {i: copy.deepcopy(meter.report) for i, meter in self._engine.meters.items()}
         reports: dict[int, DriftReport] = {}
-        for part in self.gather({i: meter.report for i, meter in self._engine.meters.items()}):
+        for part in self.gather(own):
             reports |= part
         return dict(sorted(reports.items()))
 
@@ -308,9 +326,13 @@ class Pipeline:
             raise cause from error
 
     def close(self) -> None:
-        """Stop watching for failures of other processes. The pipeline cannot be used after."""
+        """Close the channels and stop watching for failures of other processes.
+
+        All processes call it, when all are done; the pipeline cannot be used afterwards.
+        """
         if self._board is not None:
             self._board.close()
+        self._world.close()
 
     def _start_stretch(self) -> None:
         """Begin with an empty pipeline; programs count micro-batches from 0 again."""
@@ -360,7 +382,7 @@ class Pipeline:
     def _result(self) -> StepResult:
         """Losses of the updates whose micro-batches have all gone forward."""
         a, waiting = self.schedule.accumulation, self._feed.losses
-        losses: list[Tensor] = []
+        losses, self._kept_losses = self._kept_losses, []
         while len(waiting) >= a:
             first = min(waiting)
             losses.append(torch.stack([waiting.pop(j) for j in range(first, first + a)]).sum())
@@ -387,6 +409,14 @@ class Pipeline:
             dist.all_gather_object(everyone, own, group=self._world.group)
         return everyone
 
+    def _clock_shift_s(self) -> float:
+        """What to add to this process's clock to read the first one's; hosts differ, as nearly as
+        a barrier tells."""
+        self.gather(None)
+        moments = self.gather((socket.gethostname(), time.perf_counter()))
+        (first_host, first_s), (own_host, own_s) = moments[0], moments[self._world.position]
+        return 0.0 if own_host == first_host else first_s - own_s
+
     def _require_whole(self) -> None:
         if self._failure is not None:
             raise WorkerError(
@@ -394,6 +424,10 @@ class Pipeline:
                 f"{type(self._failure).__name__}: {self._failure}; build a new one and load the "
                 f"last checkpoint"
             )
+
+    def _drain_between_steps(self) -> None:
+        """Drain; the losses that it makes known are kept for the next result."""
+        self._kept_losses = list(self.drain().losses)
 
     def _require_drained(self, what: str) -> None:
         if self._num_fed:

@@ -91,6 +91,7 @@ class Stage:
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._dtype = PRECISIONS[precision]
         self.weights = StageWeights(module, self._dtype, policy.separate)
+        self._buffers = {b.untyped_storage().data_ptr() for b in module.buffers() if b.numel()}
         self._loss = loss
         self._seed = seed
 
@@ -240,8 +241,10 @@ class Stage:
         self.weights.write_in_place()
 
     def _own(self, output: Tensor) -> Tensor:
-        """``output`` to be handed on: a copy if it is a weight, which an update would change."""
-        if output.untyped_storage().data_ptr() in self.weights.storages:
+        """``output`` to be handed on: a copy if it is a weight or a buffer, which may change
+        before it has arrived."""
+        place = output.untyped_storage().data_ptr()
+        if place in self.weights.storages or place in self._buffers:
             return output.detach().clone()
         return output.detach()
 

@@ -200,7 +200,12 @@ def _validate(values: Mapping[str, Any], strict: bool) -> TrainConfig:
                 f"an option must be one that `paci train --help` lists, got {key!r}; mend or "
                 f"remove it"
             ) from None
-        wanted = first["msg"].removeprefix("Input should be ").split(",")[0]
+        wanted = (
+            first["msg"]
+            .removeprefix("Input should be ")
+            .removeprefix("String should have ")
+            .split(",")[0]
+        )
         raise ConfigError(
             f"{key} must be {wanted}, got {values.get(key)!r}; see `paci train --help`"
         ) from None

@@ -162,9 +162,7 @@ def _finish(trainer: Trainer, say: Say) -> None:
 
 def _printable(text: str) -> str:
     """``text`` without what would move a terminal's cursor or change its colours."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _prepare_together(config: TrainConfig) -> tuple[Path, Corpus]:
