@@ -364,7 +364,6 @@ def train(run: Run, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
 
 def close(pipeline: paci.Pipeline) -> None:
     pipeline.close()
-    pipeline._world.close()
 
 
 def _do(pipeline: paci.Pipeline, number: int, what: str, rows: int) -> Any:
@@ -403,6 +402,16 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 
 # --- what ranks do ------------------------------------------------------------------------------
+
+
+def evaluate_unevenly(rank: int, num_ranks: int, run: Run) -> str:
+    """Each rank has one batch more than the rank before."""
+    pipeline = build(run, dist.group.WORLD)
+    try:
+        pipeline.evaluate([make_batch(i, 2) for i in range(rank + 1)])
+    except paci.ConfigError as error:
+        return str(error)
+    return "nothing"
 
 
 def train_all(rank: int, num_ranks: int, runs: dict[str, Run]) -> dict[str, Any]:

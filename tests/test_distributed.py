@@ -73,6 +73,7 @@ def stretches() -> dict[str, Run]:
         runs[f"questions-{a}"] = Run(paci.PACI(N, a), tuple(itertools.chain(*busy)))
     runs["questions-flush"] = Run(paci.OneFOneBFlush(N, 2), tuple(itertools.chain(*busy)), "stash")
     runs["questions-recompute"] = Run(paci.PACI(N, 2), tuple(itertools.chain(*busy)), "recompute")
+    runs["questions-vee"] = Run(Vee(N, 2), tuple(itertools.chain(*busy)))
     runs["no-step"] = Run(paci.PACI(N, 2), (("evaluate", 3), ("drain", 0), ("drift", 0)))
     for tags in (1, 3):
         runs[f"tags-{tags}"] = Run(
@@ -229,6 +230,20 @@ def test_ranks_that_differ_are_told(tmp_path: Path):
         assert all(part in told[name] for part in parts), (name, told[name])
     for rank in (1, 2):
         assert f"must hand over the stages [{rank}]" in found[rank][-1]
+
+
+def test_no_loss_is_lost_to_a_drain_between_steps():
+    """A V knows some losses only when it is drained, which asking for the drift does."""
+    run = RUNS["questions-vee"]
+    told = [
+        loss for each in alone("questions-vee")["log"] if isinstance(each, list) for loss in each
+    ]
+    assert len(told) == sum(what == "step" for what, _ in run.plan)
+
+
+def test_evaluation_batches_are_counted_first(tmp_path: Path):
+    for told in values(launch(tmp_path, 2, ranks_of.evaluate_unevenly, Run(paci.PACI(2, 2), ()))):
+        assert "agree on the number of evaluation batches, got 1 on rank 0 and 2 on rank 1" in told
 
 
 def test_a_group_must_hold_the_process(tmp_path: Path):

@@ -1012,3 +1012,46 @@ def test_pipelines_do_not_disturb_each_other():
     assert same_bits(masters(one), masters(alone))
     assert same_bits(masters(other), masters(alone))
     one.close()
+
+
+def test_a_buffer_that_is_handed_on_is_a_copy():
+    """The next stage must get what it was, not what the next forward makes of it."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            self.count += 1
+            return self.linear(x), self.count
+
+    seen: list[float] = []
+
+    class Noting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, count: Tensor) -> Tensor:
+            seen.append(count.item())
+            return self.linear(x)
+
+    modules = [Counting(), Noting()]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in modules]
+    pipeline = paci.Pipeline(modules, paci.GPipe(2, 4), optimizers, mse)
+    pipeline.step((torch.ones(8, 4), torch.ones(8, 4)))
+    assert seen == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_drift_report_is_a_snapshot():
+    modules = mlp(2)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in modules]
+    pipeline = paci.Pipeline(modules, paci.PACI(2, 2), optimizers, mse)
+    batch = (torch.ones(4, 6), torch.ones(4, 6))
+    pipeline.step(batch)
+    before = pipeline.drift()
+    pipeline.step(batch)
+    assert sum(before[0].drift.values()) == 2
+    assert sum(pipeline.drift()[0].drift.values()) == 4
