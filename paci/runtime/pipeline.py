@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +18,7 @@ from paci.errors import ConfigError, WorkerError
 from paci.runtime.assemble import build_stages, choose_group, listed
 from paci.runtime.batch import MicroBatch, as_pair, split_batch, to_device
 from paci.runtime.drift import DriftMeter, DriftReport
+from paci.runtime.evaluate import evaluate
 from paci.runtime.execute import Engine, Feed, execute
 from paci.runtime.failures import FailureBoard, ended_by
 from paci.runtime.loss import as_loss, divisor
@@ -28,7 +27,6 @@ from paci.runtime.stage import Target
 from paci.runtime.status import Status, StatusBoard, combine
 from paci.runtime.weights.registry import make_weight_policy
 from paci.runtime.world import World
-from paci.schedule.action import Message, Payload
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.sequence import Cursor, Sequencer
 from paci.trace import Trace
@@ -208,7 +206,6 @@ class Pipeline:
         self._num_fed = 0
         return result
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> float:
         """The mean loss over the tokens of ``batches``, the same number on every process.
 
@@ -226,23 +223,17 @@ class Pipeline:
         self._drain_between_steps()
         pairs = [as_pair(batch) for batch in batches]
         self._world.agree({"the number of evaluation batches": len(pairs)})
-        device = next(iter(self.stages.values())).device
-        total = torch.zeros(2, dtype=torch.float64, device=device)
         with self.failing_together():
-            for j, (inputs, targets) in enumerate(pairs):
-                for index in self.stages:
-                    total += self._evaluate_stage(index, j, inputs, targets)
-            self._engine.transport.finish()
-            if self._world.group is not None:
-                dist.all_reduce(total, group=self._world.group)
-        loss, count = total.tolist()
+            own = evaluate(self._engine, pairs)
+            parts = self._world.gather(own)
+        loss, count = (sum(column) for column in zip(*parts, strict=True))
         return loss / count if count else float("nan")
 
     def trace(self) -> Trace:
         """When each action of the newest stretch ran, on all processes. Drains the pipeline."""
         self._drain_between_steps()
         recorder = self._engine.recorder
-        rows = self.gather((self._clock_shift_s(), recorder.events()))
+        rows = self.gather((self._world.clock_shift_s(), recorder.events()))
         return recorder.trace(
             [
                 event._replace(start_s=event.start_s + shift_s, end_s=event.end_s + shift_s)
@@ -388,34 +379,10 @@ class Pipeline:
             losses.append(torch.stack([waiting.pop(j) for j in range(first, first + a)]).sum())
         return StepResult(tuple(losses))
 
-    def _evaluate_stage(self, index: int, j: int, inputs: Any, targets: Any) -> Tensor | float:
-        stage, transport = self.stages[index], self._engine.transport
-        if index == 0:
-            received = stage.take_in(inputs)
-        else:
-            received = transport.receive(Message(Payload.ACTIVATION, index, j))
-        outputs = stage.evaluate(received, to_device(targets, stage.device))
-        if stage.is_last:
-            return torch.stack(outputs)
-        transport.send(Message(Payload.ACTIVATION, index + 1, j), outputs)
-        return 0.0
-
     def gather(self, own: Any) -> list[Any]:
         """``own`` of every process, in their order, on every process; any picklable value."""
-        if self._world.group is None:
-            return [own]
         with self.failing_together():
-            everyone: list[Any] = [None] * self._world.size
-            dist.all_gather_object(everyone, own, group=self._world.group)
-        return everyone
-
-    def _clock_shift_s(self) -> float:
-        """What to add to this process's clock to read the first one's; hosts differ, as nearly as
-        a barrier tells."""
-        self.gather(None)
-        moments = self.gather((socket.gethostname(), time.perf_counter()))
-        (first_host, first_s), (own_host, own_s) = moments[0], moments[self._world.position]
-        return 0.0 if own_host == first_host else first_s - own_s
+            return self._world.gather(own)
 
     def _require_whole(self) -> None:
         if self._failure is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -110,6 +112,18 @@ class World:
         if self.group is not None:
             require_agreement(what, self.group)
 
+    def gather(self, own: Any) -> list[Any]:
+        """``own`` of every process, in their order, on every process."""
+        return [own] if self.group is None else _gather(own, self.group)
+
+    def clock_shift_s(self) -> float:
+        """What to add to this process's clock to read the first one's: nothing on its host, on
+        another what a barrier tells. All processes of the world must call it."""
+        self.gather(None)
+        moments = self.gather((socket.gethostname(), time.perf_counter()))
+        (first_host, first_s), (own_host, own_s) = moments[0], moments[self.position]
+        return 0.0 if own_host == first_host else float(first_s - own_s)
+
     @contextlib.contextmanager
     def refusing_together(self) -> Iterator[None]:
         """If any process raises ``ConfigError`` inside, all do: none is left to wait for it.
@@ -121,11 +135,10 @@ class World:
             yield
         except ConfigError as error:
             refused = error
-        if self.group is not None:
-            everyone = _gather(refused and str(refused), self.group)
-            for rank, message in zip(self.ranks, everyone, strict=True):
-                if message is not None and refused is None:
-                    refused = ConfigError(f"rank {rank} refused: {message}")
+        everyone = self.gather(refused and str(refused))
+        for rank, message in zip(self.ranks, everyone, strict=True):
+            if message is not None and refused is None:
+                refused = ConfigError(f"rank {rank} refused: {message}")
         if refused is not None:
             raise refused
 

@@ -1,0 +1,40 @@
+"""Forward only, in evaluation mode: each batch goes through the stages as one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from paci.runtime.batch import MicroBatch, to_device
+from paci.runtime.execute import Engine
+from paci.schedule.action import Action, Kind, consumes, produces
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, batches: Sequence[MicroBatch]) -> tuple[float, float]:
+    """Run ``batches`` through the stages that this process holds, and end the stretch.
+
+    Args:
+        engine: drained.
+        batches: pairs (inputs, targets) of one size.
+
+    Returns:
+        The summed loss and the number of tokens, if the last stage is here; else zeros.
+    """
+    device = next(iter(engine.stages.values())).device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for j, (inputs, targets) in enumerate(batches):
+        for index, stage in engine.stages.items():
+            action = Action(Kind.FORWARD, index, j)
+            needed = consumes(action, engine.num_stages)
+            came = stage.take_in(inputs) if needed is None else engine.transport.receive(needed)
+            outputs = stage.evaluate(came, to_device(targets, stage.device))
+            message = produces(action, engine.num_stages)
+            if message is None:
+                total += torch.stack(outputs).to(device)
+            else:
+                engine.transport.send(message, outputs)
+    engine.transport.finish()
+    loss, count = total.tolist()
+    return loss, count
