@@ -33,6 +33,7 @@ from torch.nn import functional as F
 import paci
 from paci.runtime import distributed
 from paci.runtime.distributed import Link, RemoteReceiver, RemoteSender
+from paci.runtime.transport import Ends
 from paci.runtime.world import hosted_stages
 from paci.schedule.action import Action, Kind, Message, Payload
 
@@ -513,7 +514,7 @@ def outrun(rank: int, num_ranks: int, capacity: int, num_messages: int) -> list[
     """
     group = dist.new_group([0, 1])
     store = dist.distributed_c10d._get_default_store()
-    link = Link(group, rank, 1 - rank, 60.0, torch.device("cpu"))
+    link = Link(group, Ends(rank, 1 - rank, 60.0), torch.device("cpu"))
     messages = [Message(Payload.ACTIVATION, 1, j) for j in range(num_messages)]
     if rank == 1:
         receiver = RemoteReceiver(link)

@@ -13,90 +13,84 @@ stretch ends are answered with fillers, so that a channel is always left clean.
 
 from __future__ import annotations
 
-import json
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paci.errors import ConfigError, WorkerError
-from paci.runtime.transport import Receiver, Sender, Tensors
-from paci.schedule.action import Message
+from paci.errors import ConfigError
+from paci.runtime.boundary import Spec, all_are, changed, decode, encode, specs_of
+from paci.runtime.transport import Ends, LinkError, Receiver, Sender, Tensors
+from paci.schedule.action import Message, Payload
 
 RECEIVES_AHEAD = 2
 _HEADER_BYTES = 4096
 _MOST_TAGS = 1 << 20
 
 
-class _Spec(NamedTuple):
-    """One tensor of a boundary."""
+class Link:
+    """A channel's process group, and what can go wrong with it.
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
+    Calls the group's own operations: what ``torch.distributed.isend`` adds to them, once more for
+    every message, is checks of what cannot change on a channel.
 
-
-class LinkError(WorkerError):
-    """A wait for a neighbour failed.
-
-    Attributes:
-        peer: global rank of that neighbour, who is gone or stuck, or waits for another in turn.
+    Args:
+        group: of the two.
+        ends: who they are.
+        device: of the tensors on this end.
     """
 
-    def __init__(self, message: str, peer: int) -> None:
-        super().__init__(message)
-        self.peer = peer
+    def __init__(self, group: dist.ProcessGroup, ends: Ends, device: torch.device) -> None:
+        self.device = device
+        self._group = group
+        self._ends = ends
+        self._place = dist.get_group_rank(group, ends.peer)
+        # On CUDA only the current stream waits: to name a time-out would block the process until
+        # the operation is complete. There the time-out is that of the group, kept by NCCL itself.
+        self._limit = () if device.type == "cuda" else (timedelta(seconds=ends.timeout_s),)
+        self._num_started = 0
 
+    def send(self, tensor: Tensor, message: Message) -> dist.Work:
+        """Start to send; the tensor must live until ``wait`` has returned."""
+        return self._start(self._group.send, tensor, "send", message)
 
-class Link(NamedTuple):
-    """Who is at the two ends of a channel, and how long they wait for each other."""
+    def receive(self, tensor: Tensor, message: Message) -> dist.Work:
+        """Start to receive into ``tensor``."""
+        return self._start(self._group.recv, tensor, "receive", message)
 
-    group: dist.ProcessGroup
-    rank: int
-    peer: int
-    timeout_s: float
-    device: torch.device
+    def _start(
+        self, operation: Callable[..., dist.Work], tensor: Tensor, verb: str, message: Message
+    ) -> dist.Work:
+        tag = self._num_started % _MOST_TAGS
+        self._num_started += 1
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        try:
+            return operation([tensor], self._place, tag)
+        except RuntimeError as error:
+            raise self._failure(verb, message, error) from error
 
-    def wait(self, work: dist.Work | None, verb: str, message: Message) -> None:
+    def wait(self, work: dist.Work, verb: str, message: Message) -> None:
         """Wait for an operation on this link.
-
-        On CUDA only the current stream waits: to name a time-out would block the process until
-        the operation is complete. There the time-out is that of the group, kept by NCCL itself.
 
         Raises:
             LinkError: it failed, or took longer than the time-out.
         """
-        if work is None:
-            return
         try:
-            if self.device.type == "cuda":
-                work.wait()
-            else:
-                work.wait(timedelta(seconds=self.timeout_s))
+            work.wait(*self._limit)
         except RuntimeError as error:
-            raise self.failure(verb, message, error) from error
+            raise self._failure(verb, message, error) from error
 
-    def failure(self, verb: str, message: Message, error: BaseException) -> LinkError:
-        """Say in one line what could not be done, and what that tells of the other side."""
-        stage = message.sender if verb == "send" else message.stage
-        what = f"{message.payload.value} of micro-batch {message.micro_batch}"
-        towards = "to" if verb == "send" else "from"
-        other = message.stage if verb == "send" else message.sender
+    def restart(self) -> None:
+        """Count operations from the first again; nothing may be under way."""
+        self._num_started = 0
+
+    def _failure(self, verb: str, message: Message, error: BaseException) -> LinkError:
         text = str(error).lower()
-        if "timed out" in text or "timeout" in text:
-            got = f"nothing for {self.timeout_s:g} s"
-            remedy = "look at that rank's log; raise the time-out if it is merely slow"
-        else:
-            got = f"a broken connection: rank {self.peer} is gone"
-            remedy = "look at that rank's log, then resume from the last checkpoint"
-        return LinkError(
-            f"rank {self.rank} (stage {stage}) must {verb} the {what} {towards} rank {self.peer} "
-            f"(stage {other}), got {got}; {remedy}",
-            self.peer,
-        )
+        return self._ends.failure(verb, message, "timed out" in text or "timeout" in text)
 
 
 class RemoteSender(Sender):
@@ -110,9 +104,8 @@ class RemoteSender(Sender):
     def __init__(self, link: Link, capacity: int) -> None:
         self._link = link
         self._capacity = capacity
-        self._specs: list[_Spec] | None = None
-        self._under_way: deque[tuple[Message, list[dist.Work | None], Tensors]] = deque()
-        self._num_sent = 0
+        self._specs: list[Spec] | None = None
+        self._under_way: deque[tuple[Message, list[dist.Work], Tensors]] = deque()
 
     def open(self, message: Message) -> None:
         """Exchange a first byte: a link that does not work is found before training starts, and
@@ -122,24 +115,17 @@ class RemoteSender(Sender):
 
     def send(self, message: Message, tensors: Tensors) -> None:
         """Start to send; wait for the oldest only when ``capacity`` are under way."""
-        specs = [_Spec(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors]
         header: Tensors = ()
-        if self._specs is None:
-            header = _header(specs, self._link.device)
-            self._specs = specs
-        elif specs != self._specs:
-            raise ConfigError(
-                f"tensors between stages must keep shapes and dtypes until the pipeline is "
-                f"drained, got {_text(specs)} after {_text(self._specs)} from stage "
-                f"{message.sender}; pad micro-batches to one size, or drain() in between"
-            )
-        self._start(message, header + tuple(each.detach().contiguous() for each in tensors))
+        if self._specs is None or not all_are(tensors, self._specs):
+            header = self._start_stretch(message, specs_of(tensors))
+        packed = tuple(t if t.is_contiguous() else _packed(t) for t in tensors)
+        self._start(message, header + packed)
 
     def seal(self) -> None:
         """Answer the receives that are posted ahead."""
         if self._specs is None:
             return
-        filler = tuple(_empty(spec, self._link.device) for spec in self._specs)
+        filler = tuple(spec.empty(self._link.device) for spec in self._specs)
         for _ in range(RECEIVES_AHEAD):
             self._start(self._under_way[-1][0], filler)
 
@@ -148,17 +134,17 @@ class RemoteSender(Sender):
         while self._under_way:
             self._wait_for_oldest()
         self._specs = None
-        self._num_sent = 0
+        self._link.restart()
+
+    def _start_stretch(self, message: Message, specs: list[Spec]) -> Tensors:
+        """What goes before the first message of a stretch, to say what is to come."""
+        if self._specs is not None:
+            raise changed(message, self._specs, specs)
+        self._specs = specs
+        return _header(specs, self._link.device)
 
     def _start(self, message: Message, tensors: Tensors) -> None:
-        works = []
-        for tensor in tensors:
-            tag = self._num_sent % _MOST_TAGS
-            self._num_sent += 1
-            try:
-                works.append(dist.isend(tensor, self._link.peer, self._link.group, tag))
-            except RuntimeError as error:
-                raise self._link.failure("send", message, error) from error
+        works = [self._link.send(tensor, message) for tensor in tensors]
         # What is sent must stay alive until it has been; the oldest is waited for only when so
         # many followed it that, by the schedule, it arrived long ago.
         self._under_way.append((message, works, tensors))
@@ -180,74 +166,57 @@ class RemoteReceiver(Receiver):
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._specs: list[_Spec] | None = None
-        self._posted: deque[tuple[Message, list[tuple[Tensor, dist.Work | None]]]] = deque()
-        self._num_posted = 0
+        self._specs: list[Spec] | None = None
+        self._posted: deque[list[tuple[Tensor, dist.Work]]] = deque()
+        self._newest = Message(Payload.ACTIVATION, 0, 0)  # named when a filler does not come
 
     def open(self, message: Message) -> None:
         """See ``RemoteSender.open``."""
         byte = torch.empty(1, dtype=torch.uint8, device=self._link.device)
-        self._link.wait(self._post(byte, message), "receive", message)
-        self._num_posted = 0
+        self._link.wait(self._link.receive(byte, message), "receive", message)
+        self._link.restart()
 
     def receive(self, message: Message) -> Tensors:
         """Wait for the oldest posted receive, after posting another behind the rest."""
+        self._newest = message
         if self._specs is None:
             header = torch.empty(_HEADER_BYTES, dtype=torch.uint8, device=self._link.device)
-            self._link.wait(self._post(header, message), "receive", message)
+            self._link.wait(self._link.receive(header, message), "receive", message)
             self._specs = _read_header(header)
-            for ahead in range(RECEIVES_AHEAD):
-                self._post_next(message._replace(micro_batch=message.micro_batch + ahead))
-        self._post_next(message._replace(micro_batch=message.micro_batch + RECEIVES_AHEAD))
-        return tuple(
-            tensor.requires_grad_(spec.requires_grad)
-            for tensor, spec in zip(self._take(), self._specs, strict=True)
-        )
+            for _ in range(RECEIVES_AHEAD):
+                self._post_next(message)
+        self._post_next(message)
+        return self._take(message, self._specs)
 
     def finish(self) -> None:
         """Take in the fillers."""
         while self._posted:
-            self._take()
+            assert self._specs is not None
+            self._take(self._newest, self._specs)
         self._specs = None
-        self._num_posted = 0
+        self._link.restart()
 
-    def _take(self) -> Tensors:
-        message, pairs = self._posted.popleft()
-        for _, work in pairs:
+    def _take(self, message: Message, specs: list[Spec]) -> Tensors:
+        taken = []
+        for (tensor, work), spec in zip(self._posted.popleft(), specs, strict=True):
             self._link.wait(work, "receive", message)
-        return tuple(tensor for tensor, _ in pairs)
+            taken.append(tensor.requires_grad_() if spec.requires_grad else tensor)
+        return tuple(taken)
 
     def _post_next(self, message: Message) -> None:
+        """Args: ``message`` is named if that fails."""
         assert self._specs is not None
-        tensors = [_empty(spec, self._link.device) for spec in self._specs]
-        self._posted.append((message, [(each, self._post(each, message)) for each in tensors]))
-
-    def _post(self, tensor: Tensor, message: Message) -> dist.Work | None:
-        tag = self._num_posted % _MOST_TAGS
-        self._num_posted += 1
-        try:
-            return dist.irecv(tensor, self._link.peer, self._link.group, tag)
-        except RuntimeError as error:
-            raise self._link.failure("receive", message, error) from error
+        device = self._link.device
+        tensors = [spec.empty(device) for spec in self._specs]
+        self._posted.append([(each, self._link.receive(each, message)) for each in tensors])
 
 
-def _empty(spec: _Spec, device: torch.device) -> Tensor:
-    return torch.empty(spec.shape, dtype=spec.dtype, device=device)
+def _packed(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous()
 
 
-def _text(specs: list[_Spec]) -> str:
-    return ", ".join(
-        f"{list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
-        f"{' with a gradient' if spec.requires_grad else ''}"
-        for spec in specs
-    )
-
-
-def _header(specs: list[_Spec], device: torch.device) -> Tensors:
-    rows: list[Any] = [
-        [list(s.shape), str(s.dtype).removeprefix("torch."), s.requires_grad] for s in specs
-    ]
-    text = json.dumps(rows).encode()
+def _header(specs: list[Spec], device: torch.device) -> Tensors:
+    text = encode(specs)
     if len(text) > _HEADER_BYTES:
         raise ConfigError(
             f"a boundary's description must fit in {_HEADER_BYTES} bytes, got {len(text)} for "
@@ -258,9 +227,5 @@ def _header(specs: list[_Spec], device: torch.device) -> Tensors:
     return (header.to(device),)
 
 
-def _read_header(header: Tensor) -> list[_Spec]:
-    text = bytes(header.cpu().tolist()).rstrip(b"\0")
-    return [
-        _Spec(tuple(shape), getattr(torch, dtype), requires_grad)
-        for shape, dtype, requires_grad in json.loads(text)
-    ]
+def _read_header(header: Tensor) -> list[Spec]:
+    return decode(bytes(header.cpu().tolist()).rstrip(b"\0"))

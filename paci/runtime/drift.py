@@ -65,8 +65,8 @@ class DriftMeter:
         self._backward: dict[int, int] = {}
         self._waiting: list[tuple[int, int, int]] = []
 
-    def before(self, action: Action, version: int) -> None:
-        """Take the stage's ``version`` just before ``action``.
+    def note(self, action: Action, version: int) -> None:
+        """Take an action that was done, and the stage's ``version`` when it began.
 
         Raises:
             DriftError: a micro-batch met another version than the program says, more updates
@@ -76,8 +76,9 @@ class DriftMeter:
         version -= self._base
         if kind is Kind.FORWARD:
             self._forward[j] = version
-            self._hold("micro-batches in flight", len(self._forward), self._in_flight_cap)
-            self.report.peak_in_flight = max(self.report.peak_in_flight, len(self._forward))
+            if len(self._forward) > self.report.peak_in_flight:
+                self.report.peak_in_flight = len(self._forward)
+                self._hold("micro-batches in flight", len(self._forward), self._in_flight_cap)
         if kind in SENDS_GRADIENT:
             self._backward[j] = version
             self._hold(f"drift of micro-batch {j}", version - self._forward[j], self._drift_bound)

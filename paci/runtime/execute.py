@@ -51,19 +51,25 @@ class Engine:
 
 
 def execute(actions: Iterable[Action], engine: Engine, feed: Feed) -> None:
-    """Run ``actions`` in their order: receive what each needs, do it, send what it makes."""
+    """Run ``actions`` in their order: receive what each needs, do it, send what it makes.
+
+    A neighbour may be waiting for what an action makes, so that is sent before anything is
+    written down.
+    """
+    num_stages, transport, recorder = engine.num_stages, engine.transport, engine.recorder
     for action in actions:
         stage = engine.stages[action.stage]
-        needed = consumes(action, engine.num_stages)
-        received = engine.transport.receive(needed) if needed is not None else ()
+        needed = consumes(action, num_stages)
+        received = transport.receive(needed) if needed is not None else ()
         version = stage.version
-        engine.meters[action.stage].before(action, version)
-        mark = engine.recorder.begin()
+        start = recorder.mark()
         made = _run(action, stage, received, feed)
-        engine.recorder.end(action, version, mark)
-        message = produces(action, engine.num_stages)
+        end = recorder.mark()
+        message = produces(action, num_stages)
         if message is not None:
-            engine.transport.send(message, made)
+            transport.send(message, made)
+        engine.meters[action.stage].note(action, version)
+        recorder.note(action, version, start, end)
 
 
 def _run(action: Action, stage: Stage, received: Tensors, feed: Feed) -> Tensors:

@@ -78,6 +78,8 @@ class Pipeline:
         timeout_s: longest wait for another process, in seconds; on NCCL a pause between steps
             counts too, since receives are posted ahead.
         trace_capacity: newest events that ``trace`` can show, per process.
+        share_memory: let processes of one host hand over CPU tensors in shared memory, where the
+            system can, instead of through torch.distributed: faster, with the same bits.
 
     Raises:
         ConfigError: stages, optimizers, processes or their configurations do not fit.
@@ -99,6 +101,7 @@ class Pipeline:
         seed: int = 0,
         timeout_s: float = 600.0,
         trace_capacity: int = 20_000,
+        share_memory: bool = True,
     ) -> None:
         require_count("seed", seed, least=0)
         require_count("trace_capacity", trace_capacity)
@@ -111,7 +114,7 @@ class Pipeline:
         policy = make_weight_policy(weights or schedule.weights)
         self._world.agree(
             {"the schedule": repr(schedule), "weights": policy.name, "precision": precision}
-            | {"the seed": seed}
+            | {"the seed": seed, "share_memory": share_memory}
         )
         held = self._world.stages
         with self._world.refusing_together():
@@ -130,7 +133,7 @@ class Pipeline:
         self._engine = Engine(
             schedule.num_stages,
             self.stages,
-            self._world.connect(devices),
+            self._world.connect(devices, share_memory),
             {index: DriftMeter(schedule, index, policy.consistent) for index in held},
             Recorder(
                 schedule, devices[held[0]], self._world.position, self._world.size, trace_capacity
@@ -323,6 +326,7 @@ class Pipeline:
         """
         if self._board is not None:
             self._board.close()
+        self._engine.transport.close()
         self._world.close()
 
     def _start_stretch(self) -> None:

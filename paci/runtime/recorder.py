@@ -50,6 +50,7 @@ class Recorder:
         self.is_virtual = num_processes == 1
         self._schedule = schedule
         self._device = device
+        self._on_cuda = device.type == "cuda"
         self._position = position
         self._num_rows = schedule.num_workers if self.is_virtual else num_processes
         self._capacity = capacity
@@ -65,22 +66,30 @@ class Recorder:
         self._end_s = 0.0
         self._clock = VirtualClock(self._schedule)
 
-    def begin(self) -> float | torch.cuda.Event:
-        """A mark to hand to ``end`` when the action that starts now is over."""
-        return self._mark() if self._device.type == "cuda" else time.perf_counter()
+    def mark(self) -> float | torch.cuda.Event:
+        """This moment of the device, to hand to ``note``."""
+        return self._event() if self._on_cuda else time.perf_counter()
 
-    def end(self, action: Action, version: int, mark: float | torch.cuda.Event) -> None:
-        """The action that started at ``mark`` is over; ``version`` is what it started with."""
-        if isinstance(mark, float):
-            self._add(action, version, mark, time.perf_counter())
+    def note(
+        self,
+        action: Action,
+        version: int,
+        start: float | torch.cuda.Event,
+        end: float | torch.cuda.Event,
+    ) -> None:
+        """An action ran between two marks; ``version`` is what it started with."""
+        if isinstance(start, float):
+            assert isinstance(end, float)
+            self._add(action, version, start, end)
         elif len(self._open) < self._capacity:
-            self._open.append((action, version, mark, self._mark()))
+            assert not isinstance(end, float)
+            self._open.append((action, version, start, end))
 
     def finish(self) -> None:
         """End the stretch: add up its times."""
         if self._open:
             # One moment on both clocks, so that the processes of a host agree on the time.
-            now = self._mark()
+            now = self._event()
             now.synchronize()
             now_s = time.perf_counter()
             for action, version, mark, over in self._open:
@@ -116,7 +125,7 @@ class Recorder:
         """Workers that the trace shows and the utilization counts."""
         return self._num_rows
 
-    def _mark(self) -> torch.cuda.Event:
+    def _event(self) -> torch.cuda.Event:
         """An event on the stream that the stages compute on, which need not be on the current
         device."""
         event = torch.cuda.Event(enable_timing=True)
@@ -131,7 +140,7 @@ class Recorder:
             start_s, end_s = self._clock.lay_out(action, end_s - start_s)
         if self._start_s is None:
             self._start_s = start_s
-        self._end_s = max(self._end_s, end_s)
-        self._events.append(
-            Event(worker, action.stage, action.micro_batch, action.kind, start_s, end_s, version)
-        )
+        if end_s > self._end_s:
+            self._end_s = end_s
+        kind, stage, micro_batch = action
+        self._events.append(Event(worker, stage, micro_batch, kind, start_s, end_s, version))

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from paci.errors import ConfigError
 from paci.runtime.batch import as_tensors, to_device
 from paci.runtime.loss import Loss
-from paci.runtime.randomness import mix, seeded
+from paci.runtime.randomness import Seeded, mix
 from paci.runtime.weights.base import StageWeights, Tensors, WeightPolicy
 
 # The dtype of working weights; None leaves every parameter as the module has it.
@@ -29,7 +29,7 @@ class Target:
     divisor: Tensor | float
 
 
-@dataclass
+@dataclass(slots=True)
 class _InFlight:
     """What a stage keeps of a micro-batch between its forward and its backward."""
 
@@ -94,6 +94,7 @@ class Stage:
         self._buffers = {b.untyped_storage().data_ptr() for b in module.buffers() if b.numel()}
         self._loss = loss
         self._seed = seed
+        self._seeded = Seeded(self.device)
 
     def take_in(self, inputs: Any) -> Tensors:
         """The pipeline's own inputs as the first stage wants them: its device, its precision."""
@@ -255,7 +256,7 @@ class Stage:
         return {position: names[id(parameter)] for position, parameter in enumerate(held)}
 
     def _run(self, micro_batch: int, flight: _InFlight) -> Tensors:
-        with seeded(self.device, mix(self._seed, self.index, micro_batch)):
+        with self._seeded(mix(self._seed, self.index, micro_batch)):
             outputs = _as_tuple(self.module(*flight.inputs), self.index)
             if flight.target is None:
                 return outputs

@@ -3,7 +3,8 @@
 Each edge between neighbouring stages has two channels, one for activations down and one for
 gradients up, and each channel is a queue with a sending and a receiving end. ``Transport`` is
 the set of ends that one process holds; ``LocalChannel`` is both at once, inside a process. Those
-between processes are in ``paci.runtime.distributed``.
+between processes are in ``paci.runtime.shared`` (CPU tensors, one host) and
+``paci.runtime.distributed`` (everything else).
 
 A *stretch* is what passes between two moments at which the pipeline is empty. Within one, all
 messages of a channel have the same number of tensors, shapes and dtypes.
@@ -14,14 +15,62 @@ from __future__ import annotations
 import abc
 from collections import deque
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from paci.errors import WorkerError
 from paci.schedule.action import Message, Payload
 
 Tensors = tuple[Tensor, ...]
 Edge = tuple[Payload, int]
+
+
+class LinkError(WorkerError):
+    """A wait for a neighbour failed.
+
+    Attributes:
+        peer: global rank of that neighbour, who is gone or stuck, or waits for another in turn.
+    """
+
+    def __init__(self, message: str, peer: int) -> None:
+        super().__init__(message)
+        self.peer = peer
+
+
+class Ends(NamedTuple):
+    """Who is at the two ends of a channel between processes: global ranks, this process's first;
+    and how long they wait for each other."""
+
+    rank: int
+    peer: int
+    timeout_s: float
+
+    def failure(self, verb: str, message: Message, timed_out: bool) -> LinkError:
+        """Say in one line what could not be done, and what that tells of the other side.
+
+        Args:
+            verb: ``send`` or ``receive``.
+            message: which.
+            timed_out: whether nothing came, or the connection broke.
+        """
+        sends = verb == "send"
+        stage, other = message.sender, message.stage
+        if not sends:
+            stage, other = other, stage
+        if timed_out:
+            got = f"nothing for {self.timeout_s:g} s"
+            remedy = "look at that rank's log; raise the time-out if it is merely slow"
+        else:
+            got = f"a broken connection: rank {self.peer} is gone"
+            remedy = "look at that rank's log, then resume from the last checkpoint"
+        return LinkError(
+            f"rank {self.rank} (stage {stage}) must {verb} the {message.payload.value} of "
+            f"micro-batch {message.micro_batch} {'to' if sends else 'from'} rank {self.peer} "
+            f"(stage {other}), got {got}; {remedy}",
+            self.peer,
+        )
 
 
 class Sender(abc.ABC):
@@ -44,6 +93,9 @@ class Sender(abc.ABC):
     def finish(self) -> None:
         """Wait until everything has been sent."""
 
+    def close(self) -> None:  # noqa: B027  (most ends have nothing to close)
+        """Let go of what the end holds of the system; it is not used afterwards."""
+
 
 class Receiver(abc.ABC):
     """The receiving end of a channel."""
@@ -59,6 +111,9 @@ class Receiver(abc.ABC):
     @abc.abstractmethod
     def finish(self) -> None:
         """End the stretch: afterwards nothing is under way."""
+
+    def close(self) -> None:  # noqa: B027
+        """See ``Sender.close``."""
 
 
 class LocalChannel(Sender, Receiver):
@@ -126,3 +181,10 @@ class Transport:
             receiver.finish()
         for sender in self._senders.values():
             sender.finish()
+
+    def close(self) -> None:
+        """Close every end."""
+        for sender in self._senders.values():
+            sender.close()
+        for receiver in self._receivers.values():
+            receiver.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch.distributed as dist
 from paci.errors import ConfigError
 from paci.runtime.distributed import Link, RemoteReceiver, RemoteSender
 from paci.runtime.failures import collective_error
-from paci.runtime.transport import Edge, LocalChannel, Receiver, Sender, Transport
+from paci.runtime.shared import AVAILABLE, Meeting, SharedReceiver, SharedSender, visit
+from paci.runtime.transport import Edge, Ends, LocalChannel, Receiver, Sender, Transport
 from paci.schedule.action import Message, Payload
 from paci.schedule.base import Schedule
 
@@ -142,32 +143,76 @@ class World:
         if refused is not None:
             raise refused
 
-    def connect(self, devices: Mapping[int, torch.device]) -> Transport:
+    def connect(self, devices: Mapping[int, torch.device], share_memory: bool) -> Transport:
         """Open the channels of this process. All processes of the world must do so.
 
         Args:
             devices: of the stages that this process holds.
+            share_memory: let processes of one host hand over CPU tensors in shared memory.
         """
         senders: dict[Edge, Sender] = {}
         receivers: dict[Edge, Receiver] = {}
+        on_cpu = all(device.type == "cpu" for device in devices.values())
+        connections = self._meet(share_memory and on_cpu and AVAILABLE, devices)
+        shared = {edge for edges in self.gather(set(connections)) for edge in edges}
         on_cuda = any(device.type == "cuda" for device in devices.values())
-        self._groups = groups = self._channel_groups(on_cuda)
+        self._groups = groups = self._channel_groups(on_cuda, shared)
+        capacity = self._schedule.channel_capacity
         for edge in self._edges():
-            source, target = edge.sender, edge.stage
+            key, source, target = edge[:2], edge.sender, edge.stage
             if source in devices and target in devices:
-                channel = LocalChannel(devices[target])
-                senders[edge[:2]] = receivers[edge[:2]] = channel
+                senders[key] = receivers[key] = LocalChannel(devices[target])
+            elif source in devices and key in shared:
+                senders[key] = SharedSender(connections[key], self._ends(target), capacity)
+            elif target in devices and key in shared:
+                receivers[key] = SharedReceiver(connections[key], self._ends(source), capacity)
             elif source in devices:
-                link = self._link(groups[edge[:2]], target, devices[source])
-                sender = RemoteSender(link, self._schedule.channel_capacity)
+                link = Link(groups[key], self._ends(target), devices[source])
+                sender = RemoteSender(link, capacity)
                 sender.open(edge)
-                senders[edge[:2]] = sender
+                senders[key] = sender
             elif target in devices:
-                link = self._link(groups[edge[:2]], source, devices[target])
+                link = Link(groups[key], self._ends(source), devices[target])
                 receiver = RemoteReceiver(link)
                 receiver.open(edge)
-                receivers[edge[:2]] = receiver
+                receivers[key] = receiver
         return Transport(senders, receivers)
+
+    def _meet(self, can: bool, devices: Mapping[int, torch.device]) -> dict[Edge, socket.socket]:
+        """Connections to those neighbours that this process can share memory with, by channel.
+
+        Tried, not guessed: the sending end waits at a name in the file system, and the other
+        comes there or does not.
+        """
+        crossing = [
+            edge for edge in self._edges() if (edge.sender in devices) != (edge.stage in devices)
+        ]
+        meetings: dict[Edge, Meeting] = {}
+        connections: dict[Edge, socket.socket] = {}
+        try:
+            if can:
+                meetings = {e[:2]: Meeting() for e in crossing if e.sender in devices}
+            paths: dict[Edge, str] = {}
+            for part in self.gather({edge: meeting.path for edge, meeting in meetings.items()}):
+                paths |= part
+            for edge in crossing:
+                key = edge[:2]
+                if can and edge.stage in devices and key in paths:
+                    connection = visit(paths[key])
+                    if connection is not None:
+                        connections[key] = connection
+            visited = {edge for edges in self.gather(set(connections)) for edge in edges}
+            for key in meetings.keys() & visited:
+                connections[key] = meetings[key].accept(self._timeout_s)
+        finally:
+            for meeting in meetings.values():
+                meeting.close()
+        return connections
+
+    def _ends(self, stage: int) -> Ends:
+        """This process and the one that holds ``stage``."""
+        peer = self.ranks[self.position_of(stage)]
+        return Ends(self.ranks[self.position], peer, self._timeout_s)
 
     def _edges(self) -> list[Message]:
         """Every channel of the pipeline, in an order that all processes share."""
@@ -176,18 +221,16 @@ class World:
         up = [Message(Payload.GRADIENT, stage, 0) for stage in range(last)]
         return down + up
 
-    def _link(self, group: dist.ProcessGroup, stage: int, device: torch.device) -> Link:
-        peer = self.ranks[self.position_of(stage)]
-        return Link(group, self.ranks[self.position], peer, self._timeout_s, device)
-
     def close(self) -> None:
         """Close the channels; all processes of the world must be done with them."""
         for group in self._groups.values():
             dist.destroy_process_group(group)
         self._groups = {}
 
-    def _channel_groups(self, on_cuda: bool) -> dict[Edge, dist.ProcessGroup]:
-        """A group of two for each channel between processes.
+    def _channel_groups(
+        self, on_cuda: bool, shared: Collection[Edge]
+    ) -> dict[Edge, dist.ProcessGroup]:
+        """A group of two for each channel between processes that do not share memory.
 
         Making a group takes part of every rank there is, in one order: so the ranks of other
         pipelines beside this one (data parallelism) make ours along with theirs, whatever their
@@ -201,6 +244,7 @@ class World:
             (edge, tuple(sorted((self.ranks[source], self.ranks[target]))))
             for edge in self._edges()
             if (source := self.position_of(edge.sender)) != (target := self.position_of(edge.stage))
+            and edge[:2] not in shared
         ]
         timeout = timedelta(seconds=self._timeout_s) if on_cuda else None
         groups: dict[Edge, dist.ProcessGroup] = {}

@@ -19,6 +19,9 @@ class Kind(enum.Enum):
     BACKWARD_WEIGHT = "W"
     UPDATE = "U"
 
+    # Members are looked up for every action. Enum's own hash is that of the name, in Python.
+    __hash__ = object.__hash__
+
 
 class Action(NamedTuple):
     """One action of one stage.
@@ -40,6 +43,8 @@ class Payload(enum.Enum):
 
     ACTIVATION = "activation"
     GRADIENT = "gradient"
+
+    __hash__ = object.__hash__  # see Kind
 
 
 class Message(NamedTuple):

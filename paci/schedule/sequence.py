@@ -33,6 +33,7 @@ class Cursor:
         self._schedule = schedule
         self._worker = worker
         self._program = schedule.program(worker)
+        self._num_held = len(schedule.placement[worker])
         self._next: Action | None = None
         self._num_fed = 0
         self._num_updates = 0
@@ -50,9 +51,9 @@ class Cursor:
     @property
     def finished(self) -> bool:
         """Whether a drained program has done all it has to."""
-        num_stages = len(self._schedule.placement[self._worker])
-        due = num_stages * (self._num_fed // self._schedule.accumulation)
-        return self._draining and self._num_updates >= due
+        if not self._draining:
+            return False
+        return self._num_updates >= self._num_held * (self._num_fed // self._schedule.accumulation)
 
     def peek(self) -> Action | None:
         """The next action, or None where the program waits to be fed or has ended."""

@@ -1,0 +1,331 @@
+"""Channels between processes of one host, for tensors in CPU memory.
+
+::
+
+    sender                       memory of the channel                       receiver
+    copies a message into  ->  slot 0 | slot 1 | slot 2 | ...  ->  computes with the slot itself
+    says which on a socket  --------------------------------->  waits on the socket
+    takes slots that are free  <-  a mark for each slot  <-  frees what nobody refers to
+
+One copy and one system call a message at the sender, one system call at the receiver; no thread and
+no polling, of which gloo needs the one and does the other. A process that dies
+closes its socket, which its neighbours notice at once.
+
+What is received lives in its slot for as long as anything refers to it: the micro-batch in flight,
+its graph, or the user. A receiver that holds so many slots that the sender could run out of them
+copies what comes and frees the slot at once. So nothing is overwritten and nothing can get stuck,
+whatever a module keeps.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import socket
+import struct
+import tempfile
+import time
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from paci.runtime.boundary import Spec, all_are, changed, decode, encode, specs_of
+from paci.runtime.transport import Ends, Receiver, Sender, Tensors
+from paci.schedule.action import Message
+
+# Whether this system can: sockets with names in the file system that carry file descriptors.
+AVAILABLE = hasattr(socket, "AF_UNIX") and hasattr(socket, "send_fds")
+
+_FREE, _SENT, _HELD = 0, 1, 2
+_ALIGNMENT_BYTES = 64  # as torch's own allocator: kernels give the same bits
+_SLOT = struct.Struct("<H")
+_HEADER = struct.Struct("<QI?")  # bytes of a slot, bytes of the description, whether memory comes
+_CROWDED_S = 0.001  # between two looks for a free slot, once a sender is far ahead
+
+
+class Meeting:
+    """Where the sending end of a channel waits for the receiving one: a name in the file system
+    that only this user can use."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="paci-")
+        self.path = str(Path(self._folder) / "channel")
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(self.path)
+        self._listener.listen(1)
+
+    def accept(self, timeout_s: float) -> socket.socket:
+        """The connection, once the other end has called ``visit``."""
+        self._listener.settimeout(timeout_s)
+        connection, _ = self._listener.accept()
+        return connection
+
+    def close(self) -> None:
+        """Take the name away."""
+        self._listener.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def visit(path: str) -> socket.socket | None:
+    """The connection to whoever waits at ``path``; None if that is out of reach (another host or
+    container)."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(path)
+    except OSError:
+        connection.close()
+        return None
+    return connection
+
+
+class _Memory:
+    """Slots for messages, and a mark for each.
+
+    Args:
+        file: descriptor of the memory; closed here.
+        slot_bytes: of a slot.
+        num_slots: how many.
+    """
+
+    def __init__(self, file: int, slot_bytes: int, num_slots: int) -> None:
+        self.slot_bytes = slot_bytes
+        self.num_slots = num_slots
+        self._first = _aligned(num_slots)
+        self._map = mmap.mmap(file, self._first + num_slots * slot_bytes)
+        os.close(file)
+        self._bytes = memoryview(self._map)
+        self.marks = self._bytes[:num_slots]
+
+    @staticmethod
+    def create(slot_bytes: int, num_slots: int) -> tuple[_Memory, int]:
+        """New memory, and a descriptor to hand on; nobody else can find it, and it goes with the
+        last process that has it."""
+        if hasattr(os, "memfd_create"):
+            file = os.memfd_create("paci")
+        else:
+            with tempfile.TemporaryFile() as unnamed:
+                file = os.dup(unnamed.fileno())
+        os.ftruncate(file, _aligned(num_slots) + num_slots * slot_bytes)
+        return _Memory(os.dup(file), slot_bytes, num_slots), file
+
+    def slot(self, index: int) -> memoryview:
+        """The bytes of a slot."""
+        start = self._first + index * self.slot_bytes
+        return self._bytes[start : start + self.slot_bytes]
+
+    def free_slot(self) -> int:
+        """The first free slot, or -1: of few slots in use, all stay in the cache."""
+        return self._map.find(bytes((_FREE,)), 0, self.num_slots)
+
+    def num_sent(self) -> int:
+        """Slots on their way."""
+        return self._map[: self.num_slots].count(_SENT)
+
+
+def _tensors_in(slot: memoryview, specs: list[Spec]) -> Tensors:
+    """A message's tensors in the memory of its slot, which they keep alive."""
+    tensors: list[Tensor] = []
+    offset = 0
+    for spec in specs:
+        count = spec.shape.numel()
+        if count == 0:
+            tensors.append(spec.empty(torch.device("cpu")))
+            continue
+        flat = torch.frombuffer(slot, dtype=spec.dtype, count=count, offset=offset)
+        tensors.append(flat.view(spec.shape))
+        offset += _aligned(spec.num_bytes)
+    return tuple(tensors)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+class SharedSender(Sender):
+    """The sending end.
+
+    Args:
+        connection: to the other end.
+        ends: who they are.
+        capacity: messages under way after which a send waits. The channel has twice as many
+            slots: as many again may be in the receiver's hands.
+    """
+
+    def __init__(self, connection: socket.socket, ends: Ends, capacity: int) -> None:
+        self._connection = _patient(connection, ends.timeout_s)
+        self._ends = ends
+        self._capacity = capacity
+        self._memory: _Memory | None = None
+        self._specs: list[Spec] | None = None
+        self._slots: list[Tensors] = []
+
+    def send(self, message: Message, tensors: Tensors) -> None:
+        """Copy ``tensors`` into a free slot and say so; wait only if there is none."""
+        if self._specs is None or not all_are(tensors, self._specs):
+            self._start_stretch(message, specs_of(tensors))
+        memory = self._memory
+        assert memory is not None
+        index = memory.free_slot()
+        if index < 0 or memory.num_sent() >= self._capacity:
+            index = self._wait_for_slot(memory, message)
+        for place, tensor in zip(self._slots[index], tensors, strict=True):
+            place.copy_(tensor.detach())
+        memory.marks[index] = _SENT
+        try:
+            self._connection.send(_SLOT.pack(index))
+        except OSError as error:
+            raise self._failure(message, error) from error
+
+    def seal(self) -> None:
+        """Nothing is posted ahead."""
+
+    def finish(self) -> None:
+        """What was sent is in the memory: nothing to wait for."""
+        self._specs = None
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def _start_stretch(self, message: Message, specs: list[Spec]) -> None:
+        """Say what is to come, and hand over memory if there is none or its slots are too small."""
+        if self._specs is not None:
+            raise changed(message, self._specs, specs)
+        self._specs = specs
+        text = encode(specs)
+        slot_bytes = max(_ALIGNMENT_BYTES, sum(_aligned(spec.num_bytes) for spec in specs))
+        files: list[int] = []
+        if self._memory is None or self._memory.slot_bytes < slot_bytes:
+            self._memory, file = _Memory.create(slot_bytes, 2 * self._capacity)
+            files.append(file)
+        memory = self._memory
+        header = _HEADER.pack(memory.slot_bytes, len(text), bool(files))
+        try:
+            socket.send_fds(self._connection, [header], files)
+            self._connection.sendall(text)
+        except OSError as error:
+            raise self._failure(message, error) from error
+        finally:
+            for file in files:
+                os.close(file)
+        self._slots = [_tensors_in(memory.slot(i), specs) for i in range(memory.num_slots)]
+
+    def _wait_for_slot(self, memory: _Memory, message: Message) -> int:
+        """A free slot, once there is one and fewer than ``capacity`` messages are under way."""
+        until_s = time.monotonic() + self._ends.timeout_s
+        while (index := memory.free_slot()) < 0 or memory.num_sent() >= self._capacity:
+            if time.monotonic() > until_s:
+                raise self._ends.failure("send", message, timed_out=True)
+            try:
+                # The other end never says anything: something to read is the end of it.
+                self._connection.recv(1, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                time.sleep(_CROWDED_S)
+                continue
+            except OSError as error:
+                raise self._failure(message, error) from error
+            raise self._ends.failure("send", message, timed_out=False)
+        return index
+
+    def _failure(self, message: Message, error: OSError) -> Exception:
+        return self._ends.failure("send", message, isinstance(error, BlockingIOError))
+
+
+class SharedReceiver(Receiver):
+    """The receiving end.
+
+    Args:
+        connection: to the other end.
+        ends: who they are.
+        capacity: as the sender's.
+    """
+
+    def __init__(self, connection: socket.socket, ends: Ends, capacity: int) -> None:
+        self._connection = _patient(connection, ends.timeout_s)
+        self._ends = ends
+        self._capacity = capacity
+        self._memory: _Memory | None = None
+        self._specs: list[Spec] | None = None
+        self._held: dict[int, weakref.ref[memoryview]] = {}
+
+    def receive(self, message: Message) -> Tensors:
+        """Wait for the next message; its tensors are the slot's own memory."""
+        if self._specs is None:
+            self._specs = self._start_stretch(message)
+        memory = self._memory
+        assert memory is not None
+        (index,) = _SLOT.unpack(self._read(_SLOT.size, message))
+        slot = memory.slot(index)
+        tensors = _tensors_in(slot, self._specs)
+        if len(self._held) < self._capacity:
+            self._hold(memory, index, slot)
+        else:
+            tensors = tuple(tensor.clone() for tensor in tensors)
+            memory.marks[index] = _FREE
+        for tensor, spec in zip(tensors, self._specs, strict=True):
+            if spec.requires_grad:
+                tensor.requires_grad_()
+        return tensors
+
+    def finish(self) -> None:
+        """Everything sent has been received."""
+        self._specs = None
+
+    def close(self) -> None:
+        """Close the connection; what was received stays valid."""
+        self._connection.close()
+
+    def _hold(self, memory: _Memory, index: int, slot: memoryview) -> None:
+        """Keep a slot until no tensor refers to it any more."""
+        held, marks = self._held, memory.marks
+        marks[index] = _HELD
+
+        def free(_: weakref.ref[memoryview]) -> None:
+            del held[index]
+            marks[index] = _FREE
+
+        held[index] = weakref.ref(slot, free)
+
+    def _start_stretch(self, message: Message) -> list[Spec]:
+        """Hear what is to come."""
+        try:
+            header, files, _, _ = socket.recv_fds(self._connection, _HEADER.size, 1)
+        except OSError as error:
+            raise self._failure(message, error) from error
+        if len(header) < _HEADER.size:
+            raise self._ends.failure("receive", message, timed_out=False)
+        slot_bytes, num_bytes, memory_comes = _HEADER.unpack(header)
+        if memory_comes:
+            self._memory = _Memory(files[0], slot_bytes, 2 * self._capacity)
+            self._held = {}
+        return decode(self._read(num_bytes, message))
+
+    def _read(self, num_bytes: int, message: Message) -> bytes:
+        try:
+            got = self._connection.recv(num_bytes)
+            while 0 < len(got) < num_bytes:
+                more = self._connection.recv(num_bytes - len(got))
+                if not more:
+                    break
+                got += more
+        except OSError as error:
+            raise self._failure(message, error) from error
+        if len(got) < num_bytes:
+            raise self._ends.failure("receive", message, timed_out=False)
+        return got
+
+    def _failure(self, message: Message, error: OSError) -> Exception:
+        return self._ends.failure("receive", message, isinstance(error, BlockingIOError))
+
+
+def _patient(connection: socket.socket, timeout_s: float) -> socket.socket:
+    """Let the system itself end a call after ``timeout_s``: one call a message, not two."""
+    microseconds = max(1, int(timeout_s * 1e6))  # none would mean no limit
+    limit = struct.pack("ll", *divmod(microseconds, 1_000_000))
+    connection.settimeout(None)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, limit)
+    return connection
