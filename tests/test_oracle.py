@@ -164,6 +164,14 @@ def test_slack_is_a_longer_lag(policy: str, n: int, a: int, slack: int):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("n", "a", "slack"), [(2, 1, 0), (3, 2, 0), (4, 3, 1)])
+def test_a_backward_in_two_halves_at_once_is_a_backward(policy: str, n: int, a: int, slack: int):
+    schedule = paci.PACI(n, a, slack, split_backward=True)
+    expected, pipeline = both(schedule, policy, "adamw", "classes", slack)
+    train_and_compare(pipeline, expected, [data("classes", a, 20)])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("slack", [0, 1])
 def test_draining_starts_a_new_stretch(policy: str, slack: int):
     expected, pipeline = both(paci.PACI(3, 2, slack), policy, "momentum", "classes", slack)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paci.errors import ConfigError
 from paci.schedule.action import Action, Kind, Payload, consumes, produces
 from paci.schedule.base import Schedule
 from paci.schedule.check import check
@@ -27,7 +28,7 @@ from paci.schedule.versions import MicroBatchVersions, analyse, stage_versions
 
 F, B, I, W, U = Kind  # noqa: E741
 
-pacis = st.builds(PACI, st.integers(1, 32), st.integers(1, 64), st.integers(0, 3))
+pacis = st.builds(PACI, st.integers(1, 32), st.integers(1, 64), st.integers(0, 3), st.booleans())
 flushes = st.builds(
     lambda cls, num_stages, m: cls(num_stages, m),
     st.sampled_from([OneFOneBFlush, GPipe]),
@@ -77,7 +78,7 @@ class Vee(Schedule):
 
 
 small = st.one_of(
-    st.builds(PACI, st.integers(1, 6), st.integers(1, 5), st.integers(0, 2)),
+    st.builds(PACI, st.integers(1, 6), st.integers(1, 5), st.integers(0, 2), st.booleans()),
     st.builds(OneFOneBFlush, st.integers(1, 6), st.integers(1, 5)),
     st.builds(GPipe, st.integers(1, 6), st.integers(1, 5)),
     st.builds(Vee, st.sampled_from([2, 4, 6]), st.integers(1, 5)),
@@ -186,6 +187,23 @@ def test_accumulation_of_n_minus_one_keeps_the_drift_at_one():
     assert max(PACI(16, 15).drift_bound(s) for s in range(16)) == 1
     assert max(PACI(16, 14).drift_bound(s) for s in range(16)) == 2
     assert max(found.max_drift for found in analyse(PACI(16, 14), 4)) == 2
+
+
+def test_a_split_backward_sends_first_and_updates_as_before():
+    """Stage by stage the whole program, with ``I`` and ``W`` where a ``B`` sends something on."""
+    whole, split = PACI(4, 3, 1), PACI(4, 3, 1, split_backward=True)
+    for worker in range(4):
+        expected = []
+        for action in itertools.islice(whole.program(worker), 200):
+            halves = (I, W) if action.kind is B and worker > 0 else (action.kind,)
+            expected += [action._replace(kind=kind) for kind in halves]
+        assert list(itertools.islice(split.program(worker), len(expected))) == expected
+
+
+def test_a_split_backward_is_an_option_by_name():
+    assert make_schedule("paci:split_backward=true", 3, 2) == PACI(3, 2, split_backward=True)
+    with pytest.raises(ConfigError, match="split_backward must be true or false, got 1; pass"):
+        PACI(3, 2, split_backward=1)  # type: ignore[arg-type]
 
 
 # Synchronous schedules
@@ -396,6 +414,14 @@ def test_grid_of_paci():
 stage 0 (worker 0)    F0  F1  F2          B0  F3  B1*     B2      B3*
 stage 1 (worker 1)        F0  F1      B0  F2  B1* F3  B2      B3*
 stage 2 (worker 2)            F0  B0  F1  B1* F2  B2  F3  B3*
+""")
+
+
+def test_grid_of_paci_with_split_backward():
+    assert draw(PACI(3, 2, split_backward=True), 2) == golden("""
+stage 0 (worker 0)    F0  F1  F2          B0  F3      B1*         B2          B3*
+stage 1 (worker 1)        F0  F1      I0  W0  F2  I1  W1* F3  I2  W2      I3  W3*
+stage 2 (worker 2)            F0  I0  W0  F1  I1  W1* F2  I2  W2  F3  I3  W3*
 """)
 
 

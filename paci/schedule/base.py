@@ -86,3 +86,9 @@ def require_count(what: str, value: object, least: int = 1) -> None:
             f"{what} must be a whole number of at least {least}, got {value!r}; "
             f"pass {least} or more"
         )
+
+
+def require_flag(what: str, value: object) -> None:
+    """Raise ``ConfigError`` unless ``value`` is a ``bool``."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{what} must be true or false, got {value!r}; pass one of them")
