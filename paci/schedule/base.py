@@ -26,12 +26,14 @@ class Schedule(abc.ABC):
         summary: one line for tables and ``--help``.
         flushes: whether the pipeline is empty at every update (synchronous training).
         weights: the weight policy that belongs to it by definition.
+        stages_per_worker: how many its placement gives to each worker.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     flushes: ClassVar[bool]
     weights: ClassVar[str] = "current"
+    stages_per_worker: ClassVar[int] = 1
 
     num_stages: int
     accumulation: int
