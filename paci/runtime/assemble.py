@@ -79,6 +79,7 @@ def build_stages(
             lr_scheduler=lr_scheduler,
             precision=precision,
             seed=seed,
+            splits=schedule.splits_backward(index),
         )
         for index, module, optimizer, lr_scheduler in zip(
             held, modules, optimizers, lr_schedulers, strict=True

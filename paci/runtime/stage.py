@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from paci.errors import ConfigError
 from paci.runtime.batch import as_tensors, to_device
 from paci.runtime.loss import Loss
 from paci.runtime.randomness import mix, seeded
+from paci.runtime.split import Ledger, Splitter
 from paci.runtime.weights.base import StageWeights, Tensors, WeightPolicy
 
 # The dtype of working weights; None leaves every parameter as the module has it.
@@ -37,8 +38,8 @@ class _InFlight:
     target: Target | None
     needs: tuple[bool, ...] = ()  # which outputs a gradient comes back for
     outputs: Tensors = ()
-    gradients: Tensors = ()  # with them: between the input's and the weights' backward
     leaves: Tensors = ()  # the working weights that the graph ends in
+    ledger: Ledger = field(default_factory=Ledger)  # weight gradients that are put off
 
 
 class Stage:
@@ -56,6 +57,7 @@ class Stage:
         precision: ``"fp32"`` computes with the parameters as they are; ``"bf16"`` with one
             bf16 working copy of each, and floating-point inputs of the first stage converted.
         seed: of the random numbers in forwards.
+        splits: whether backwards come in two halves here; it changes no gradient.
 
     Attributes:
         version: updates applied here.
@@ -74,6 +76,7 @@ class Stage:
         lr_scheduler: LRScheduler | None = None,
         precision: str = "fp32",
         seed: int = 0,
+        splits: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
             raise ConfigError(
@@ -94,6 +97,7 @@ class Stage:
         self._buffers = {b.untyped_storage().data_ptr() for b in module.buffers() if b.numel()}
         self._loss = loss
         self._seed = seed
+        self._splitter = Splitter(index, module) if splits else None
 
     def take_in(self, inputs: Any) -> Tensors:
         """The pipeline's own inputs as the first stage wants them: its device, its precision."""
@@ -135,24 +139,24 @@ class Stage:
         roots, root_gradients = self._roots(micro_batch, flight, gradients)
         if roots:
             torch.autograd.backward(roots, root_gradients)
+            flight.ledger.settle()
         return _gradients(flight.inputs)
 
     def backward_input(self, micro_batch: int, gradients: Tensors) -> Tensors:
-        """Run the input's half of the backward; keep what the weights' half needs."""
+        """Run the input's half of the backward; keep only what the weights' half needs."""
         flight = self.in_flight[micro_batch]
-        flight.outputs, flight.gradients = self._roots(micro_batch, flight, gradients)
-        leaves = [x for x in flight.inputs if x.requires_grad]
-        if flight.outputs and leaves:
-            torch.autograd.backward(
-                flight.outputs, flight.gradients, retain_graph=True, inputs=leaves
-            )
-        return _gradients(flight.inputs)
+        if self._splitter is None:
+            self._splitter = Splitter(self.index, self.module)
+        roots, root_gradients = self._roots(micro_batch, flight, gradients)
+        found = self._splitter.backward_input(
+            flight.ledger, roots, root_gradients, flight.inputs, flight.leaves
+        )
+        self.in_flight[micro_batch] = _InFlight((), None, ledger=flight.ledger)
+        return found
 
     def backward_weight(self, micro_batch: int) -> None:
         """Run the weights' half of the backward that ``backward_input`` began."""
-        flight = self.in_flight.pop(micro_batch)
-        if flight.outputs and flight.leaves:
-            torch.autograd.backward(flight.outputs, flight.gradients, inputs=flight.leaves)
+        self.in_flight.pop(micro_batch).ledger.settle()
 
     def update(self) -> None:
         """Let the optimizer step on the masters, and publish them to the working weights."""
@@ -255,7 +259,12 @@ class Stage:
         return {position: names[id(parameter)] for position, parameter in enumerate(held)}
 
     def _run(self, micro_batch: int, flight: _InFlight) -> Tensors:
-        with seeded(self.device, mix(self._seed, self.index, micro_batch)):
+        recording = (
+            contextlib.nullcontext()
+            if self._splitter is None
+            else self._splitter.recording(flight.ledger)
+        )
+        with seeded(self.device, mix(self._seed, self.index, micro_batch)), recording:
             outputs = _as_tuple(self.module(*flight.inputs), self.index)
             if flight.target is None:
                 return outputs

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Iterator
 from typing import ClassVar
 
 from paci.errors import ConfigError
-from paci.schedule.action import Action
+from paci.schedule.action import SENDS_GRADIENT, Action, Kind
 
 Placement = tuple[tuple[int, ...], ...]
+# Actions of a program after which its first backward will not come any more.
+_FAR = 100_000
 
 
 class Schedule(abc.ABC):
@@ -59,6 +62,12 @@ class Schedule(abc.ABC):
     @abc.abstractmethod
     def drift_bound(self, stage: int) -> int:
         """Most updates that a micro-batch can meet between forward and backward there."""
+
+    def splits_backward(self, stage: int) -> bool:
+        """Whether the backward of micro-batch 0 at ``stage`` comes in two halves."""
+        program = itertools.islice(self.program(self.worker_of(stage)), _FAR)
+        own = (action.kind for action in program if action.stage == stage)
+        return next((kind for kind in own if kind in SENDS_GRADIENT), None) is Kind.BACKWARD_INPUT
 
     @property
     def num_workers(self) -> int:
