@@ -17,19 +17,12 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from paci.errors import ConfigError
 from paci.schedule.action import Action, Kind
 from paci.schedule.base import Placement, Schedule, require_count, require_flag
 from paci.schedule.period import Period, Times, find_period
-
-
-class _Lags(NamedTuple):
-    """Micro-batches of a stage whose gradient is not complete yet, when another comes."""
-
-    at_forward: int
-    at_input_backward: int
 
 
 @dataclass(frozen=True)
@@ -41,14 +34,13 @@ class PaciV(Schedule):
     does one forward, one input backward and one weight backward for each of its two stages, in the
     order that ``paci/schedule/period.py`` finds; weight backwards fill what the rest leaves.
 
-    For micro-batch ``j`` at a stage, whose lags are the numbers of micro-batches that came before
-    and have no complete gradient yet, in steady state:
+    A stage's lag is the number of micro-batches that wait for their weight backward there when
+    another comes forward, in steady state. A weight backward is done before the stage's next input
+    backward, so as for PACI
 
-    - in flight: at most ``lag_forward + 1``;
-    - version at its forward: ``max(0, j - lag_forward) // a``; at its input backward:
-      ``max(0, j - lag_input) // a``; so the drift is at most
-      ``ceil((lag_forward - lag_input) / a)``;
-    - version that its gradient updates: ``j // a``.
+    - in flight: at most ``lag + 1``;
+    - version at the forward of micro-batch ``j``: ``max(0, j - lag) // a``; at its input backward
+      and at its update: ``j // a``; so the drift is at most ``ceil(lag / a)``.
 
     A slot is a worker's time for one micro-batch. With equal times of all actions and ``N`` no
     multiple of 3, a micro-batch is back at the first stage after ``2 N / 3`` slots, the shortest
@@ -138,25 +130,18 @@ class PaciV(Schedule):
                         yield Action(Kind.UPDATE, stage, j)
 
     def in_flight_cap(self, stage: int) -> int:
-        """``lag_forward + 1``."""
-        return self.lags(stage).at_forward + 1
+        """``lag + 1``."""
+        return self.lag(stage) + 1
 
     def drift_bound(self, stage: int) -> int:
-        """``ceil((lag_forward - lag_input) / a)``."""
-        lags = self.lags(stage)
-        return -(-(lags.at_forward - lags.at_input_backward) // self.accumulation)
+        """``ceil(lag / a)``."""
+        return -(-self.lag(stage) // self.accumulation)
 
-    def lags(self, stage: int) -> _Lags:
-        """Micro-batches before one that comes, in steady state, whose gradient at ``stage`` is not
-        complete: at its forward and at its input backward."""
+    def lag(self, stage: int) -> int:
+        """Micro-batches at ``stage`` between forward and weight backward when another comes."""
         order = self.period.orders[self.worker_of(stage)]
-        place = {
-            step.kind: (at, step.shift) for at, step in enumerate(order) if step.stage == stage
-        }
-        weight_at, weight_shift = place[Kind.BACKWARD_WEIGHT]
-
-        def lag(kind: Kind) -> int:
-            at, shift = place[kind]
-            return weight_shift - shift - (weight_at < at)
-
-        return _Lags(lag(Kind.FORWARD), lag(Kind.BACKWARD_INPUT))
+        own = [step for step in order if step.stage == stage]
+        place = {step.kind: own.index(step) for step in own}
+        shift = {step.kind: step.shift for step in own}
+        weight_first = place[Kind.BACKWARD_WEIGHT] < place[Kind.FORWARD]
+        return shift[Kind.BACKWARD_WEIGHT] - shift[Kind.FORWARD] - weight_first
