@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -58,6 +60,9 @@ class Stage:
             bf16 working copy of each, and floating-point inputs of the first stage converted.
         seed: of the random numbers in forwards.
         splits: whether backwards come in two halves here; it changes no gradient.
+        lenders: stages whose parameters this one's module also uses, each by the identity of the
+            parameter. Such a parameter is updated by the stage that lends it, with the gradients
+            of both: whatever has been added up by the time of that update.
 
     Attributes:
         version: updates applied here.
@@ -77,12 +82,13 @@ class Stage:
         precision: str = "fp32",
         seed: int = 0,
         splits: bool = False,
+        lenders: Mapping[int, Stage] = MappingProxyType({}),
     ) -> None:
         if precision not in PRECISIONS:
             raise ConfigError(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}; choose one"
             )
-        _check_optimizer(index, module, optimizer)
+        _check_optimizer(index, module, optimizer, lenders.keys())
         self.index = index
         self.is_last = is_last
         self.module = module
@@ -93,7 +99,11 @@ class Stage:
         self.in_flight: dict[int, _InFlight] = {}
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._dtype = PRECISIONS[precision]
-        self.weights = StageWeights(module, self._dtype, policy.separate)
+        lent: dict[int, StageWeights] = {p: stage.weights for p, stage in lenders.items()}
+        self.weights: StageWeights = StageWeights(module, self._dtype, policy.separate, lent)
+        self._borrowers: list[Stage] = []
+        for lender in set(lenders.values()):
+            lender._borrowers.append(self)
         self._buffers = {b.untyped_storage().data_ptr() for b in module.buffers() if b.numel()}
         self._loss = loss
         self._seed = seed
@@ -168,7 +178,8 @@ class Stage:
                 keeper = torch.autograd._unsafe_preserve_version_counter(weight)  # type: ignore[attr-defined]
                 kept.enter_context(keeper)
             self.optimizer.step()
-            self.policy.publish(self.weights, len(self.in_flight))
+            users = (self, *self._borrowers)
+            self.policy.publish(self.weights, sum(len(stage.in_flight) for stage in users))
         self.optimizer.zero_grad()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
@@ -327,16 +338,19 @@ def _gradients(inputs: Tensors) -> Tensors:
     return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in wanted)
 
 
-def _check_optimizer(index: int, module: nn.Module, optimizer: Optimizer) -> None:
-    own = {id(p): name for name, p in module.named_parameters()}
+def _check_optimizer(
+    index: int, module: nn.Module, optimizer: Optimizer, borrowed: Collection[int]
+) -> None:
+    named = [(n, p) for n, p in module.named_parameters() if id(p) not in borrowed]
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    foreign = len(held - own.keys())
-    missing = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    foreign = len(held - {id(p) for _, p in named})
+    missing = [n for n, p in named if p.requires_grad and id(p) not in held]
     if foreign or missing:
         raise ConfigError(
             f"the optimizer of stage {index} must hold exactly its trainable parameters, got "
             f"{foreign} of other modules and none of {missing[:3]}; build it from this stage's "
-            f"module.parameters(), or freeze what it must not train"
+            f"module.parameters(), without what it shares with an earlier stage, or freeze what it "
+            f"must not train"
         )
 
 

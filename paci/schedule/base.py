@@ -11,7 +11,7 @@ from paci.errors import ConfigError
 from paci.schedule.action import SENDS_GRADIENT, Action, Kind
 
 Placement = tuple[tuple[int, ...], ...]
-# Actions of a program after which its first backward will not come any more.
+# Actions of a program after which its first backward or update will not come any more.
 _FAR = 100_000
 
 
@@ -68,6 +68,16 @@ class Schedule(abc.ABC):
         program = itertools.islice(self.program(self.worker_of(stage)), _FAR)
         own = (action.kind for action in program if action.stage == stage)
         return next((kind for kind in own if kind in SENDS_GRADIENT), None) is Kind.BACKWARD_INPUT
+
+    def last_to_update(self, *stages: int) -> int:
+        """Which of some stages of one worker applies the first update last."""
+        left = set(stages)
+        for action in itertools.islice(self.program(self.worker_of(stages[0])), _FAR):
+            if action.kind is Kind.UPDATE and action.stage in left:
+                left.discard(action.stage)
+                if not left:
+                    return action.stage
+        return min(left)
 
     @property
     def num_workers(self) -> int:

@@ -41,7 +41,9 @@ class TrainConfig(BaseModel):
     width: Count | None = option(None, "model", "width of the residual stream, likewise")
     context: Count = option(128, "model", "tokens that a sequence holds")
     dropout: ProperFraction = option(0.0, "model", "dropout probability")
-    tie_embeddings: bool = option(False, "model", "share input and output embeddings (one stage)")
+    tie_embeddings: bool = option(
+        False, "model", "share input and output embeddings (needs --stages 1 or --schedule paci-v)"
+    )
 
     data: str = option(
         "stdlib", "data", "stdlib, a file or folder of text, or hf:NAME[:SPLIT[:COLUMN]]"

@@ -9,12 +9,13 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from paci.errors import ConfigError
 from paci.models import (
     GPTConfig,
-    build_stage,
+    build_stages,
     combine_digests,
     gpt_config,
     layer_costs,
@@ -66,10 +67,12 @@ def make_plan(config: TrainConfig, vocab_size: int) -> Plan:
             f"workers must be at most those of the schedule ({schedule.num_workers}), got "
             f"{config.workers}; start fewer, or raise --stages"
         )
-    if config.tie_embeddings and config.num_stages > 1:
+    last = schedule.num_stages - 1
+    if config.tie_embeddings and schedule.worker_of(0) != schedule.worker_of(last):
         raise ConfigError(
-            f"tie_embeddings needs the first and the last layer on one stage, got "
-            f"{config.num_stages} stages; pass --stages 1, or leave it out"
+            f"tie_embeddings needs the first and the last layer on one worker, got "
+            f"{config.num_stages} stages of {schedule.name} on {schedule.num_workers}; pass "
+            f"--schedule paci-v or --stages 1, or leave it out"
         )
     chosen = {"num_layers": config.layers, "num_heads": config.heads, "width": config.width}
     model = gpt_config(
@@ -119,15 +122,14 @@ def make_pipeline(config: TrainConfig, plan: Plan, device: torch.device) -> Pipe
     """Build this process's stages, their optimizers, and the pipeline."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     held = hosted_stages(plan.schedule, rank, size)
-    modules = [build_stage(plan.model, plan.cut[stage], config.seed, device) for stage in held]
-    optimizers = [
-        torch.optim.AdamW(
-            parameter_groups(module, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-        )
-        for module in modules
-    ]
+    modules = build_stages(plan.model, [plan.cut[stage] for stage in held], config.seed, device)
+    earlier: list[nn.Parameter] = []  # a parameter that stages share is the first one's
+    optimizers = []
+    for module in modules:
+        groups = parameter_groups(module, config.weight_decay, without=earlier)
+        betas = config.beta1, config.beta2
+        optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas))
+        earlier += module.parameters()
     rate = partial(learning_rate_factor, config)
     return Pipeline(
         modules,
