@@ -176,11 +176,13 @@ class Draws:
         seconds: by kind; ``[stage, micro_batch]``, for an update ``[stage, update]``.
         delay_s: latency and jitter by payload; ``[receiving stage, micro_batch]``.
         occupied_s: time on the wire by payload; ``[receiving stage]``.
+        vary: whether the actions of a kind differ at a stage.
     """
 
     def __init__(self, costs: Costs, schedule: Schedule, num_updates: int) -> None:
         costs.require_stages(schedule)
         self._costs = costs
+        self.vary = costs.jitter > 0
         self.seconds: dict[Kind, Seconds] = {}
         self.delay_s: dict[Payload, Seconds] = {}
         self.occupied_s: dict[Payload, Seconds] = {}
@@ -198,7 +200,7 @@ class Draws:
 
     def _vary(self, fixed: Seconds, num: int, place: int) -> Seconds:
         shape = (len(fixed), num)
-        if not self._costs.jitter:
+        if not self.vary:
             return np.broadcast_to(fixed[:, None], shape)
         spread = self._costs.jitter**2
         factors = self._generator(place).gamma(1 / spread, spread, size=shape[::-1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paci.plan.cost import Costs, Draws, Seconds
-from paci.plan.simulate import simulate
+from paci.plan.vectorized import simulate_vectorized
 from paci.schedule.action import Kind
 from paci.schedule.base import Schedule
 from paci.schedule.sequence import Cursor
@@ -57,7 +57,7 @@ def steady_state(schedule: Schedule, costs: Costs, num_updates: int | None = Non
     num_fill = -(-4 * max(cap, schedule.num_stages) // a) + 1
     num_taken = num_updates or -(-8 * max(cap, 32) // a) + 1
     num_all = num_fill + num_taken + 1 + -(-2 * cap // a)
-    ends_s = _update_ends(schedule, costs, num_all)
+    ends_s = simulate_vectorized(schedule, costs, num_all).update_ends(schedule.num_stages)
     last = num_fill + num_taken
     period = _period(ends_s[:, num_fill : last + 1]) or num_taken
     first = last - period
@@ -65,15 +65,6 @@ def steady_state(schedule: Schedule, costs: Costs, num_updates: int | None = Non
     busy_s = _busy(schedule, Draws(costs, schedule, num_all), first + 1, last + 1)
     share = busy_s / (schedule.num_workers * span_s) if span_s > 0 else 0.0
     return SteadyState(span_s / period, share, period)
-
-
-def _update_ends(schedule: Schedule, costs: Costs, num_updates: int) -> Seconds:
-    """When each update of each stage ends: ``[stage, update]``, in seconds."""
-    ends: list[list[float]] = [[] for _ in range(schedule.num_stages)]
-    for event in simulate(schedule, costs, num_updates).events:
-        if event.kind is Kind.UPDATE:
-            ends[event.stage].append(event.end_s)
-    return np.array(ends)
 
 
 def _period(ends_s: Seconds) -> int | None:

@@ -39,7 +39,7 @@ def simulate(schedule: Schedule, costs: Costs, num_updates: int) -> Trace:
     events = []
     for action in sequencer.actions():
         kind, stage, j = action
-        nth = versions[stage] if kind is Kind.UPDATE else j
+        nth = j // schedule.accumulation if kind is Kind.UPDATE else j
         start_s, end_s = clock.lay_out(action, float(draws.seconds[kind][stage, nth]))
         events.append(Event(worker_of[stage], stage, j, kind, start_s, end_s, versions[stage]))
         versions[stage] += kind is Kind.UPDATE
