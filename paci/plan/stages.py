@@ -191,10 +191,7 @@ class Layout:
         assert limit is not None, "only a limit can be exceeded"
         helps = [f"{needed - limit:,} bytes more on each device"]
         if not self.recompute and Layout(self.profile, self.schedule, True).fits():
-            helps.append("recomputation (weights=recompute)")
-        helps.append(
-            "smaller micro-batches" if self.profile.micro_batch_size > 1 else "more stages"
-        )
+            helps.append("recomputation, which fits")
         return ConfigError(
             f"{num_stages} stages must fit the memory of their devices, got at best "
             f"{needed:,} bytes for stage {worst[0]} (layers {worst[1]} to {worst[2] - 1}) with "
