@@ -32,6 +32,7 @@ class Cursor:
     def __init__(self, schedule: Schedule, worker: int) -> None:
         self._schedule = schedule
         self._worker = worker
+        self._num_stages = len(schedule.placement[worker])
         self._program = schedule.program(worker)
         self._next: Action | None = None
         self._num_fed = 0
@@ -50,8 +51,7 @@ class Cursor:
     @property
     def finished(self) -> bool:
         """Whether a drained program has done all it has to."""
-        num_stages = len(self._schedule.placement[self._worker])
-        due = num_stages * (self._num_fed // self._schedule.accumulation)
+        due = self._num_stages * (self._num_fed // self._schedule.accumulation)
         return self._draining and self._num_updates >= due
 
     def peek(self) -> Action | None:

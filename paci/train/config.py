@@ -55,6 +55,9 @@ class TrainConfig(BaseModel):
     stages: Count | None = option(
         None, "pipeline", "stages; default 4, or if more what the workers hold (1 each, on a V 2)"
     )
+    cut: Annotated[str, Field(pattern=r"^[1-9]\d*(,[1-9]\d*)*$")] | None = option(
+        None, "pipeline", "layers of each stage, as `paci plan` prints; default even by formula"
+    )
     workers: Count = option(
         1, "pipeline", "processes; stages are shared out evenly; bits do not depend on it"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -83,7 +84,22 @@ def make_plan(config: TrainConfig, vocab_size: int) -> Plan:
         tie_embeddings=config.tie_embeddings,
         **{key: value for key, value in chosen.items() if value is not None},
     )
-    return Plan(schedule, model, balanced_cut(layer_costs(model), config.num_stages))
+    return Plan(schedule, model, _cut(config, model))
+
+
+def _cut(config: TrainConfig, model: GPTConfig) -> tuple[range, ...]:
+    """The layers of each stage."""
+    if config.cut is None:
+        return balanced_cut(layer_costs(model), config.num_stages)
+    lengths = [int(each) for each in config.cut.split(",")]
+    if len(lengths) != config.num_stages or sum(lengths) != len(model.layer_range):
+        raise ConfigError(
+            f"cut must share {len(model.layer_range)} layers out to {config.num_stages} stages, "
+            f"got {config.cut!r}, which shares {sum(lengths)} out to {len(lengths)}; count the "
+            f"embedding and the head, or leave it out"
+        )
+    ends = list(itertools.accumulate(lengths, initial=0))
+    return tuple(range(start, end) for start, end in itertools.pairwise(ends))
 
 
 def choose_device(config: TrainConfig) -> torch.device:
