@@ -55,6 +55,7 @@ class PaciV(Schedule):
         input_backward: time of an input backward, likewise.
         weight_backward: time of a weight backward, likewise.
         latency: of a message between workers, in the same unit; the period leaves room for it.
+            Even a little makes the round trip about as long as PACI's, since windows lie on a grid.
         memory_first: keep activations as short as possible, and make the round trip short only
             after that; the other way round by default.
 
