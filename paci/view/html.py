@@ -7,6 +7,7 @@ The page loads nothing: style, script and events are in it. The script is
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from html import escape
 from importlib import resources
@@ -19,8 +20,9 @@ from paci.view._rows import NAMES, row_labels, stages_of, summary
 from paci.view._svg import COLOURS
 
 _KINDS = tuple(Kind)
-# A page opens with so many actions in its fullest row, and can be zoomed out from there.
-_ACTIONS_AT_FIRST = 160
+# A page opens with so many actions in its fullest row, or with the filling of a wide pipeline, and
+# can be zoomed out from there.
+_ACTIONS_AT_FIRST = 80
 _DIGITS = 9
 
 
@@ -135,12 +137,5 @@ def partner_versions(trace: Trace) -> dict[int, int]:
 
 def _open_span_s(trace: Trace) -> float:
     """How much time to show at first."""
-    fullest = max((len(row) for row in _rows(trace)), default=0)
-    return trace.span_s * min(1.0, _ACTIONS_AT_FIRST / max(fullest, 1))
-
-
-def _rows(trace: Trace) -> list[list[float]]:
-    rows: list[list[float]] = [[] for _ in range(trace.num_workers)]
-    for event in trace.events:
-        rows[event.worker].append(event.start_s)
-    return rows
+    fullest = max(Counter(event.worker for event in trace.events).values(), default=1)
+    return trace.span_s * min(1.0, max(_ACTIONS_AT_FIRST, 3 * trace.num_workers) / fullest)

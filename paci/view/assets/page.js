@@ -9,7 +9,7 @@ const view = { start: 0, end: longest };
 let lit = null; // {trace, stage, microBatch}: what is under the pointer, or pinned
 let pinned = false;
 
-function rowHeight(workers) { return workers <= 8 ? 30 : workers <= 24 ? 20 : workers <= 64 ? 13 : 8; }
+function rowHeight(workers) { return workers <= 8 ? 30 : workers <= 24 ? 20 : workers <= 40 ? 13 : 8; }
 
 function duration(seconds) {
   for (const [unit, name] of [[1, "s"], [1e-3, "ms"], [1e-6, "µs"], [1e-9, "ns"]]) {
@@ -71,7 +71,7 @@ function draw(panel) {
     pen.fillRect(GUTTER, y, width - GUTTER, bar);
     if (height >= 12 || worker % 4 === 0) {
       pen.fillStyle = "#5b6470";
-      pen.font = `${Math.min(12.5, height)}px Helvetica, Arial, sans-serif`;
+      pen.font = `${Math.min(12.5, Math.max(height, 11))}px Helvetica, Arial, sans-serif`;
       pen.textAlign = "right";
       pen.fillText(trace.labels[worker], GUTTER - 9, y + bar / 2);
     }
