@@ -87,7 +87,8 @@ def bar_chart(bars: Mapping[str, Mapping[str, float]], y_label: str) -> str:
         shade = 1.0 - 0.75 * place / max(len(parts_named) - 1, 1)
         drawn.append(
             f'<rect x="{x}" y="{_HEIGHT - 13}" width="10" height="10" fill="#0072B2" '
-            f'fill-opacity="{shade:.2f}"/><text x="{x + 14}" y="{_HEIGHT - 4}">{escape(part)}</text>'
+            f'fill-opacity="{shade:.2f}"/>'
+            f'<text x="{x + 14}" y="{_HEIGHT - 4}">{escape(part)}</text>'
         )
         x += 26 + 7 * len(part)
     return _svg(drawn)

@@ -179,7 +179,8 @@ def _configuration(summary: Mapping[str, Any]) -> str:
         f"<tr><td>{key}</td><td>{escape(_value(value))}</td></tr>" for key, value in rest.items()
     )
     tables.append(f'<div><h2>Identity</h2><table class="plain">{lines}</table></div>')
-    return f'<details open><summary>Configuration</summary><div class="grid">{"".join(tables)}</div></details>'
+    inside = f'<div class="grid">{"".join(tables)}</div>'
+    return f"<details open><summary>Configuration</summary>{inside}</details>"
 
 
 def _chart(heading: str, drawn: str) -> str:
