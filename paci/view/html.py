@@ -89,7 +89,7 @@ def _data(traces: Mapping[str, Trace]) -> str:
             for kind in _KINDS
         ],
         "update": _KINDS.index(Kind.UPDATE),
-        "open": max(_open_span_s(trace) for trace in traces.values()),
+        "open": min(_open_span_s(trace) for trace in traces.values()),
         "traces": [_trace(trace) for trace in traces.values()],
     }
     # "</script>" in a string would end the element.
