@@ -176,12 +176,13 @@ def test_actions_can_be_seen(browser: browsers.Browser, tmp_path: Path, num_stag
             seen = browser.run(script, x, y)
             others = [LANE, *(other for other in colours.values() if other != colour)]
             assert all(apart(seen, colour) < apart(seen, other) for other in others), (stage, kind)
-            browser.wheel(x, y, -1500)
-            browser.point(*place_of(browser, trace, event))
-            shown = tooltip(browser)
-            assert (shown["stage"], shown["micro-batch"]) == (str(stage), "1")
-            browser.point(2, 2)
-            browser.run('document.getElementById("whole").click()')
+    for stage in (0, num_stages // 2, num_stages - 1):
+        event = find(trace, Kind.BACKWARD, stage, 1)
+        browser.run('document.getElementById("whole").click()')
+        browser.wheel(*place_of(browser, trace, event), -1500)
+        browser.point(*place_of(browser, trace, event))
+        shown = tooltip(browser)
+        assert (shown["stage"], shown["micro-batch"]) == (str(stage), "1")
 
 
 def run_folder(folder: Path) -> Path:
