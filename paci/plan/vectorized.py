@@ -3,7 +3,7 @@
 In each turn every worker whose next message has come takes one action, as in ``simulate``. The
 same additions and maxima are made in the same order, so every time is the same to the last bit::
 
-    start = max(free, arrival)        end = start + duration
+    start = max(free, arrival)        end = start + duration       free = end + overhead
     gone = max(end, wire) + occupied  arrival = gone + delay      (between two workers)
 
 A turn costs some thirty array operations whatever the number of workers.
@@ -79,6 +79,7 @@ class _Turns:
     def __init__(self, schedule: Schedule, draws: Draws, table: ActionTable) -> None:
         self._schedule = schedule
         self._table = table
+        self._overhead_s = draws.costs.overhead_s
         self._place = np.arange(len(table.kind), dtype=np.int32) + table.worker
         size = len(table.kind) + schedule.num_workers
         self._seconds = np.zeros(size)
@@ -136,12 +137,12 @@ class _Turns:
             updating = np.flatnonzero(self._is_update[after])
             while updating.size:
                 here = after[updating]
-                start_s[here] = ends_s[updating]
-                ends_s[updating] += self._seconds[here]
+                start_s[here] = ends_s[updating] + self._overhead_s
+                ends_s[updating] = start_s[here] + self._seconds[here]
                 end_s[here] = ends_s[updating]
                 after[updating] += 1
                 updating = updating[self._is_update[after[updating]]]
-            free_s[movers], position[movers] = ends_s, after
+            free_s[movers], position[movers] = ends_s + self._overhead_s, after
         start_s, end_s = start_s[self._place], end_s[self._place]
         require_finished(not np.isnan(start_s).any(), self._schedule)
         return Times(self._table, start_s, end_s)
