@@ -50,7 +50,7 @@ class TrainConfig(BaseModel):
 
     schedule: str = option("paci", "pipeline", "see `paci schedules`; options as paci:slack=1")
     stages: Count | None = option(None, "pipeline", "stages; default 4, or one a worker if more")
-    cut: Annotated[str, Field(pattern=r"^[1-9]\d*(,[1-9]\d*)*$")] | None = option(
+    cut: str | None = option(
         None, "pipeline", "layers of each stage, as `paci plan` prints; default even by formula"
     )
     workers: Count = option(
