@@ -85,7 +85,7 @@ class Browser:
         return [entry["message"] for entry in self._call("POST", "/se/log", {"type": "browser"})]
 
     def requests(self) -> list[str]:
-        """Addresses that pages asked for since the last call, the browser's own left out."""
+        """Addresses asked for since the last call; the browser's own, and data, left out."""
         entries = self._call("POST", "/se/log", {"type": "performance"})
         messages = [json.loads(entry["message"])["message"] for entry in entries]
         urls = [
@@ -93,7 +93,7 @@ class Browser:
             for message in messages
             if message["method"] == "Network.requestWillBeSent"
         ]
-        return [url for url in urls if not url.startswith("chrome:")]
+        return [url for url in urls if not url.startswith(("chrome:", "data:"))]
 
     def close(self) -> None:
         try:

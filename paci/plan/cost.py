@@ -181,12 +181,14 @@ class Draws:
         delay_s: latency and jitter by payload; ``[receiving stage, micro_batch]``.
         occupied_s: time on the wire by payload; ``[receiving stage]``.
         vary: whether the actions of a kind differ at a stage.
+        delays_vary: whether the messages of a channel differ.
     """
 
     def __init__(self, costs: Costs, schedule: Schedule, num_updates: int) -> None:
         costs.require_stages(schedule)
         self.costs = costs
         self.vary = costs.jitter > 0
+        self.delays_vary = False
         self.seconds: dict[Kind, Seconds] = {}
         self.delay_s: dict[Payload, Seconds] = {}
         self.occupied_s: dict[Payload, Seconds] = {}
@@ -226,5 +228,6 @@ class Draws:
         self.occupied_s[payload] = occupied
         self.delay_s[payload] = np.broadcast_to(latency[:, None], (num_stages, num))
         if jitter.any():
+            self.delays_vary = True
             drawn = self._generator(place).standard_exponential(size=(num, num_stages)).T
             self.delay_s[payload] = latency[:, None] + jitter[:, None] * drawn
