@@ -232,12 +232,19 @@ def explain(plan: Plan) -> list[str]:
             f"{others[0].steady.utilization:.1%} busy."
         )
     costs = Layout(best.profile, best.schedule, best.recompute).costs(best.cut)
-    slots = [each.forward_s + each.backward_s for each in costs.stages]
+    slots = [
+        sum(costs.stages[stage].forward_s + costs.stages[stage].backward_s for stage in stages)
+        for stages in best.schedule.placement
+    ]
     slowest = max(range(len(slots)), key=slots.__getitem__)
     mean = sum(slots) / len(slots)
-    lines.append(
-        f"The slowest stage is {slowest} (layers {best.cut[slowest].start} to "
-        f"{best.cut[slowest].stop - 1}): {slots[slowest] / mean - 1:.1%} above the mean, which "
-        f"caps utilization at {mean / slots[slowest]:.1%}."
+    held = " and ".join(
+        f"{best.cut[stage].start} to {best.cut[stage].stop - 1}"
+        for stage in best.schedule.placement[slowest]
     )
+    if mean > 0:
+        lines.append(
+            f"The slowest worker is {slowest} (layers {held}): {slots[slowest] / mean - 1:.1%} "
+            f"above the mean, which caps utilization at {mean / slots[slowest]:.1%}."
+        )
     return lines
