@@ -128,16 +128,21 @@ class VirtualClock:
         carry: takes a message and the time at which its action ended, and says when it arrives,
             both in seconds; by default messages take no time. A worker's messages come in the
             order in which it sends them.
+        pause_s: seconds after each action in which its worker does nothing that counts.
     """
 
     def __init__(
-        self, schedule: Schedule, carry: Callable[[Message, float], float] | None = None
+        self,
+        schedule: Schedule,
+        carry: Callable[[Message, float], float] | None = None,
+        pause_s: float = 0.0,
     ) -> None:
         self._num_stages = schedule.num_stages
         self._worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
         self._free_s = [0.0] * schedule.num_workers
         self._arrival_s: dict[Message, float] = {}
         self._carry = carry
+        self._pause_s = pause_s
 
     def lay_out(self, action: Action, duration_s: float) -> tuple[float, float]:
         """Start and end of ``action``, in seconds since the first start."""
@@ -146,7 +151,8 @@ class VirtualClock:
         needed = consumes(action, self._num_stages)
         if needed is not None:
             start_s = max(start_s, self._arrival_s.pop(needed))
-        end_s = self._free_s[worker] = start_s + duration_s
+        end_s = start_s + duration_s
+        self._free_s[worker] = end_s + self._pause_s
         message = produces(action, self._num_stages)
         if message is not None:
             self._arrival_s[message] = self._carry(message, end_s) if self._carry else end_s

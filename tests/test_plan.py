@@ -16,6 +16,7 @@ from paci.cli.app import main, make_parser
 from paci.errors import ConfigError
 from paci.models import gpt_config, num_parameters
 from paci.models.estimate import estimate_profile
+from paci.plan.given import GivenSchedule
 from paci.plan.profile import (
     DeviceProfile,
     LayerProfile,
@@ -170,6 +171,18 @@ def test_96_layers_are_cut_into_64_stages():
     cut = Layout(profile, PACI(64, 64)).cut()
     assert len(cut) == 64
     assert [layer for stage in cut for layer in stage] == list(range(96))
+
+
+def test_workers_with_several_stages_are_evened_out():
+    # A V on two workers, (0, 3) and (1, 2): a cut into even stages is not one into even workers.
+    costs = [1, 1, 1, 1, 1, 1, 6]
+    layers = tuple(LayerProfile(forward_s=c, backward_s=0, kept_bytes=1) for c in costs)
+    rows = ((), ())
+    schedule = GivenSchedule(4, 1, "v", ((0, 3), (1, 2)), rows)
+    cut = Layout(Profile(layers=layers, micro_batch_size=1), schedule).cut()
+    sums = [sum(costs[layer] for layer in stage) for stage in cut]
+    assert max(sums[0] + sums[3], sums[1] + sums[2]) == 7  # the last layer, and one at least
+    assert [layer for stage in cut for layer in stage] == list(range(7))
 
 
 def test_the_runtime_receives_as_far_ahead_as_the_plan_says():
@@ -375,7 +388,38 @@ def test_an_impossible_plan_is_one_line(
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("cut", ["3,4", "1,1,1", "6,0", "a", "2,2,1,2"])
-def test_a_cut_that_does_not_fit_is_refused(cut: str):
-    with pytest.raises(ConfigError, match="cut must"):
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ("3,4", "cut must share 6 layers out to 2 stages, got '3,4', which shares 7 out to 2"),
+        ("2,2,2", "which shares 6 out to 3"),
+        ("6,0", "cut must leave no stage empty"),
+        ("7,-1", "cut must leave no stage empty"),
+        ("a", "cut must be whole numbers separated by commas, got 'a'"),
+        ("", "cut must be whole numbers separated by commas"),
+    ],
+)
+def test_a_cut_that_does_not_fit_is_refused(cut: str, message: str):
+    with pytest.raises(ConfigError, match=message):
         make_plan(load_config(None, {"stages": 2, "cut": cut}), vocab_size=257)
+
+
+def test_pytorchs_schedules_are_planned_beside_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    layer = LayerProfile(forward_s=1, backward_s=2, backward_input_s=1, kept_bytes=1)
+    save_profile(Profile(layers=(layer,) * 16, micro_batch_size=1), tmp_path / "p.json")
+    arguments = [str(tmp_path / "p.json"), "--batch-size", "8", "--recompute", "no", "--json"]
+    specs = "paci,1f1b,torch-zbv,torch-interleaved"
+    assert main(["plan", *arguments, "--devices", "8", "--schedules", specs]) == 0
+    rows = {row["schedule"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    zbv = rows["torch-zbv"]
+    assert (zbv["num_workers"], zbv["num_stages"], zbv["layers_by_stage"]) == (8, 16, [1] * 16)
+    assert (zbv["mean_delay"], zbv["max_drift"], len(zbv["worker_bytes"])) == (0, 0, 8)
+    assert "torch.distributed.pipelining" in zbv["command"]
+    # 8 micro-batches on 8 workers: the known bubbles, over 8 slots of 6 s.
+    ratios = {spec: rows[spec]["update_s"] / 48 for spec in rows}
+    assert ratios["1f1b"] == pytest.approx(1.875)
+    assert ratios["torch-interleaved"] == pytest.approx(1.4375)
+    assert ratios["torch-zbv"] == pytest.approx(1.2917, abs=1e-4)
+    assert ratios["paci"] == pytest.approx(1.0)

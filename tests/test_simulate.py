@@ -76,7 +76,8 @@ def drawn_costs(source: random.Random, num_stages: int, jitter: float) -> Costs:
     links = {(0, 1): Link(source.random(), 0.2, source.choice([0.0, 0.5]))}
     link = Link(source.random(), 1 + source.random(), source.choice([0.0, source.random()]))
     stages = tuple(stage() for _ in range(num_stages))
-    return Costs(stages, link, links, jitter, source.randint(0, 1000))
+    overhead_s = source.choice([0.0, source.random()])
+    return Costs(stages, link, links, jitter, source.randint(0, 1000), overhead_s)
 
 
 def drawn_schedule(source: random.Random) -> Schedule:
@@ -109,7 +110,7 @@ def by_recursion(schedule: Schedule, costs: Costs, num_updates: int) -> dict[Act
 
     @cache
     def end(action: Action) -> float:
-        start = 0.0 if before[action] is None else end(before[action])
+        start = 0.0 if before[action] is None else end(before[action]) + costs.overhead_s
         needed = consumes(action, n)
         if needed is not None:
             start = max(start, arrival(sender_of(needed)))

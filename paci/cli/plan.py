@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from paci.errors import ConfigError
 from paci.plan.profile import DeviceProfile, LinkProfile, Profile, load_profile
 from paci.plan.search import Choice, Plan, explain, search
-from paci.schedule.base import require_count
-from paci.schedule.registry import schedules
+from paci.schedule.base import Schedule, require_count
+from paci.schedule.registry import make_schedule, schedules
 
 if TYPE_CHECKING:
     from paci.models import GPTConfig
@@ -53,7 +53,9 @@ def add_parser(commands: Any) -> None:
         "--batch-size", type=int, required=True, metavar="N", help="sequences of one update"
     )
     search_.add_argument(
-        "--schedules", metavar="NAME,...", help="default: all, and paci:slack=1 besides"
+        "--schedules",
+        metavar="NAME,...",
+        help="default: all, and paci:slack=1; torch-zbv and others of PyTorch's can be named",
     )
     search_.add_argument(
         "--recompute", choices=("yes", "no", "both"), default="both", help="(both)"
@@ -71,7 +73,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     specs = options.schedules.split(",") if options.schedules else [*schedules(), "paci:slack=1"]
     again = {"yes": (True,), "no": (False,), "both": (False, True)}[options.recompute]
     counts = _numbers("use", options.use) if options.use else [options.devices]
-    plan = search(profiles, options.batch_size, counts, specs, again)
+    plan = search(profiles, options.batch_size, counts, specs, again, _make)
     if options.json:
         chosen = [choice.to_json() for choice in plan.choices[: options.top]]
         print(json.dumps({"rows": chosen, "refused": [list(each) for each in plan.refused]}))
@@ -85,6 +87,16 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"({len(plan.refused) - 3} more were not possible; --json lists them)")
     print(f"\n{plan.choices[0].command()}")
     return 0
+
+
+def _make(spec: str, num_stages: int, accumulation: int) -> Schedule:
+    """A schedule of ours, or one of PyTorch's to compare with."""
+    if not spec.startswith("torch-"):
+        return make_schedule(spec, num_stages, accumulation)
+    from paci.runtime.torch_schedules import TORCH_SCHEDULES, torch_schedule
+
+    per_worker = TORCH_SCHEDULES[spec][1] if spec in TORCH_SCHEDULES else 1
+    return torch_schedule(spec, max(num_stages // per_worker, 1), accumulation)
 
 
 def _profiles(options: argparse.Namespace) -> list[Profile]:

@@ -116,6 +116,7 @@ class Costs:
         jitter: coefficient of variation of computing times: each is multiplied by a draw from a
             gamma distribution with mean 1 and this standard deviation.
         seed: of all draws.
+        overhead_s: seconds that a worker loses after each action, receiving and sending.
     """
 
     stages: tuple[StageCost, ...]
@@ -123,9 +124,11 @@ class Costs:
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
     jitter: float = 0.0
     seed: int = 0
+    overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
         require_amount("jitter", self.jitter)
+        require_amount("overhead_s", self.overhead_s)
         require_count("seed", self.seed, least=0)
 
     @staticmethod
@@ -173,16 +176,19 @@ class Draws:
         num_updates: how long it is.
 
     Attributes:
+        costs: as given.
         seconds: by kind; ``[stage, micro_batch]``, for an update ``[stage, update]``.
         delay_s: latency and jitter by payload; ``[receiving stage, micro_batch]``.
         occupied_s: time on the wire by payload; ``[receiving stage]``.
         vary: whether the actions of a kind differ at a stage.
+        delays_vary: whether the messages of a channel differ.
     """
 
     def __init__(self, costs: Costs, schedule: Schedule, num_updates: int) -> None:
         costs.require_stages(schedule)
-        self._costs = costs
+        self.costs = costs
         self.vary = costs.jitter > 0
+        self.delays_vary = False
         self.seconds: dict[Kind, Seconds] = {}
         self.delay_s: dict[Payload, Seconds] = {}
         self.occupied_s: dict[Payload, Seconds] = {}
@@ -196,13 +202,13 @@ class Draws:
             self._add_links(payload, worker_of, num_micro_batches, len(Kind) + place)
 
     def _generator(self, place: int) -> np.random.Generator:
-        return np.random.default_rng([self._costs.seed, place])
+        return np.random.default_rng([self.costs.seed, place])
 
     def _vary(self, fixed: Seconds, num: int, place: int) -> Seconds:
         shape = (len(fixed), num)
         if not self.vary:
             return np.broadcast_to(fixed[:, None], shape)
-        spread = self._costs.jitter**2
+        spread = self.costs.jitter**2
         factors = self._generator(place).gamma(1 / spread, spread, size=shape[::-1])
         return fixed[:, None] * factors.T
 
@@ -216,11 +222,12 @@ class Draws:
             source, target = worker_of[message.sender], worker_of[stage]
             if source == target:
                 continue
-            link = self._costs.link_between(source, target)
+            link = self.costs.link_between(source, target)
             latency[stage], jitter[stage] = link.latency_s, link.jitter_s
-            occupied[stage] = self._costs.message_bytes(message) / link.bytes_per_s
+            occupied[stage] = self.costs.message_bytes(message) / link.bytes_per_s
         self.occupied_s[payload] = occupied
         self.delay_s[payload] = np.broadcast_to(latency[:, None], (num_stages, num))
         if jitter.any():
+            self.delays_vary = True
             drawn = self._generator(place).standard_exponential(size=(num, num_stages)).T
             self.delay_s[payload] = latency[:, None] + jitter[:, None] * drawn

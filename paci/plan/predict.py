@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paci.plan.cost import Costs, Draws, Seconds
+from paci.plan.cost import Costs, Seconds
 from paci.plan.vectorized import simulate_vectorized
-from paci.schedule.action import Kind
 from paci.schedule.base import Schedule
-from paci.schedule.sequence import Cursor
 
 # Updates that differ by less than this share of their time are taken to repeat.
 _SAME = 1e-9
@@ -57,12 +55,16 @@ def steady_state(schedule: Schedule, costs: Costs, num_updates: int | None = Non
     num_fill = -(-4 * max(cap, schedule.num_stages) // a) + 1
     num_taken = num_updates or -(-8 * max(cap, 32) // a) + 1
     num_all = num_fill + num_taken + 1 + -(-2 * cap // a)
-    ends_s = simulate_vectorized(schedule, costs, num_all).update_ends(schedule.num_stages)
+    times = simulate_vectorized(schedule, costs, num_all)
+    ends_s = times.update_ends(schedule.num_stages)
     last = num_fill + num_taken
     period = _period(ends_s[:, num_fill : last + 1]) or num_taken
     first = last - period
     span_s = float(np.mean(ends_s[:, last] - ends_s[:, first]))
-    busy_s = _busy(schedule, Draws(costs, schedule, num_all), first + 1, last + 1)
+    # The work of as many updates, wherever in time each worker did it.
+    micro_batch = times.table.micro_batch
+    taken = (micro_batch >= (first + 1) * a) & (micro_batch < (last + 1) * a)
+    busy_s = float((times.end_s - times.start_s)[taken].sum())
     share = busy_s / (schedule.num_workers * span_s) if span_s > 0 else 0.0
     return SteadyState(span_s / period, share, period)
 
@@ -75,25 +77,3 @@ def _period(ends_s: Seconds) -> int | None:
         if np.allclose(between[:, period:], between[:, :-period], rtol=_SAME, atol=0.0):
             return period
     return None
-
-
-def _busy(schedule: Schedule, draws: Draws, first: int, end: int) -> float:
-    """Seconds of work in updates ``first`` to ``end - 1``, of all workers together."""
-    a, total = schedule.accumulation, 0.0
-    for stage, kinds in enumerate(_kinds(schedule)):
-        for kind in kinds:
-            part = slice(first, end) if kind is Kind.UPDATE else slice(first * a, end * a)
-            total += float(draws.seconds[kind][stage, part].sum())
-    return total
-
-
-def _kinds(schedule: Schedule) -> list[set[Kind]]:
-    """The kinds of action that each stage's first update consists of."""
-    found: list[set[Kind]] = [set() for _ in range(schedule.num_stages)]
-    for worker in range(schedule.num_workers):
-        cursor = Cursor(schedule, worker)
-        cursor.feed(schedule.accumulation)
-        cursor.drain()
-        for action in cursor.actions():
-            found[action.stage].add(action.kind)
-    return found

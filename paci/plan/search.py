@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from paci.errors import ConfigError
+from paci.plan.given import GivenSchedule
 from paci.plan.predict import SteadyState, steady_state
 from paci.plan.profile import Profile
 from paci.plan.stages import Layout, StageMemory
@@ -17,6 +18,7 @@ from paci.schedule.versions import stage_versions
 
 # Times that differ by less than this share are equal: then less drift, then less memory wins.
 _SAME_TIME = 1e-3
+MakeSchedule = Callable[[str, int, int], Schedule]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class Choice:
         return self.schedule.accumulation * self.profile.micro_batch_size
 
     def command(self) -> str:
-        """The ``paci train`` that runs it."""
+        """The ``paci train`` that runs it, or who else does."""
+        if isinstance(self.schedule, GivenSchedule):
+            return f"(run by torch.distributed.pipelining, not by paci: {self.spec})"
         options: dict[str, Any] = dict(self.profile.train)
         options |= {
             "schedule": self.spec,
@@ -117,6 +121,7 @@ def search(
     worker_counts: Iterable[int],
     specs: Sequence[str],
     recompute: Sequence[bool] = (False, True),
+    make: MakeSchedule = make_schedule,
 ) -> Plan:
     """Price every combination of profile, number of workers, schedule and recomputation.
 
@@ -126,6 +131,7 @@ def search(
         worker_counts: how many devices may be used.
         specs: schedules with their options, as ``paci train --schedule`` takes them.
         recompute: whether backwards may, or must, compute their forward again.
+        make: a schedule from its name, number of stages and accumulation.
 
     Raises:
         ConfigError: nothing can be done; the reason of the first attempt.
@@ -138,7 +144,7 @@ def search(
     ):
         require_count("num_workers", num_workers)
         try:
-            schedule = _schedule(spec, num_workers, batch_size, profile)
+            schedule = _schedule(spec, num_workers, batch_size, profile, make)
             choices.append(price(Layout(profile, schedule, again), spec))
         except ConfigError as error:
             tried = f"{spec} on {num_workers}, micro-batches of {profile.micro_batch_size}"
@@ -182,7 +188,9 @@ def _num_met(schedule: Schedule) -> int:
     return 2 * num_updates * schedule.accumulation
 
 
-def _schedule(spec: str, num_workers: int, batch_size: int, profile: Profile) -> Schedule:
+def _schedule(
+    spec: str, num_workers: int, batch_size: int, profile: Profile, make: MakeSchedule
+) -> Schedule:
     """The schedule with as many workers; some put two stages or more on each."""
     if batch_size % profile.micro_batch_size:
         raise ConfigError(
@@ -191,7 +199,7 @@ def _schedule(spec: str, num_workers: int, batch_size: int, profile: Profile) ->
         )
     accumulation = batch_size // profile.micro_batch_size
     for num_stages in (num_workers, 2 * num_workers):
-        schedule = make_schedule(spec, num_stages, accumulation)
+        schedule = make(spec, num_stages, accumulation)
         if schedule.num_workers == num_workers:
             return schedule
     raise ConfigError(
@@ -224,12 +232,19 @@ def explain(plan: Plan) -> list[str]:
             f"{others[0].steady.utilization:.1%} busy."
         )
     costs = Layout(best.profile, best.schedule, best.recompute).costs(best.cut)
-    slots = [each.forward_s + each.backward_s for each in costs.stages]
+    slots = [
+        sum(costs.stages[stage].forward_s + costs.stages[stage].backward_s for stage in stages)
+        for stages in best.schedule.placement
+    ]
     slowest = max(range(len(slots)), key=slots.__getitem__)
     mean = sum(slots) / len(slots)
-    lines.append(
-        f"The slowest stage is {slowest} (layers {best.cut[slowest].start} to "
-        f"{best.cut[slowest].stop - 1}): {slots[slowest] / mean - 1:.1%} above the mean, which "
-        f"caps utilization at {mean / slots[slowest]:.1%}."
+    held = " and ".join(
+        f"{best.cut[stage].start} to {best.cut[stage].stop - 1}"
+        for stage in best.schedule.placement[slowest]
     )
+    if mean > 0:
+        lines.append(
+            f"The slowest worker is {slowest} (layers {held}): {slots[slowest] / mean - 1:.1%} "
+            f"above the mean, which caps utilization at {mean / slots[slowest]:.1%}."
+        )
     return lines

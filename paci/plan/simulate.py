@@ -33,7 +33,7 @@ def simulate(schedule: Schedule, costs: Costs, num_updates: int) -> Trace:
     sequencer = Sequencer(schedule)
     sequencer.feed(num_updates * schedule.accumulation)
     sequencer.drain()
-    clock = VirtualClock(schedule, _Network(schedule, draws).carry)
+    clock = VirtualClock(schedule, _Network(schedule, draws).carry, costs.overhead_s)
     versions = [0] * schedule.num_stages
     worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
     events = []

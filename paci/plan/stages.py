@@ -11,6 +11,8 @@ Stage ``s`` of a schedule holds at most ``c_s = in_flight_cap(s)`` micro-batches
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -125,7 +127,8 @@ class Layout:
         A stage costs a slot (forward, backward, its share of an update) on its own device, or the
         time of the message that it hands on, whichever is longer. Exact; see
         ``paci.plan.partition`` for what decides between equals. Where workers hold several
-        stages, each stage has an equal share of its device's memory.
+        stages this is only where the search starts (with an equal share of the memory for each
+        stage): single layers are then moved until the workers are as even as that makes them.
 
         Raises:
             ConfigError: there are fewer layers than stages, or nothing fits; says by how much and
@@ -136,14 +139,42 @@ class Layout:
         found = best_cut(len(layers), num_stages, self._cost_within_memory())
         if found is None:
             raise self._does_not_fit()
-        return found
+        return self._evened(found) if self.schedule.num_workers < num_stages else found
+
+    def _evened(self, cut: tuple[range, ...]) -> tuple[range, ...]:
+        """Move single layers to neighbouring stages for as long as it evens the workers out."""
+        cost_of = self._cost_within_memory(limited=False)
+        best, rank = cut, self._unevenness(cut, cost_of)
+        improved = True
+        while improved:
+            improved = False
+            for moved in _one_layer_moved(best):
+                if self._workers_fit(moved) and (other := self._unevenness(moved, cost_of)) < rank:
+                    best, rank, improved = moved, other, True
+        return best
+
+    def _unevenness(self, cut: tuple[range, ...], cost_of: StageCostOf) -> tuple[int, int]:
+        """The largest cost of a worker, and the sum of their squares."""
+        costs = [
+            sum(cost_of(stage, cut[stage].start, cut[stage].stop) or 0 for stage in stages)
+            for stages in self.schedule.placement
+        ]
+        return max(costs), sum(cost * cost for cost in costs)
+
+    def _workers_fit(self, cut: tuple[range, ...]) -> bool:
+        for worker, stages in enumerate(self.schedule.placement):
+            limit = self.profile.device(worker).memory_bytes
+            spans = ((stage, cut[stage].start, cut[stage].stop) for stage in stages)
+            if limit is not None and sum(self.memory(*each).total_bytes for each in spans) > limit:
+                return False
+        return True
 
     def _limit(self, stage: int) -> int | None:
         worker = self.schedule.worker_of(stage)
         limit = self.profile.device(worker).memory_bytes
         return None if limit is None else limit // len(self.schedule.placement[worker])
 
-    def _cost_within_memory(self) -> StageCostOf:
+    def _cost_within_memory(self, limited: bool = True) -> StageCostOf:
         a, num_stages = self.schedule.accumulation, self.schedule.num_stages
         layers = self.profile.layers
         again = 2 if self.recompute else 1
@@ -160,7 +191,7 @@ class Layout:
         whole = as_integers([*work, *sent])
         prefix = list(accumulate(whole[: len(work)], initial=0))
         wire = whole[len(work) :]
-        limits = [self._limit(stage) for stage in range(num_stages)]
+        limits = [self._limit(stage) if limited else None for stage in range(num_stages)]
 
         def cost_of(stage: int, start: int, end: int) -> int | None:
             limit = limits[stage]
@@ -205,3 +236,12 @@ class Layout:
             len(self.profile.layers), self.schedule.num_stages, self._cost_within_memory()
         )
         return found is not None
+
+
+def _one_layer_moved(cut: tuple[range, ...]) -> Iterator[tuple[range, ...]]:
+    """Every cut that differs by one layer at one boundary and leaves no stage empty."""
+    for place, (left, right) in enumerate(itertools.pairwise(cut)):
+        for boundary in (left.stop - 1, left.stop + 1):
+            if left.start < boundary < right.stop:
+                middle = range(left.start, boundary), range(boundary, right.stop)
+                yield (*cut[:place], *middle, *cut[place + 2 :])

@@ -3,7 +3,7 @@
 In each turn every worker whose next message has come takes one action, as in ``simulate``. The
 same additions and maxima are made in the same order, so every time is the same to the last bit::
 
-    start = max(free, arrival)        end = start + duration
+    start = max(free, arrival)        end = start + duration       free = end + overhead
     gone = max(end, wire) + occupied  arrival = gone + delay      (between two workers)
 
 A turn costs some thirty array operations whatever the number of workers.
@@ -79,18 +79,20 @@ class _Turns:
     def __init__(self, schedule: Schedule, draws: Draws, table: ActionTable) -> None:
         self._schedule = schedule
         self._table = table
+        self._overhead_s = draws.costs.overhead_s
         self._place = np.arange(len(table.kind), dtype=np.int32) + table.worker
         size = len(table.kind) + schedule.num_workers
         self._seconds = np.zeros(size)
         self._seconds[self._place] = _durations(schedule, draws, table)
         self._is_update = np.zeros(size, dtype=bool)
         self._is_update[self._place] = table.kind == UPDATE
-        self._wire, self._occupied_s, delay_s = _wires(schedule, draws)
+        self._wire, self._occupied_s, self._delay_s = _wires(schedule, draws)
+        self._delays_vary = draws.delays_vary
         num_micro_batches = draws.seconds[Kind.FORWARD].shape[1]
-        num_messages = delay_s.size
+        num_messages = len(Payload) * schedule.num_stages * num_micro_batches
         nothing, never = num_messages, num_messages + 1
         assert never < 2**31, "numbers of messages fit 32 bits"
-        self._delay_s = np.append(delay_s.ravel(), 0.0)
+        self._nothing = nothing
         self._arrival_s = np.full(num_messages + 2, np.inf)
         self._arrival_s[nothing] = 0.0
         code = table.kind * schedule.num_stages + table.stage
@@ -116,7 +118,6 @@ class _Turns:
         free_s = np.zeros(len(first))
         wire_free_s = np.zeros(int(self._wire.max()) + 1)
         start_s, end_s = np.full(len(self._seconds), np.nan), np.empty(len(self._seconds))
-        num_messages = len(self._delay_s) - 1
         while True:
             arrival_s = self._arrival_s[self._needs[position]]
             movers = np.flatnonzero(arrival_s < np.inf)
@@ -130,18 +131,19 @@ class _Turns:
             wire = self._wire[channel]
             gone_s = np.maximum(ends_s, wire_free_s[wire]) + self._occupied_s[channel]
             wire_free_s[wire] = gone_s
-            self._arrival_s[message] = gone_s + self._delay_s[message]
-            self._arrival_s[num_messages] = 0.0
+            delay_s = self._delay_s[message if self._delays_vary else channel]
+            self._arrival_s[message] = gone_s + delay_s
+            self._arrival_s[self._nothing] = 0.0
             after = here + 1
             updating = np.flatnonzero(self._is_update[after])
             while updating.size:
                 here = after[updating]
-                start_s[here] = ends_s[updating]
-                ends_s[updating] += self._seconds[here]
+                start_s[here] = ends_s[updating] + self._overhead_s
+                ends_s[updating] = start_s[here] + self._seconds[here]
                 end_s[here] = ends_s[updating]
                 after[updating] += 1
                 updating = updating[self._is_update[after[updating]]]
-            free_s[movers], position[movers] = ends_s, after
+            free_s[movers], position[movers] = ends_s + self._overhead_s, after
         start_s, end_s = start_s[self._place], end_s[self._place]
         require_finished(not np.isnan(start_s).any(), self._schedule)
         return Times(self._table, start_s, end_s)
@@ -176,8 +178,11 @@ def _channels(schedule: Schedule, ask: Callable[[Action, int], Message | None]) 
 
 def _wires(schedule: Schedule, draws: Draws) -> tuple[Integers, Seconds, Seconds]:
     """For each channel the wire between two workers that it shares and how long a message occupies
-    it; then, for each message, how long it is on its way. A wire from a worker to itself costs
-    nothing; a channel of its own for each worker is added at the end."""
+    it; then how long messages are on their way, each of them where they differ.
+
+    A wire from a worker to itself costs nothing; a channel of its own for each worker is added at
+    the end.
+    """
     num_stages, num_workers = schedule.num_stages, schedule.num_workers
     worker_of = [schedule.worker_of(stage) for stage in range(num_stages)]
     wires: dict[tuple[int, int], int] = {}
@@ -189,5 +194,9 @@ def _wires(schedule: Schedule, draws: Draws) -> tuple[Integers, Seconds, Seconds
             numbers.append(wires.setdefault(ends, len(wires)))
     numbers += [wires.setdefault((w, w), len(wires)) for w in range(num_workers)]
     occupied_s = np.concatenate([*(draws.occupied_s[p] for p in _PAYLOADS), np.zeros(num_workers)])
-    delay_s = np.stack([draws.delay_s[payload] for payload in _PAYLOADS])
+    if draws.delays_vary:
+        delay_s = np.append(np.stack([draws.delay_s[p] for p in _PAYLOADS]), 0.0)
+    else:
+        fixed = [draws.delay_s[p][:, 0] for p in _PAYLOADS]
+        delay_s = np.concatenate([*fixed, np.zeros(num_workers)])
     return np.array(numbers, dtype=np.int32), occupied_s, delay_s

@@ -55,7 +55,7 @@ class TrainConfig(BaseModel):
     stages: Count | None = option(
         None, "pipeline", "stages; default 4, or if more what the workers hold (1 each, on a V 2)"
     )
-    cut: Annotated[str, Field(pattern=r"^[1-9]\d*(,[1-9]\d*)*$")] | None = option(
+    cut: str | None = option(
         None, "pipeline", "layers of each stage, as `paci plan` prints; default even by formula"
     )
     workers: Count = option(

@@ -91,7 +91,16 @@ def _cut(config: TrainConfig, model: GPTConfig) -> tuple[range, ...]:
     """The layers of each stage."""
     if config.cut is None:
         return balanced_cut(layer_costs(model), config.num_stages)
-    lengths = [int(each) for each in config.cut.split(",")]
+    try:
+        lengths = [int(each) for each in config.cut.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"cut must be whole numbers separated by commas, got {config.cut!r}; write it like 3,4"
+        ) from None
+    if min(lengths) < 1:
+        raise ConfigError(
+            f"cut must leave no stage empty, got {config.cut!r}; give each stage a layer or more"
+        )
     if len(lengths) != config.num_stages or sum(lengths) != len(model.layer_range):
         raise ConfigError(
             f"cut must share {len(model.layer_range)} layers out to {config.num_stages} stages, "
