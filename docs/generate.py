@@ -8,16 +8,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from paci.plan.cost import Costs
+from paci.plan.simulate import simulate
 from paci.runtime.weights.registry import weight_policies
-from paci.schedule.action import Kind
 from paci.schedule.grid import draw
 from paci.schedule.registry import make_schedule, schedules
 from paci.schedule.versions import analyse
-from paci.trace import planned_trace
 from paci.view.timeline import timeline_svg, window
-
-_DURATIONS_S = {Kind.FORWARD: 0.01, Kind.BACKWARD: 0.02}
-_DURATIONS_S |= {Kind.BACKWARD_INPUT: 0.01, Kind.BACKWARD_WEIGHT: 0.01}
 
 
 def pictures(folder: Path) -> None:
@@ -25,7 +22,7 @@ def pictures(folder: Path) -> None:
     (folder / "images").mkdir(exist_ok=True)
     for name in schedules():
         schedule = make_schedule(name, 4, 4)
-        trace = window(planned_trace(schedule, 8, _DURATIONS_S), 0.0, 0.45)
+        trace = window(simulate(schedule, Costs.even(4, 0.01, 0.02), 8), 0.0, 0.45)
         picture = timeline_svg(trace, title=repr(schedule))
         (folder / "images" / f"{name}.svg").write_text(picture, encoding="utf-8")
 

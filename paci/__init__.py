@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from paci.schedule.gpipe import GPipe
     from paci.schedule.one_f_one_b import OneFOneBFlush
     from paci.schedule.paci import PACI
+    from paci.schedule.paci_v import PaciV
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _HOMES = {
     "OneFOneBFlush": "paci.schedule.one_f_one_b",
     "PACI": "paci.schedule.paci",
     "PaciError": "paci.errors",
+    "PaciV": "paci.schedule.paci_v",
     "Pipeline": "paci.runtime.pipeline",
     "Schedule": "paci.schedule.base",
     "ScheduleError": "paci.errors",
@@ -56,6 +58,7 @@ __all__ = [
     "Loss",
     "OneFOneBFlush",
     "PaciError",
+    "PaciV",
     "Pipeline",
     "Schedule",
     "ScheduleError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from paci.schedule.action import (
     produces,
 )
 from paci.schedule.base import Schedule
-from paci.schedule.sequence import Sequencer
 
 
 class Event(NamedTuple):
@@ -122,17 +121,28 @@ class Trace:
 class VirtualClock:
     """Lays actions of known duration out in time, as separate devices would run them.
 
-    Each starts when its worker is free and its message has come; messages take no time.
+    Each starts when its worker is free and its message has come.
 
     Args:
         schedule: whose actions come, in any legal order.
+        carry: takes a message and the time at which its action ended, and says when it arrives,
+            both in seconds; by default messages take no time. A worker's messages come in the
+            order in which it sends them.
+        pause_s: seconds after each action in which its worker does nothing that counts.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        carry: Callable[[Message, float], float] | None = None,
+        pause_s: float = 0.0,
+    ) -> None:
         self._num_stages = schedule.num_stages
         self._worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
         self._free_s = [0.0] * schedule.num_workers
         self._arrival_s: dict[Message, float] = {}
+        self._carry = carry
+        self._pause_s = pause_s
 
     def lay_out(self, action: Action, duration_s: float) -> tuple[float, float]:
         """Start and end of ``action``, in seconds since the first start."""
@@ -141,33 +151,9 @@ class VirtualClock:
         needed = consumes(action, self._num_stages)
         if needed is not None:
             start_s = max(start_s, self._arrival_s.pop(needed))
-        end_s = self._free_s[worker] = start_s + duration_s
+        end_s = start_s + duration_s
+        self._free_s[worker] = end_s + self._pause_s
         message = produces(action, self._num_stages)
         if message is not None:
-            self._arrival_s[message] = end_s
+            self._arrival_s[message] = self._carry(message, end_s) if self._carry else end_s
         return start_s, end_s
-
-
-def planned_trace(schedule: Schedule, num_updates: int, durations_s: Mapping[Kind, float]) -> Trace:
-    """What ``num_updates`` updates and the drain look like if every action of a kind takes the
-    same time on every stage and messages take none.
-
-    Args:
-        schedule: what would run.
-        num_updates: how long.
-        durations_s: seconds by kind; kinds left out take none.
-    """
-    sequencer = Sequencer(schedule)
-    sequencer.feed(num_updates * schedule.accumulation)
-    sequencer.drain()
-    clock = VirtualClock(schedule)
-    versions = [0] * schedule.num_stages
-    events = []
-    for action in sequencer.actions():
-        kind, stage, j = action
-        start_s, end_s = clock.lay_out(action, durations_s.get(kind, 0.0))
-        events.append(
-            Event(schedule.worker_of(stage), stage, j, kind, start_s, end_s, versions[stage])
-        )
-        versions[stage] += kind is Kind.UPDATE
-    return Trace.of(events, schedule.num_workers, "simulated")

@@ -245,7 +245,7 @@ class Carry(nn.Module):
 def make_stage(model: str, index: int, num_stages: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(100 + index)
-        if model == "block":
+        if model in ("block", "tied"):
             return Block()
         return {"many": Many, "carry": Carry}[model](index == 0, index == num_stages - 1)
 
@@ -329,7 +329,14 @@ def build(
         num_stages = run.schedule.num_stages
         held = hosted_stages(run.schedule, position, size)
         modules = [make_stage(run.model, index, num_stages) for index in held]
-    optimizers = [torch.optim.Adam(module.parameters(), lr=0.01) for module in modules]
+        if run.model == "tied" and {0, num_stages - 1} <= set(held):
+            modules[held.index(num_stages - 1)].body[0].weight = modules[0].body[0].weight
+    # A parameter that stages share is the first one's.
+    owner = {id(p): module for module in reversed(modules) for p in module.parameters()}
+    optimizers = [
+        torch.optim.Adam([p for p in module.parameters() if owner[id(p)] is module], lr=0.01)
+        for module in modules
+    ]
     arguments = {"weights": run.weights, "precision": run.precision, "seed": 3, "timeout_s": 100.0}
     return paci.Pipeline(
         modules, run.schedule, optimizers, F.mse_loss, group=group, **(arguments | options)

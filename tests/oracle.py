@@ -3,9 +3,12 @@
 Nothing here comes from paci. Which weights a micro-batch meets is the method's closed form: with
 ``lag(s) = (1 + slack) (N - 1 - s)``, the forward of the ``j``-th micro-batch since the pipeline
 was last empty sees version ``max(0, j - lag(s)) // a`` of stage ``s``, its backward version
-``j // a``. Every version is kept, so that a formula can name any of them, and the micro-batches
-are simply taken one after the other: all versions that the ``j``-th one meets are made of
-gradients of earlier ones.
+``j // a``. Where a backward comes in two halves, the one of the input may have a lag of its own: it
+sees ``max(0, j - lag_input(s)) // a``. The one of the weights sees no weights.
+
+Every version is kept, so that a formula can name any of them, and the micro-batches are simply
+taken one after the other: all versions that the ``j``-th one meets are made of gradients of earlier
+ones.
 """
 
 from __future__ import annotations
@@ -122,6 +125,7 @@ class Oracle:
         make_optimizer: called once a stage.
         loss: ``squared_error`` or ``cross_entropy``.
         lag: by stage; zero everywhere is plain gradient accumulation.
+        lag_input: by stage, of the input backward.
 
     Attributes:
         versions: ``versions[s][k]`` are the weights of stage ``s`` after ``k`` updates.
@@ -136,6 +140,7 @@ class Oracle:
         make_optimizer: Callable[[], Momentum | AdamW],
         loss: Callable[[Array, Array], tuple[float, Array]],
         lag: Callable[[int], int],
+        lag_input: Callable[[int], int] = lambda stage: 0,
     ) -> None:
         self.versions = [[weights] for weights in initial]
         self.losses: list[float] = []
@@ -144,6 +149,7 @@ class Oracle:
         self._optimizers = [make_optimizer() for _ in initial]
         self._loss = loss
         self._lag = lag
+        self._lag_input = lag_input
         self._num_stages = len(initial)
 
     def train(self, updates: list[list[tuple[Array, Array]]]) -> None:
@@ -160,7 +166,7 @@ class Oracle:
             self.losses.append(0.0)
             for j, (x, target) in enumerate(micro_batches, start=k * self._a):
                 seen = [base[s] + max(0, j - self._lag(s)) // self._a for s in stages]
-                now = [base[s] + j // self._a for s in stages]
+                now = [base[s] + max(0, j - self._lag_input(s)) // self._a for s in stages]
                 self.losses[-1] += self._micro_batch(x, target, total, seen, now, sums)
             for s in stages:
                 self.versions[s].append(self._optimizers[s].step(self.versions[s][-1], sums[s]))

@@ -98,7 +98,8 @@ def test_a_schedule_is_drawn_and_analysed(shop: Shop):
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert lines[0] == (
-        "PACI(num_stages=3, accumulation=2, slack=0): legal over 1 updates and the drain"
+        "PACI(num_stages=3, accumulation=2, slack=0, split_backward=False): legal over 1 updates "
+        "and the drain"
     )
     grid = [line.partition(")")[2].split() for line in lines if line.startswith("stage ")][:3]
     assert grid == [["F0", "F1", "B0", "B1*"], ["F0", "F1", "B0", "B1*"], ["F0", "B0", "F1", "B1*"]]

@@ -213,8 +213,8 @@ def test_ranks_that_differ_are_told(tmp_path: Path):
     for name, parts in {
         "accumulation": (
             "the schedule",
-            "'PACI(num_stages=3, accumulation=2, slack=0)' on rank 0",
-            "'PACI(num_stages=3, accumulation=4, slack=0)' on rank 2",
+            "'PACI(num_stages=3, accumulation=2, slack=0, split_backward=False)' on rank 0",
+            "'PACI(num_stages=3, accumulation=4, slack=0, split_backward=False)' on rank 2",
         ),
         "schedule": (
             "the schedule",

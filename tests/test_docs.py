@@ -104,7 +104,7 @@ def test_the_example_configuration_is_valid():
 def test_the_public_surface():
     assert " ".join(paci.__all__) == (
         "PACI CheckpointError ConfigError CrossEntropy DataError DriftError GPipe Loss "
-        "OneFOneBFlush PaciError Pipeline Schedule ScheduleError StepResult WorkerError "
+        "OneFOneBFlush PaciError PaciV Pipeline Schedule ScheduleError StepResult WorkerError "
         "__version__ hosted_stages"
     )
     for name in paci.__all__:

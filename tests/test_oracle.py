@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import oracle
@@ -13,6 +16,8 @@ from oracle import Array, Oracle, Weights
 from torch import Tensor, nn
 
 import paci
+from paci.schedule.action import Action, Kind
+from paci.schedule.check import check
 
 WIDTHS = (5, 7)  # between stages, and inside a stage of two layers
 NUM_CLASSES = 4
@@ -103,7 +108,12 @@ def tensors(update: list[tuple[Array, Array]]) -> list[tuple[Tensor, Tensor]]:
 
 
 def both(
-    schedule: paci.Schedule, policy: str, optimizer: str, loss: str, slack: int = 0
+    schedule: paci.Schedule,
+    policy: str,
+    optimizer: str,
+    loss: str,
+    slack: int = 0,
+    lags: tuple[Callable[[int], int], ...] = (),
 ) -> tuple[Oracle, paci.Pipeline]:
     by_hand, ours = OPTIMIZERS[optimizer]
     n, a = schedule.num_stages, schedule.accumulation
@@ -116,8 +126,9 @@ def both(
         LOSSES[loss][1],
         weights=policy,
     )
-    lag = (lambda s: 0) if schedule.flushes else (lambda s: (1 + slack) * (n - 1 - s))
-    return Oracle(initial, a, policy, by_hand, LOSSES[loss][0], lag), pipeline
+    if not lags:
+        lags = ((lambda s: 0) if schedule.flushes else (lambda s: (1 + slack) * (n - 1 - s)),)
+    return Oracle(initial, a, policy, by_hand, LOSSES[loss][0], *lags), pipeline
 
 
 def assert_same_weights(pipeline: paci.Pipeline, expected: Oracle) -> None:
@@ -161,6 +172,73 @@ def test_paci_is_what_the_method_says(policy: str, n: int, a: int, optimizer: st
 def test_slack_is_a_longer_lag(policy: str, n: int, a: int, slack: int):
     expected, pipeline = both(paci.PACI(n, a, slack), policy, "adamw", "classes", slack)
     train_and_compare(pipeline, expected, [data("classes", a)])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("n", "a", "slack"), [(2, 1, 0), (3, 2, 0), (4, 3, 1)])
+def test_a_backward_in_two_halves_at_once_is_a_backward(policy: str, n: int, a: int, slack: int):
+    schedule = paci.PACI(n, a, slack, split_backward=True)
+    expected, pipeline = both(schedule, policy, "adamw", "classes", slack)
+    train_and_compare(pipeline, expected, [data("classes", a, 20)])
+
+
+# Lags of equal times, read off the first columns of `paci schedules paci-v --stages N`.
+LAGS_OF_V = {2: [0, 0], 4: [1, 1, 1, 0], 6: [2, 2, 1, 1, 1, 0], 8: [2, 2, 2, 1, 1, 1, 0, 0]}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("n", "a"), [*itertools.product(LAGS_OF_V, (1, 2)), (4, 8), (8, 3)])
+def test_the_v_is_what_its_lags_say(policy: str, n: int, a: int):
+    loss, optimizer = ("squares", "momentum") if a % 2 else ("classes", "adamw")
+    lags = (LAGS_OF_V[n].__getitem__,)
+    expected, pipeline = both(paci.PaciV(n, a), policy, optimizer, loss, lags=lags)
+    updates = data(loss, a, 24)
+    train_and_compare(pipeline, expected, [updates[:17], updates[17:18], updates[18:]])
+
+
+@dataclass(frozen=True)
+class LateWeights(paci.Schedule):
+    """In slot ``i``: ``F(i)``, ``I(i - 1)``, ``W(i - 3)`` at both stages of a worker of a V, so
+    that updates come between a micro-batch's two halves, and the last stage lags too."""
+
+    num_stages: int
+    accumulation: int
+
+    name: ClassVar[str] = "late-weights"
+    summary: ClassVar[str] = "for tests"
+    flushes: ClassVar[bool] = False
+
+    @property
+    def placement(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((w, self.num_stages - 1 - w) for w in range(self.num_stages // 2))
+
+    def program(self, worker: int) -> Iterator[Action]:
+        down, up = self.placement[worker]
+        for slot in itertools.count():
+            yield from (Action(Kind.FORWARD, stage, slot) for stage in (down, up))
+            if slot >= 1:
+                yield from (Action(Kind.BACKWARD_INPUT, stage, slot - 1) for stage in (up, down))
+            for stage in (up, down) if slot >= 3 else ():
+                yield Action(Kind.BACKWARD_WEIGHT, stage, slot - 3)
+                if (slot - 2) % self.accumulation == 0:
+                    yield Action(Kind.UPDATE, stage, slot - 3)
+
+    def in_flight_cap(self, stage: int) -> int:
+        return 4
+
+    def drift_bound(self, stage: int) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("n", "a"), [(2, 1), (4, 2), (6, 3)])
+def test_updates_between_the_two_halves_of_a_backward(policy: str, n: int, a: int):
+    """Forward of ``j`` when ``j - 3`` is not complete, input backward when ``j - 2`` is not."""
+    check(LateWeights(n, a))
+    lags = (lambda s: 3, lambda s: 2)
+    expected, pipeline = both(LateWeights(n, a), policy, "adamw", "classes", lags=lags)
+    updates = data("classes", a, 20)
+    train_and_compare(pipeline, expected, [updates[:13], updates[13:]])
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -276,16 +276,16 @@ def test_a_run_is_what_the_analysis_says(name: str, n: int, a: int, policy: str)
 
 @pytest.mark.parametrize("name", schedules())
 def test_a_run_does_the_program_and_nothing_else(name: str):
-    schedule = make_schedule(name, 3, 2)
-    pipeline = make_pipeline(mlp(3), schedule)
+    schedule = make_schedule(name, 4, 2)
+    pipeline = make_pipeline(mlp(4), schedule)
     run(pipeline, float_batches(4, 2))
     sequencer = Sequencer(schedule)
     sequencer.feed(8)
     sequencer.drain()
-    planned: dict[int, list[tuple[Kind, int]]] = {stage: [] for stage in range(3)}
+    planned: dict[int, list[tuple[Kind, int]]] = {stage: [] for stage in range(4)}
     for action in sequencer.actions():
         planned[action.stage].append((action.kind, action.micro_batch))
-    ran: dict[int, list[tuple[Kind, int]]] = {stage: [] for stage in range(3)}
+    ran: dict[int, list[tuple[Kind, int]]] = {stage: [] for stage in range(4)}
     for event in pipeline.trace().events:
         ran[event.stage].append((event.kind, event.micro_batch))
     assert ran == planned

@@ -319,7 +319,7 @@ def test_a_parameter_on_two_stages():
     stages = [nn.Sequential(nn.Linear(4, 4), shared), nn.Sequential(shared, nn.Linear(4, 4))]
     optimizers = [torch.optim.SGD(s.parameters(), 0.1) for s in stages]
     with pytest.raises(
-        paci.ConfigError, match=r"belong to one stage, got 0\.weight on stages 0 and 1"
+        paci.ConfigError, match=r"belong to stages of one worker, got 0\.weight on stages 0 and 1"
     ):
         paci.Pipeline(stages, paci.PACI(2, 2), optimizers, nn.MSELoss())
 

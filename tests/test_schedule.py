@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paci.errors import ConfigError
 from paci.schedule.action import Action, Kind, Payload, consumes, produces
 from paci.schedule.base import Schedule
 from paci.schedule.check import check
@@ -21,13 +22,14 @@ from paci.schedule.gpipe import GPipe
 from paci.schedule.grid import LEGEND, draw
 from paci.schedule.one_f_one_b import OneFOneBFlush
 from paci.schedule.paci import PACI
+from paci.schedule.paci_v import PaciV
 from paci.schedule.registry import make_schedule, schedules
 from paci.schedule.sequence import Cursor, Sequencer
 from paci.schedule.versions import MicroBatchVersions, analyse, stage_versions
 
 F, B, I, W, U = Kind  # noqa: E741
 
-pacis = st.builds(PACI, st.integers(1, 32), st.integers(1, 64), st.integers(0, 3))
+pacis = st.builds(PACI, st.integers(1, 32), st.integers(1, 64), st.integers(0, 3), st.booleans())
 flushes = st.builds(
     lambda cls, num_stages, m: cls(num_stages, m),
     st.sampled_from([OneFOneBFlush, GPipe]),
@@ -77,7 +79,7 @@ class Vee(Schedule):
 
 
 small = st.one_of(
-    st.builds(PACI, st.integers(1, 6), st.integers(1, 5), st.integers(0, 2)),
+    st.builds(PACI, st.integers(1, 6), st.integers(1, 5), st.integers(0, 2), st.booleans()),
     st.builds(OneFOneBFlush, st.integers(1, 6), st.integers(1, 5)),
     st.builds(GPipe, st.integers(1, 6), st.integers(1, 5)),
     st.builds(Vee, st.sampled_from([2, 4, 6]), st.integers(1, 5)),
@@ -186,6 +188,23 @@ def test_accumulation_of_n_minus_one_keeps_the_drift_at_one():
     assert max(PACI(16, 15).drift_bound(s) for s in range(16)) == 1
     assert max(PACI(16, 14).drift_bound(s) for s in range(16)) == 2
     assert max(found.max_drift for found in analyse(PACI(16, 14), 4)) == 2
+
+
+def test_a_split_backward_sends_first_and_updates_as_before():
+    """Stage by stage the whole program, with ``I`` and ``W`` where a ``B`` sends something on."""
+    whole, split = PACI(4, 3, 1), PACI(4, 3, 1, split_backward=True)
+    for worker in range(4):
+        expected = []
+        for action in itertools.islice(whole.program(worker), 200):
+            halves = (I, W) if action.kind is B and worker > 0 else (action.kind,)
+            expected += [action._replace(kind=kind) for kind in halves]
+        assert list(itertools.islice(split.program(worker), len(expected))) == expected
+
+
+def test_a_split_backward_is_an_option_by_name():
+    assert make_schedule("paci:split_backward=true", 3, 2) == PACI(3, 2, split_backward=True)
+    with pytest.raises(ConfigError, match="split_backward must be true or false, got 1; pass"):
+        PACI(3, 2, split_backward=1)  # type: ignore[arg-type]
 
 
 # Synchronous schedules
@@ -311,15 +330,24 @@ every_schedule = pytest.mark.parametrize("name", sorted(schedules()))
 every_size = pytest.mark.parametrize(("n", "a"), SIZES)
 
 
+def made(name: str, n: int, a: int) -> Schedule:
+    """The schedule, unless it refuses that many stages."""
+    try:
+        return make_schedule(name, n, a)
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
 def test_ours_are_registered():
-    assert {"paci": PACI, "1f1b": OneFOneBFlush, "gpipe": GPipe}.items() <= schedules().items()
+    ours = {"paci": PACI, "paci-v": PaciV, "1f1b": OneFOneBFlush, "gpipe": GPipe}
+    assert ours.items() <= schedules().items()
     assert list(schedules()) == sorted(schedules())
 
 
 @every_schedule
 @every_size
 def test_contract_construction(name: str, n: int, a: int):
-    schedule = make_schedule(name, n, a)
+    schedule = made(name, n, a)
     assert type(schedule) is schedules()[name]
     assert schedule == schedules()[name](n, a)  # type: ignore[call-arg]
     assert (schedule.num_stages, schedule.accumulation) == (n, a)
@@ -328,19 +356,20 @@ def test_contract_construction(name: str, n: int, a: int):
     assert len(schedule.placement) == schedule.num_workers
     for worker, stages in enumerate(schedule.placement):
         assert {schedule.worker_of(stage) for stage in stages} == {worker}
+        assert len(stages) == schedule.stages_per_worker
 
 
 @every_schedule
 @every_size
 def test_contract_legality(name: str, n: int, a: int):
     for num_updates in (1, 2, 5):
-        check(make_schedule(name, n, a), num_updates)
+        check(made(name, n, a), num_updates)
 
 
 @every_schedule
 @every_size
 def test_contract_analysis_agrees_with_counting(name: str, n: int, a: int):
-    schedule = make_schedule(name, n, a)
+    schedule = made(name, n, a)
     by_hand = counted(schedule, 4)
     found = analyse(schedule, 4)
     assert [each.stage for each in found] == list(range(n))
@@ -352,14 +381,14 @@ def test_contract_analysis_agrees_with_counting(name: str, n: int, a: int):
 
 @every_schedule
 def test_contract_it_is_a_value(name: str):
-    one, same, other = (make_schedule(name, 3, a) for a in (2, 2, 4))
+    one, same, other = (make_schedule(name, 4, a) for a in (2, 2, 4))
     assert one == same
     assert hash(one) == hash(same)
     assert one != other
     assert one is not same
     assert str(one).startswith(type(one).__name__ + "(")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        one.num_stages = 4
+        one.num_stages = 6
     again, once_more = one.program(0), one.program(0)
     assert next(again) == next(once_more) == Action(F, 0, 0)
 
@@ -378,7 +407,7 @@ def test_contract_it_describes_itself(name: str):
 
 @every_schedule
 def test_contract_programs_never_end(name: str):
-    schedule = make_schedule(name, 3, 2)
+    schedule = make_schedule(name, 4, 2)
     for worker in range(schedule.num_workers):
         far = next(itertools.islice(schedule.program(worker), 10_000, None))
         assert far.micro_batch > 1_000
@@ -399,6 +428,14 @@ stage 2 (worker 2)            F0  B0  F1  B1* F2  B2  F3  B3*
 """)
 
 
+def test_grid_of_paci_with_split_backward():
+    assert draw(PACI(3, 2, split_backward=True), 2) == golden("""
+stage 0 (worker 0)    F0  F1  F2          B0  F3      B1*         B2          B3*
+stage 1 (worker 1)        F0  F1      I0  W0  F2  I1  W1* F3  I2  W2      I3  W3*
+stage 2 (worker 2)            F0  I0  W0  F1  I1  W1* F2  I2  W2  F3  I3  W3*
+""")
+
+
 def test_grid_of_1f1b():
     assert draw(OneFOneBFlush(3, 2), 2) == golden("""
 stage 0 (worker 0)    F0  F1              B0      B1* F2  F3              B2      B3*
@@ -415,7 +452,9 @@ stage 2 (worker 2)            F0  F1  B0  B1*                 F2  F3  B2  B3*
 """)
 
 
-@pytest.mark.parametrize("schedule", [PACI(4, 4), OneFOneBFlush(4, 4), GPipe(3, 4)], ids=repr)
+@pytest.mark.parametrize(
+    "schedule", [PACI(4, 4), OneFOneBFlush(4, 4), GPipe(3, 4), PaciV(4, 2)], ids=repr
+)
 def test_the_picture_at_the_top_of_the_file_is_what_happens(schedule: Schedule):
     """Four characters a column; ``...`` where a row goes on."""
     text = sys.modules[type(schedule).__module__].__doc__ or ""

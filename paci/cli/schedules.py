@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from paci.errors import ConfigError
-from paci.schedule.action import Kind
+from paci.plan.cost import Costs
+from paci.plan.simulate import simulate
 from paci.schedule.base import Schedule
 from paci.schedule.check import check
 from paci.schedule.grid import draw
 from paci.schedule.registry import make_schedule, schedules
 from paci.schedule.versions import analyse
-from paci.trace import planned_trace
 from paci.view.timeline import timeline_svg
 
 
@@ -54,9 +54,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _draw(schedule: Schedule, num_updates: int, path: Path) -> None:
-    durations_s = {Kind.FORWARD: 0.01, Kind.BACKWARD: 0.02}
-    durations_s |= {Kind.BACKWARD_INPUT: 0.01, Kind.BACKWARD_WEIGHT: 0.01}
-    trace = planned_trace(schedule, num_updates, durations_s)
+    trace = simulate(schedule, Costs.even(schedule.num_stages, 0.01, 0.02), num_updates)
     try:
         path.write_text(timeline_svg(trace, title=repr(schedule)), encoding="utf-8")
     except OSError as error:

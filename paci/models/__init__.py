@@ -11,6 +11,7 @@ from paci.models.gpt import (
 from paci.models.layers import (
     LayerStack,
     build_stage,
+    build_stages,
     combine_digests,
     layer_digests,
     parameter_groups,
@@ -21,6 +22,7 @@ __all__ = [
     "GPTConfig",
     "LayerStack",
     "build_stage",
+    "build_stages",
     "combine_digests",
     "generate",
     "gpt_config",

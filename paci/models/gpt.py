@@ -44,7 +44,7 @@ class GPTConfig:
             branches, in [0, 1).
         bias: whether linear layers and norms have a bias (the head's linear never has one).
         tie_embeddings: whether the head's matrix is the token embedding. Both must then be on
-            one stage.
+            one worker.
 
     Raises:
         ConfigError: a size is below 1, ``num_heads`` does not divide ``width``, or ``dropout``

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,34 +83,65 @@ def build_stage(
         ConfigError: the range is empty, has a step, or leaves the model; or embeddings are tied
             and exactly one of the embedding and the head is in the range.
     """
+    return build_stages(config, [layer_range], seed, device)[0]
+
+
+def build_stages(
+    config: GPTConfig,
+    cut: Sequence[range],
+    seed: int,
+    device: torch.device | str | None = None,
+) -> list[LayerStack]:
+    """Build several stages of a GPT; tied embeddings are one parameter also across stages.
+
+    Args:
+        config: shape of the whole model.
+        cut: the layers of each stage to build, as for ``build_stage``.
+        seed: likewise.
+        device: likewise.
+
+    Raises:
+        ConfigError: a range is empty, has a step, or leaves the model; or embeddings are tied and
+            exactly one of the embedding and the head is in any of them.
+    """
     first, last = config.layer_range[0], config.layer_range[-1]
-    inside = bool(layer_range) and first <= layer_range[0] and layer_range[-1] <= last
-    if not inside or layer_range.step != 1:
+    for layer_range in cut:
+        inside = bool(layer_range) and first <= layer_range[0] and layer_range[-1] <= last
+        if not inside or layer_range.step != 1:
+            raise ConfigError(
+                f"layer_range must be a non-empty part of {config.layer_range}, got {layer_range}; "
+                f"count from {first} (embedding) to {last} (head)"
+            )
+    is_built = [any(layer in layer_range for layer_range in cut) for layer in (first, last)]
+    if config.tie_embeddings and is_built[0] != is_built[1]:
         raise ConfigError(
-            f"layer_range must be a non-empty part of {config.layer_range}, got {layer_range}; "
-            f"count from {first} (embedding) to {last} (head)"
-        )
-    if config.tie_embeddings and (first in layer_range) != (last in layer_range):
-        raise ConfigError(
-            f"tied embeddings must have layers {first} and {last} on one stage, got {layer_range}; "
-            f"use one stage or tie_embeddings=False"
+            f"tied embeddings must have layers {first} and {last} on one stage, or on stages that "
+            f"are built together, got {', '.join(map(str, cut))}; add the other one, or use "
+            f"tie_embeddings=False"
         )
     target = torch.get_default_device() if device is None else torch.device(device)
-    layers = {index: build_layer(config, index, seed, target) for index in layer_range}
-    if config.tie_embeddings and first in layers:
+    layers = {
+        index: build_layer(config, index, seed, target)
+        for layer_range in cut
+        for index in layer_range
+    }
+    if config.tie_embeddings and is_built[0]:
         embedding, head = layers[first], layers[last]
         assert isinstance(embedding, Embedding)
         assert isinstance(head, Head)
         head.vocabulary.weight = embedding.token.weight
-    return LayerStack(layers)
+    return [LayerStack({index: layers[index] for index in layer_range}) for layer_range in cut]
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, without: Iterable[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
     """Optimizer groups with weight decay on matrices (two dimensions or more) only.
 
     Args:
         module: any module; a tied parameter appears once.
         weight_decay: at least 0, for the matrices; biases and norm gains get 0.
+        without: parameters that another optimizer has, as those shared with another stage.
 
     Returns:
         Dicts of ``params`` (in the module's order) and ``weight_decay``; no group is empty.
@@ -120,7 +151,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     """
     if not weight_decay >= 0:
         raise ConfigError(f"weight_decay must be at least 0, got {weight_decay}; use 0 for none")
-    parameters = list(module.parameters())
+    left_out = {id(parameter) for parameter in without}
+    parameters = [p for p in module.parameters() if id(p) not in left_out]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

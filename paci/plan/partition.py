@@ -1,26 +1,30 @@
-"""Cut a row of layers into stages so that the slowest stage is as fast as it can be."""
+"""Cut a row of layers into stages so that the slowest stage is as fast as it can be.
+
+An asynchronous pipeline runs at the pace of its slowest stage, so
+
+    minimize  max_s C_s,   C_s = cost of stage s
+
+comes first. One dear layer often fixes that maximum and leaves many cuts that reach it. Among
+those the smallest ``sum_s C_s ** 2`` wins (the other stages are even, which leaves slack for
+jitter), and then the one whose earlier stages are shorter, as those keep more micro-batches in
+flight. Costs are integers on a common denominator, so no rounding decides a tie: the answer is
+exact. Two dynamic programs, ``O(num_stages * num_layers ** 2)`` each.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from paci.errors import ConfigError
 
+# What stage `s` costs if it holds the layers from `start` to before `end`; None if it must not.
+StageCostOf = Callable[[int, int, int], int | None]
+
 
 def balanced_cut(costs: Sequence[float], num_stages: int) -> tuple[range, ...]:
     """Cut layers into contiguous, non-empty stages with the smallest possible largest cost.
-
-    An asynchronous pipeline runs at the pace of its slowest stage, so
-
-        minimize  max_s C_s,   C_s = sum of costs[l] over the layers l of stage s
-
-    comes first. One dear layer often fixes that maximum and leaves many cuts that reach it.
-    Among those the smallest ``sum_s C_s ** 2`` wins (the other stages are even, which leaves
-    slack for jitter), and then the one whose earlier stages are shorter, as those keep more
-    micro-batches in flight. The answer is exact: costs are compared as integers on a common
-    denominator, so no rounding decides a tie. Time is O(num_stages * num_layers ** 2).
 
     Args:
         costs: cost of each layer, finite and >= 0, in any one unit.
@@ -35,80 +39,101 @@ def balanced_cut(costs: Sequence[float], num_stages: int) -> tuple[range, ...]:
     >>> balanced_cut([1, 1, 1, 1, 4], 3)
     (range(0, 2), range(2, 4), range(4, 5))
     """
-    _check(costs, num_stages)
-    prefix = list(accumulate(_as_integers(costs), initial=0))
-    largest = _smallest_largest(prefix, num_stages)
-    ends = _evenest_ends(prefix, num_stages, largest)
-    starts = [0, *ends[:-1]]
-    return tuple(range(start, end) for start, end in zip(starts, ends, strict=True))
-
-
-def _check(costs: Sequence[float], num_stages: int) -> None:
-    if num_stages < 1:
-        raise ConfigError(f"num_stages must be at least 1, got {num_stages}; ask for one or more")
-    if num_stages > len(costs):
-        raise ConfigError(
-            f"num_stages must be at most the number of layers, got {num_stages} stages for "
-            f"{len(costs)} layers; take fewer stages or a deeper model"
-        )
+    require_stages(len(costs), num_stages)
     for layer, cost in enumerate(costs):
         if not (math.isfinite(cost) and cost >= 0):
             raise ConfigError(
                 f"every cost must be finite and at least 0, got {cost} for layer {layer}; "
                 f"measure that layer again"
             )
+    prefix = list(accumulate(as_integers(costs), initial=0))
+    cut = best_cut(len(costs), num_stages, lambda _, start, end: prefix[end] - prefix[start])
+    assert cut is not None, "without a limit there is always a cut"
+    return cut
 
 
-def _as_integers(costs: Sequence[float]) -> list[int]:
+def require_stages(num_layers: int, num_stages: int) -> None:
+    """Raise ``ConfigError`` unless as many stages can have a layer each."""
+    if num_stages < 1:
+        raise ConfigError(f"num_stages must be at least 1, got {num_stages}; ask for one or more")
+    if num_stages > num_layers:
+        raise ConfigError(
+            f"num_stages must be at most the number of layers, got {num_stages} stages for "
+            f"{num_layers} layers; take fewer stages or a deeper model"
+        )
+
+
+def as_integers(costs: Sequence[float]) -> list[int]:
     """The costs times their common denominator: every float is a ratio of integers."""
     ratios = [float(cost).as_integer_ratio() for cost in costs]
     scale = math.lcm(*(denominator for _, denominator in ratios))
     return [numerator * (scale // denominator) for numerator, denominator in ratios]
 
 
-def _smallest_largest(prefix: list[int], num_stages: int) -> int:
-    """The largest stage cost of the best cut; ``prefix[i]`` is the cost of layers before ``i``."""
-    num_layers = len(prefix) - 1
-    # best[i]: smallest largest cost of layers i.. in the number of stages counted so far
-    best = [prefix[num_layers] - prefix[start] for start in range(num_layers)]
-    for stages in range(2, num_stages + 1):
-        best = [
-            min(
-                max(prefix[end] - prefix[start], best[end])
-                for end in range(start + 1, num_layers - stages + 2)
-            )
-            for start in range(num_layers - stages + 1)
-        ]
-    return best[0]
+def best_cut(num_layers: int, num_stages: int, cost_of: StageCostOf) -> tuple[range, ...] | None:
+    """The best cut by this module's measure, or None if every cut has a stage that must not be.
+
+    Args:
+        num_layers: how many.
+        num_stages: 1 to ``num_layers``.
+        cost_of: of a stage.
+    """
+    table = [
+        {
+            (start, end): cost
+            for start in range(stage, num_layers - (num_stages - stage) + 1)
+            for end in _ends(stage, start, num_layers, num_stages)
+            if (cost := cost_of(stage, start, end)) is not None
+        }
+        for stage in range(num_stages)
+    ]
+    largest = _smallest_largest(num_layers, table)
+    if largest is None:
+        return None
+    ends = _evenest_ends(num_layers, table, largest)
+    starts = [0, *ends[:-1]]
+    return tuple(range(start, end) for start, end in zip(starts, ends, strict=True))
 
 
-def _evenest_ends(prefix: list[int], num_stages: int, largest: int) -> list[int]:
+_Table = list[dict[tuple[int, int], int]]
+
+
+def _ends(stage: int, start: int, num_layers: int, num_stages: int) -> range:
+    """Where a stage that begins at ``start`` can end: each later one needs a layer."""
+    last = num_layers - (num_stages - 1 - stage)
+    return range(last if stage == num_stages - 1 else start + 1, last + 1)
+
+
+def _smallest_largest(num_layers: int, table: _Table) -> int | None:
+    """The largest stage cost of the best cut."""
+    # best[start]: smallest largest cost of the layers from start on in the stages seen so far
+    best: dict[int, int] = {num_layers: -1}
+    for costs in reversed(table):
+        found: dict[int, int] = {}
+        for (start, end), cost in costs.items():
+            if end in best:
+                largest = max(cost, best[end])
+                if start not in found or largest < found[start]:
+                    found[start] = largest
+        best = found
+    return best.get(0)
+
+
+def _evenest_ends(num_layers: int, table: _Table, largest: int) -> list[int]:
     """The end of each stage in the evenest cut that keeps every stage within ``largest``."""
-    num_layers = len(prefix) - 1
-    # Entry i of a row: (sum of squares, end of the first stage) of the best cut of layers i..,
-    # None where no cut keeps the bound. Pairs compare by the square first, then the shorter
-    # first stage. rows[k] cuts into k + 1 stages.
-    rows: list[list[tuple[int, int] | None]] = []
-    for stages in range(1, num_stages + 1):
-        row: list[tuple[int, int] | None] = []
-        for start in range(num_layers - stages + 1):
-            candidates = []
-            first_end = num_layers if stages == 1 else start + 1
-            for end in range(first_end, num_layers - stages + 2):
-                cost = prefix[end] - prefix[start]
-                if cost > largest:
-                    break
-                rest = (0, end) if stages == 1 else rows[-1][end]
-                if rest is not None:
-                    candidates.append((cost * cost + rest[0], end))
-            row.append(min(candidates, default=None))
+    # Each row: start -> (sum of squares, end of the first stage); pairs compare by the square
+    # first, then the shorter first stage.
+    rows: list[dict[int, tuple[int, int]]] = [{num_layers: (0, num_layers)}]
+    for costs in reversed(table):
+        row: dict[int, tuple[int, int]] = {}
+        for (start, end), cost in costs.items():
+            if cost <= largest and end in rows[-1]:
+                candidate = (cost * cost + rows[-1][end][0], end)
+                row[start] = min(row.get(start, candidate), candidate)
         rows.append(row)
-
     ends: list[int] = []
     start = 0
-    for row in reversed(rows):
-        chosen = row[start]
-        assert chosen is not None, "the bound comes from a cut that exists"
-        start = chosen[1]
+    for row in reversed(rows[1:]):
+        start = row[start][1]
         ends.append(start)
     return ends

@@ -59,7 +59,8 @@ def build_stages(
     """The stages of a process, by index.
 
     Raises:
-        ConfigError: they are not those of ``held``, have not an optimizer each, or share weights.
+        ConfigError: they are not those of ``held``, have not an optimizer each, or share weights
+            that they cannot share.
     """
     if not len(held) == len(modules) == len(optimizers) == len(lr_schedulers):
         raise ConfigError(
@@ -67,9 +68,13 @@ def build_stages(
             f"{len(modules)} stages, {len(optimizers)} optimizers and {len(lr_schedulers)} "
             f"learning-rate schedulers; see Pipeline's argument `stage`"
         )
-    _check_apart(held, modules)
-    return {
-        index: Stage(
+    owners = _owners(held, modules, schedule)
+    stages: dict[int, Stage] = {}
+    for index, module, optimizer, lr_scheduler in zip(
+        held, modules, optimizers, lr_schedulers, strict=True
+    ):
+        shared = (id(p) for p in module.parameters() if owners[id(p)] != index)
+        stages[index] = Stage(
             index,
             index == schedule.num_stages - 1,
             module,
@@ -79,20 +84,41 @@ def build_stages(
             lr_scheduler=lr_scheduler,
             precision=precision,
             seed=seed,
+            splits=schedule.splits_backward(index),
+            lenders={parameter: stages[owners[parameter]] for parameter in shared},
         )
-        for index, module, optimizer, lr_scheduler in zip(
-            held, modules, optimizers, lr_schedulers, strict=True
-        )
-    }
+    return stages
 
 
-def _check_apart(held: Sequence[int], modules: Sequence[nn.Module]) -> None:
+def _owners(
+    held: Sequence[int], modules: Sequence[nn.Module], schedule: Schedule
+) -> dict[int, int]:
+    """The stage that updates each parameter, by its identity: the first one that has it.
+
+    Stages of one worker may share a parameter. Its gradients of one update are complete when the
+    first of them updates, so that one must be the last to.
+
+    Raises:
+        ConfigError: stages of different workers share one, or the first of them is not the last to
+            update.
+    """
     owners: dict[int, int] = {}
     for index, module in zip(held, modules, strict=True):
         for name, parameter in module.named_parameters():
             owner = owners.setdefault(id(parameter), index)
-            if owner != index:
+            if owner == index:
+                continue
+            if schedule.worker_of(owner) != schedule.worker_of(index):
                 raise ConfigError(
-                    f"a parameter must belong to one stage, got {name} on stages {owner} and "
-                    f"{index}; give each its own, or put what shares it on one stage"
+                    f"a parameter must belong to stages of one worker, got {name} on stages "
+                    f"{owner} and {index} of workers {schedule.worker_of(owner)} and "
+                    f"{schedule.worker_of(index)}; give each its own, or take a schedule that puts "
+                    f"both on one worker, as paci-v does with the first and the last"
                 )
+            if schedule.last_to_update(owner, index) != owner:
+                raise ConfigError(
+                    f"a parameter that stages share must be on the one that updates last first, "
+                    f"got {name} on stages {owner} and {index}, of which {index} updates later; "
+                    f"give each its own, or take another schedule"
+                )
+    return owners

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from paci.errors import ConfigError
 from paci.runtime.batch import as_tensors, to_device
 from paci.runtime.loss import Loss
 from paci.runtime.randomness import Seeded, mix
+from paci.runtime.split import Ledger, Splitter
 from paci.runtime.weights.base import StageWeights, Tensors, WeightPolicy
 
 # The dtype of working weights; None leaves every parameter as the module has it.
@@ -37,8 +40,8 @@ class _InFlight:
     target: Target | None
     needs: tuple[bool, ...] = ()  # which outputs a gradient comes back for
     outputs: Tensors = ()
-    gradients: Tensors = ()  # with them: between the input's and the weights' backward
     leaves: Tensors = ()  # the working weights that the graph ends in
+    ledger: Ledger = field(default_factory=Ledger)  # weight gradients that are put off
 
 
 class Stage:
@@ -56,6 +59,10 @@ class Stage:
         precision: ``"fp32"`` computes with the parameters as they are; ``"bf16"`` with one
             bf16 working copy of each, and floating-point inputs of the first stage converted.
         seed: of the random numbers in forwards.
+        splits: whether backwards come in two halves here; it changes no gradient.
+        lenders: stages whose parameters this one's module also uses, each by the identity of the
+            parameter. Such a parameter is updated by the stage that lends it, with the gradients
+            of both: whatever has been added up by the time of that update.
 
     Attributes:
         version: updates applied here.
@@ -74,12 +81,14 @@ class Stage:
         lr_scheduler: LRScheduler | None = None,
         precision: str = "fp32",
         seed: int = 0,
+        splits: bool = False,
+        lenders: Mapping[int, Stage] = MappingProxyType({}),
     ) -> None:
         if precision not in PRECISIONS:
             raise ConfigError(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}; choose one"
             )
-        _check_optimizer(index, module, optimizer)
+        _check_optimizer(index, module, optimizer, lenders.keys())
         self.index = index
         self.is_last = is_last
         self.module = module
@@ -90,11 +99,16 @@ class Stage:
         self.in_flight: dict[int, _InFlight] = {}
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._dtype = PRECISIONS[precision]
-        self.weights = StageWeights(module, self._dtype, policy.separate)
+        lent: dict[int, StageWeights] = {p: stage.weights for p, stage in lenders.items()}
+        self.weights: StageWeights = StageWeights(module, self._dtype, policy.separate, lent)
+        self._borrowers: list[Stage] = []
+        for lender in set(lenders.values()):
+            lender._borrowers.append(self)
         self._buffers = {b.untyped_storage().data_ptr() for b in module.buffers() if b.numel()}
         self._loss = loss
         self._seed = seed
         self._seeded = Seeded(self.device)
+        self._splitter = Splitter(index, module) if splits else None
 
     def take_in(self, inputs: Any) -> Tensors:
         """The pipeline's own inputs as the first stage wants them: its device, its precision."""
@@ -136,24 +150,24 @@ class Stage:
         roots, root_gradients = self._roots(micro_batch, flight, gradients)
         if roots:
             torch.autograd.backward(roots, root_gradients)
+            flight.ledger.settle()
         return _gradients(flight.inputs)
 
     def backward_input(self, micro_batch: int, gradients: Tensors) -> Tensors:
-        """Run the input's half of the backward; keep what the weights' half needs."""
+        """Run the input's half of the backward; keep only what the weights' half needs."""
         flight = self.in_flight[micro_batch]
-        flight.outputs, flight.gradients = self._roots(micro_batch, flight, gradients)
-        leaves = [x for x in flight.inputs if x.requires_grad]
-        if flight.outputs and leaves:
-            torch.autograd.backward(
-                flight.outputs, flight.gradients, retain_graph=True, inputs=leaves
-            )
-        return _gradients(flight.inputs)
+        if self._splitter is None:
+            self._splitter = Splitter(self.index, self.module)
+        roots, root_gradients = self._roots(micro_batch, flight, gradients)
+        found = self._splitter.backward_input(
+            flight.ledger, roots, root_gradients, flight.inputs, flight.leaves
+        )
+        self.in_flight[micro_batch] = _InFlight((), None, ledger=flight.ledger)
+        return found
 
     def backward_weight(self, micro_batch: int) -> None:
         """Run the weights' half of the backward that ``backward_input`` began."""
-        flight = self.in_flight.pop(micro_batch)
-        if flight.outputs and flight.leaves:
-            torch.autograd.backward(flight.outputs, flight.gradients, inputs=flight.leaves)
+        self.in_flight.pop(micro_batch).ledger.settle()
 
     def update(self) -> None:
         """Let the optimizer step on the masters, and publish them to the working weights."""
@@ -165,7 +179,8 @@ class Stage:
                 keeper = torch.autograd._unsafe_preserve_version_counter(weight)  # type: ignore[attr-defined]
                 kept.enter_context(keeper)
             self.optimizer.step()
-            self.policy.publish(self.weights, len(self.in_flight))
+            users = (self, *self._borrowers)
+            self.policy.publish(self.weights, sum(len(stage.in_flight) for stage in users))
         self.optimizer.zero_grad()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
@@ -256,7 +271,12 @@ class Stage:
         return {position: names[id(parameter)] for position, parameter in enumerate(held)}
 
     def _run(self, micro_batch: int, flight: _InFlight) -> Tensors:
-        with self._seeded(mix(self._seed, self.index, micro_batch)):
+        recording = (
+            contextlib.nullcontext()
+            if self._splitter is None
+            else self._splitter.recording(flight.ledger)
+        )
+        with self._seeded(mix(self._seed, self.index, micro_batch)), recording:
             outputs = _as_tuple(self.module(*flight.inputs), self.index)
             if flight.target is None:
                 return outputs
@@ -319,16 +339,19 @@ def _gradients(inputs: Tensors) -> Tensors:
     return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in wanted)
 
 
-def _check_optimizer(index: int, module: nn.Module, optimizer: Optimizer) -> None:
-    own = {id(p): name for name, p in module.named_parameters()}
+def _check_optimizer(
+    index: int, module: nn.Module, optimizer: Optimizer, borrowed: Collection[int]
+) -> None:
+    named = [(n, p) for n, p in module.named_parameters() if id(p) not in borrowed]
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    foreign = len(held - own.keys())
-    missing = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    foreign = len(held - {id(p) for _, p in named})
+    missing = [n for n, p in named if p.requires_grad and id(p) not in held]
     if foreign or missing:
         raise ConfigError(
             f"the optimizer of stage {index} must hold exactly its trainable parameters, got "
             f"{foreign} of other modules and none of {missing[:3]}; build it from this stage's "
-            f"module.parameters(), or freeze what it must not train"
+            f"module.parameters(), without what it shares with an earlier stage, or freeze what it "
+            f"must not train"
         )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Iterator
 from typing import ClassVar
 
 from paci.errors import ConfigError
-from paci.schedule.action import Action
+from paci.schedule.action import SENDS_GRADIENT, Action, Kind
 
 Placement = tuple[tuple[int, ...], ...]
+# Actions of a program after which its first backward or update will not come any more.
+_FAR = 100_000
 
 
 class Schedule(abc.ABC):
@@ -26,12 +29,14 @@ class Schedule(abc.ABC):
         summary: one line for tables and ``--help``.
         flushes: whether the pipeline is empty at every update (synchronous training).
         weights: the weight policy that belongs to it by definition.
+        stages_per_worker: how many its placement gives to each worker.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     flushes: ClassVar[bool]
     weights: ClassVar[str] = "current"
+    stages_per_worker: ClassVar[int] = 1
 
     num_stages: int
     accumulation: int
@@ -57,6 +62,22 @@ class Schedule(abc.ABC):
     @abc.abstractmethod
     def drift_bound(self, stage: int) -> int:
         """Most updates that a micro-batch can meet between forward and backward there."""
+
+    def splits_backward(self, stage: int) -> bool:
+        """Whether the backward of micro-batch 0 at ``stage`` comes in two halves."""
+        program = itertools.islice(self.program(self.worker_of(stage)), _FAR)
+        own = (action.kind for action in program if action.stage == stage)
+        return next((kind for kind in own if kind in SENDS_GRADIENT), None) is Kind.BACKWARD_INPUT
+
+    def last_to_update(self, *stages: int) -> int:
+        """Which of some stages of one worker applies the first update last."""
+        left = set(stages)
+        for action in itertools.islice(self.program(self.worker_of(stages[0])), _FAR):
+            if action.kind is Kind.UPDATE and action.stage in left:
+                left.discard(action.stage)
+                if not left:
+                    return action.stage
+        return min(left)
 
     @property
     def num_workers(self) -> int:
@@ -86,3 +107,9 @@ def require_count(what: str, value: object, least: int = 1) -> None:
             f"{what} must be a whole number of at least {least}, got {value!r}; "
             f"pass {least} or more"
         )
+
+
+def require_flag(what: str, value: object) -> None:
+    """Raise ``ConfigError`` unless ``value`` is a ``bool``."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{what} must be true or false, got {value!r}; pass one of them")

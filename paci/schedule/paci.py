@@ -8,6 +8,12 @@ Four stages, accumulation 4, no slack; ``*`` marks a backward that is followed b
     stage 3               F0  B0  F1  B1  F2  B2  F3  B3* F4  B4  ...
 
 The pipeline fills once and is full from then on: no stage ever asks another when to update.
+
+With ``split_backward`` a backward comes in two halves, ``I`` and ``W``: the input gradient is on
+its way to the stage before while the weight gradients are computed::
+
+    s = 2     ... F1      I0  W0  F2  I1  W1  F3  I2  W2  F4  I3  W3* F5  I4  W4  ...
+    s = 3     ... I0  W0  F1  I1  W1  F2  I2  W2  F3  I3  W3* F4  I4  W4  F5  I5  ...
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from paci.schedule.action import Action, Kind
-from paci.schedule.base import Schedule, require_count
+from paci.schedule.base import Schedule, require_count, require_flag
 
 
 @dataclass(frozen=True)
@@ -35,18 +41,27 @@ class PACI(Schedule):
 
     Naive asynchronous 1F1B is this with ``accumulation=1``.
 
+    With ``split_backward`` every stage but the first does ``BACKWARD_INPUT``, which sends the input
+    gradient on, and ``BACKWARD_WEIGHT`` right behind it, in place of ``BACKWARD``. In flight,
+    versions and bounds are the same. The first stage sends nothing on, so its backward stays whole.
+    Without slack, a link latency of ``L`` costs nothing as long as ``2 L`` is at most the time of a
+    weight backward.
+
     Args:
         num_stages: stages in the pipeline (``N``), one a worker.
         accumulation: micro-batches of one update (``a``).
         slack: spare micro-batches in flight for each hop between stages. One hides a link
             latency of up to half a slot, for more memory and more drift.
+        split_backward: send the input gradient on before the weight gradients are computed.
 
-    Source: arXiv 2606.07881, sections 3 and 4; slack is ours.
+    Source: arXiv 2606.07881, sections 3 and 4; splitting the backward: arXiv 2401.10241; slack and
+    the two together are ours.
     """
 
     num_stages: int
     accumulation: int
     slack: int = 0
+    split_backward: bool = False
 
     name: ClassVar[str] = "paci"
     summary: ClassVar[str] = "asynchronous 1F1B, never empties, drift bounded by accumulation"
@@ -56,6 +71,7 @@ class PACI(Schedule):
         require_count("num_stages", self.num_stages)
         require_count("accumulation", self.accumulation)
         require_count("slack", self.slack, least=0)
+        require_flag("split_backward", self.split_backward)
 
     def lag(self, stage: int) -> int:
         """Slots between a micro-batch's forward and its backward at ``stage``."""
@@ -64,11 +80,14 @@ class PACI(Schedule):
     def program(self, worker: int) -> Iterator[Action]:
         """Yield the slots of stage ``worker``."""
         lag = self.lag(worker)
+        splits = self.split_backward and worker > 0
+        backward = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) if splits else (Kind.BACKWARD,)
         for slot in itertools.count():
             yield Action(Kind.FORWARD, worker, slot)
             returning = slot - lag
             if returning >= 0:
-                yield Action(Kind.BACKWARD, worker, returning)
+                for kind in backward:
+                    yield Action(kind, worker, returning)
                 if (returning + 1) % self.accumulation == 0:
                     yield Action(Kind.UPDATE, worker, returning)
 

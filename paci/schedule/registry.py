@@ -31,6 +31,8 @@ def schedules() -> dict[str, type[Schedule]]:
 def make_schedule(spec: str, num_stages: int, accumulation: int) -> Schedule:
     """Build a schedule from text: ``NAME`` or ``NAME:OPTION=VALUE,...`` (``paci:slack=1``).
 
+    Several numbers for one option are separated by ``/`` (``paci-v:forward=1/1/1/1.5``).
+
     Args:
         spec: a registered name, and options of its own if it has any.
         num_stages: stages in the pipeline.
@@ -39,14 +41,23 @@ def make_schedule(spec: str, num_stages: int, accumulation: int) -> Schedule:
     Raises:
         ConfigError: no such schedule or option, or a value that it refuses.
     """
-    name, _, options = spec.partition(":")
-    known = schedules()
+    family, options = find_schedule(spec), spec.partition(":")[2]
+    return family(num_stages, accumulation, **_options(family, options))  # type: ignore[call-arg]
+
+
+def find_schedule(spec: str) -> type[Schedule]:
+    """The schedule that a text names, whatever options follow.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    name, known = spec.partition(":")[0], schedules()
     if name not in known:
         raise ConfigError(
             f"a schedule must be one of {', '.join(known)}, got {name!r}; choose one of them, or "
             f"put its file in a folder that {PATH_VARIABLE} names"
         )
-    return known[name](num_stages, accumulation, **_options(known[name], options))  # type: ignore[call-arg]
+    return known[name]
 
 
 def _options(schedule: type[Schedule], text: str) -> dict[str, object]:
@@ -60,13 +71,16 @@ def _options(schedule: type[Schedule], text: str) -> dict[str, object]:
                 f"an option of schedule {schedule.name!r} must be one of {allowed}, got {item!r}; "
                 f"write {schedule.name}:OPTION=VALUE or leave it out"
             )
-        kind = type(own[key].default).__name__
+        default: Any = own[key].default
+        kind = type(default).__name__
         try:
             options[key] = _READERS[kind](value)
         except (ValueError, KeyError):
+            wanted = "numbers" if kind == "tuple" else kind
+            like = "/".join(map(str, default)) if kind == "tuple" else default
             raise ConfigError(
-                f"option {key} of schedule {schedule.name!r} must be {kind}, got {value!r}; write "
-                f"it like its default, {key}={own[key].default}"
+                f"option {key} of schedule {schedule.name!r} must be {wanted}, got {value!r}; "
+                f"write it like its default, {key}={like}"
             ) from None
     return options
 
@@ -76,6 +90,7 @@ _READERS: dict[str, Callable[[str], object]] = {
     "int": int,
     "float": float,
     "str": str,
+    "tuple": lambda text: tuple(map(float, text.split("/"))),
 }
 
 
@@ -91,8 +106,8 @@ def _own_fields(schedule: type[Schedule]) -> list[dataclasses.Field[Any]]:
     for field in own:
         if type(field.default).__name__ not in _READERS:
             raise ConfigError(
-                f"an option of a schedule must have a default that is a bool, int, float or str, "
-                f"got none for {field.name} of {schedule.__name__}; give it one"
+                f"an option of a schedule must have a default that is a bool, int, float, str or "
+                f"tuple of floats, got none for {field.name} of {schedule.__name__}; give it one"
             )
     return own
 

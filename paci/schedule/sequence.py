@@ -32,8 +32,8 @@ class Cursor:
     def __init__(self, schedule: Schedule, worker: int) -> None:
         self._schedule = schedule
         self._worker = worker
+        self._num_stages = len(schedule.placement[worker])
         self._program = schedule.program(worker)
-        self._num_held = len(schedule.placement[worker])
         self._next: Action | None = None
         self._num_fed = 0
         self._num_updates = 0
@@ -53,7 +53,9 @@ class Cursor:
         """Whether a drained program has done all it has to."""
         if not self._draining:
             return False
-        return self._num_updates >= self._num_held * (self._num_fed // self._schedule.accumulation)
+        return self._num_updates >= self._num_stages * (
+            self._num_fed // self._schedule.accumulation
+        )
 
     def peek(self) -> Action | None:
         """The next action, or None where the program waits to be fed or has ended."""

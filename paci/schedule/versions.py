@@ -15,7 +15,7 @@ from typing import NamedTuple
 from paci.errors import ScheduleError
 from paci.schedule.action import COMPLETES_GRADIENT, SENDS_GRADIENT, Action, Kind
 from paci.schedule.base import Schedule
-from paci.schedule.sequence import Sequencer
+from paci.schedule.sequence import Cursor, Sequencer
 
 
 class MicroBatchVersions(NamedTuple):
@@ -133,3 +133,20 @@ def analyse(schedule: Schedule, num_updates: int) -> tuple[StageVersions, ...]:
         StageVersions(each.stage, each.drift, each.delay, peak)
         for each, peak in zip(found, peaks, strict=True)
     )
+
+
+def peak_on_workers(schedule: Schedule, num_updates: int) -> tuple[int, ...]:
+    """Most micro-batches in flight on each worker at any time, over all its stages, within
+    ``num_updates`` updates from an empty pipeline: each counts once for every stage it is at."""
+    num_micro_batches = num_updates * schedule.accumulation
+    peaks = []
+    for worker in range(schedule.num_workers):
+        cursor = Cursor(schedule, worker)
+        cursor.feed(num_micro_batches)
+        cursor.drain()
+        num_held = peak = 0
+        for action in cursor.actions():
+            num_held += (action.kind is Kind.FORWARD) - (action.kind in COMPLETES_GRADIENT)
+            peak = max(peak, num_held)
+        peaks.append(peak)
+    return tuple(peaks)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paci.errors import ConfigError
+from paci.schedule.registry import find_schedule
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -40,7 +41,9 @@ class TrainConfig(BaseModel):
     width: Count | None = option(None, "model", "width of the residual stream, likewise")
     context: Count = option(128, "model", "tokens that a sequence holds")
     dropout: ProperFraction = option(0.0, "model", "dropout probability")
-    tie_embeddings: bool = option(False, "model", "share input and output embeddings (one stage)")
+    tie_embeddings: bool = option(
+        False, "model", "share input and output embeddings (needs --stages 1 or --schedule paci-v)"
+    )
 
     data: str = option(
         "stdlib", "data", "stdlib, a file or folder of text, or hf:NAME[:SPLIT[:COLUMN]]"
@@ -49,7 +52,12 @@ class TrainConfig(BaseModel):
     val_fraction: Fraction = option(0.1, "data", "share of documents that are held out")
 
     schedule: str = option("paci", "pipeline", "see `paci schedules`; options as paci:slack=1")
-    stages: Count | None = option(None, "pipeline", "stages; default 4, or one a worker if more")
+    stages: Count | None = option(
+        None, "pipeline", "stages; default 4, or if more what the workers hold (1 each, on a V 2)"
+    )
+    cut: str | None = option(
+        None, "pipeline", "layers of each stage, as `paci plan` prints; default even by formula"
+    )
     workers: Count = option(
         1, "pipeline", "processes; stages are shared out evenly; bits do not depend on it"
     )
@@ -110,7 +118,9 @@ class TrainConfig(BaseModel):
     @property
     def num_stages(self) -> int:
         """Stages of the pipeline."""
-        return max(4, self.workers) if self.stages is None else self.stages
+        if self.stages is not None:
+            return self.stages
+        return max(4, self.workers * find_schedule(self.schedule).stages_per_worker)
 
 
 OPTIONS_FILE = "options.json"

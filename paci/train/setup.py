@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from paci.errors import ConfigError
 from paci.models import (
     GPTConfig,
-    build_stage,
+    build_stages,
     combine_digests,
     gpt_config,
     layer_costs,
@@ -66,10 +68,12 @@ def make_plan(config: TrainConfig, vocab_size: int) -> Plan:
             f"workers must be at most those of the schedule ({schedule.num_workers}), got "
             f"{config.workers}; start fewer, or raise --stages"
         )
-    if config.tie_embeddings and config.num_stages > 1:
+    last = schedule.num_stages - 1
+    if config.tie_embeddings and schedule.worker_of(0) != schedule.worker_of(last):
         raise ConfigError(
-            f"tie_embeddings needs the first and the last layer on one stage, got "
-            f"{config.num_stages} stages; pass --stages 1, or leave it out"
+            f"tie_embeddings needs the first and the last layer on one worker, got "
+            f"{config.num_stages} stages of {schedule.name} on {schedule.num_workers}; pass "
+            f"--schedule paci-v or --stages 1, or leave it out"
         )
     chosen = {"num_layers": config.layers, "num_heads": config.heads, "width": config.width}
     model = gpt_config(
@@ -80,7 +84,31 @@ def make_plan(config: TrainConfig, vocab_size: int) -> Plan:
         tie_embeddings=config.tie_embeddings,
         **{key: value for key, value in chosen.items() if value is not None},
     )
-    return Plan(schedule, model, balanced_cut(layer_costs(model), config.num_stages))
+    return Plan(schedule, model, _cut(config, model))
+
+
+def _cut(config: TrainConfig, model: GPTConfig) -> tuple[range, ...]:
+    """The layers of each stage."""
+    if config.cut is None:
+        return balanced_cut(layer_costs(model), config.num_stages)
+    try:
+        lengths = [int(each) for each in config.cut.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"cut must be whole numbers separated by commas, got {config.cut!r}; write it like 3,4"
+        ) from None
+    if min(lengths) < 1:
+        raise ConfigError(
+            f"cut must leave no stage empty, got {config.cut!r}; give each stage a layer or more"
+        )
+    if len(lengths) != config.num_stages or sum(lengths) != len(model.layer_range):
+        raise ConfigError(
+            f"cut must share {len(model.layer_range)} layers out to {config.num_stages} stages, "
+            f"got {config.cut!r}, which shares {sum(lengths)} out to {len(lengths)}; count the "
+            f"embedding and the head, or leave it out"
+        )
+    ends = list(itertools.accumulate(lengths, initial=0))
+    return tuple(range(start, end) for start, end in itertools.pairwise(ends))
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -119,15 +147,14 @@ def make_pipeline(config: TrainConfig, plan: Plan, device: torch.device) -> Pipe
     """Build this process's stages, their optimizers, and the pipeline."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     held = hosted_stages(plan.schedule, rank, size)
-    modules = [build_stage(plan.model, plan.cut[stage], config.seed, device) for stage in held]
-    optimizers = [
-        torch.optim.AdamW(
-            parameter_groups(module, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-        )
-        for module in modules
-    ]
+    modules = build_stages(plan.model, [plan.cut[stage] for stage in held], config.seed, device)
+    earlier: list[nn.Parameter] = []  # a parameter that stages share is the first one's
+    optimizers = []
+    for module in modules:
+        groups = parameter_groups(module, config.weight_decay, without=earlier)
+        betas = config.beta1, config.beta2
+        optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas))
+        earlier += module.parameters()
     rate = partial(learning_rate_factor, config)
     return Pipeline(
         modules,

@@ -13,7 +13,7 @@ from paci.view._rows import NAMES, duration, row_labels, stages_of, summary, tic
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), told apart by all kinds of colour vision;
 # black text is readable on each of them.
-_COLOURS = {
+COLOURS = {
     Kind.FORWARD: "#56B4E9",
     Kind.BACKWARD: "#E69F00",
     Kind.BACKWARD_INPUT: "#D55E00",
@@ -79,7 +79,7 @@ class Picture:
     def _place_legend(self, y: float) -> tuple[list[str], float]:
         """A swatch and a name for each kind that occurs; and where the rows can begin."""
         kinds = [k for k in Kind if any(event.kind is k for event in self.trace.events)]
-        names = [(NAMES[kind], _COLOURS[kind]) for kind in kinds]
+        names = [(NAMES[kind], COLOURS[kind]) for kind in kinds]
         if any(len(stages) > 1 for stages in self.stages):
             names.append(("lighter: later stages of the worker", "#fff"))
         lines, x = [], 16.0
@@ -137,7 +137,7 @@ class Picture:
         place = f'x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}"'
         stages = self.stages[event.worker]
         share = stages.index(event.stage) / max(len(stages) - 1, 1) * _LIGHTEST
-        colour = _COLOURS[event.kind] if name == "update" else _mixed(_COLOURS[event.kind], share)
+        colour = COLOURS[event.kind] if name == "update" else _mixed(COLOURS[event.kind], share)
         start, took = duration(event.start_s - self.origin_s), duration(event.end_s - event.start_s)
         tip = (
             f"{NAMES[event.kind]}, stage {event.stage}, micro-batch {event.micro_batch}, "

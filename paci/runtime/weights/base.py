@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -25,23 +26,39 @@ class StageWeights:
             place is taken by the working weights.
         dtype: of the working weights of floating-point masters; None for the masters' own.
         separate: keep working weights apart from the masters even where the dtype is the same.
+        lenders: weights of other stages that this module also uses, by the identity of the
+            master: a working weight is shared with the stage that has its master.
 
     Attributes:
-        masters: by name.
+        masters: by name, without those that are borrowed.
         working: by name; the very same tensors where nothing sets them apart.
-        leaves: the working weights that are trained.
-        storages: where the working weights are in memory.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype | None, separate: bool) -> None:
-        self.masters: dict[str, nn.Parameter] = dict(module.named_parameters())
+    def __init__(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype | None,
+        separate: bool,
+        lenders: Mapping[int, StageWeights] = MappingProxyType({}),
+    ) -> None:
+        named = dict(module.named_parameters())
+        self._names: dict[int, str] = {}
+        self.masters: dict[str, nn.Parameter] = {
+            name: master for name, master in named.items() if id(master) not in lenders
+        }
         self.working: dict[str, nn.Parameter] = dict(self.masters)
+        self._borrowed = [
+            (lenders[id(master)], lenders[id(master)]._names[id(master)])
+            for master in named.values()
+            if id(master) in lenders
+        ]
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
-        names = {id(master): name for name, master in self.masters.items()}
+        self._names |= {id(master): name for name, master in self.masters.items()}
         for owner in module.modules():
-            own = owner.named_parameters(recurse=False, remove_duplicate=False)
+            own = list(owner.named_parameters(recurse=False, remove_duplicate=False))
             for attribute, parameter in own:
-                self._places.setdefault(names[id(parameter)], []).append((owner, attribute))
+                lender = lenders.get(id(parameter), self)
+                lender._put(lender._names[id(parameter)], owner, attribute)
         self._dtypes = {
             name: dtype if dtype and master.is_floating_point() else master.dtype
             for name, master in self.masters.items()
@@ -51,9 +68,27 @@ class StageWeights:
             for name, master in self.masters.items()
             if separate or self._dtypes[name] != master.dtype
         }
-        self.leaves: Tensors = ()
-        self.storages: frozenset[int] = frozenset()
+        self._leaves: Tensors = ()
+        self._storages: frozenset[int] = frozenset()
         self.write_fresh()
+
+    @property
+    def leaves(self) -> Tensors:
+        """The working weights that are trained, those that are borrowed included."""
+        borrowed = (lender.working[name] for lender, name in self._borrowed)
+        return (*self._leaves, *(p for p in borrowed if p.requires_grad))
+
+    @property
+    def storages(self) -> frozenset[int]:
+        """Where the working weights are in memory."""
+        if not self._borrowed:
+            return self._storages
+        return self._storages.union(*(lender.storages for lender, _ in self._borrowed))
+
+    def _put(self, name: str, owner: nn.Module, attribute: str) -> None:
+        """Let ``owner.attribute`` be the working weight ``name``, now and after each update."""
+        self._places.setdefault(name, []).append((owner, attribute))
+        owner.register_parameter(attribute, self.working[name])
 
     def write_in_place(self) -> None:
         """Make the working weights equal to the masters, in the tensors that they are in.
@@ -81,9 +116,9 @@ class StageWeights:
             self.working[name] = leaf
             for owner, attribute in self._places[name]:
                 owner.register_parameter(attribute, leaf)
-        self.leaves = tuple(p for p in self.working.values() if p.requires_grad)
+        self._leaves = tuple(p for p in self.working.values() if p.requires_grad)
         held = (p.untyped_storage().data_ptr() for p in self.working.values() if p.numel())
-        self.storages = frozenset(held)
+        self._storages = frozenset(held)
 
 
 def _adder(master: nn.Parameter) -> Callable[[Tensor], None]:

@@ -1,0 +1,69 @@
+"""A profile of a GPT by formula, for devices that are not at hand."""
+
+from __future__ import annotations
+
+from paci.models.gpt import GPTConfig, layer_costs
+from paci.plan.profile import LayerProfile, Profile
+
+
+def estimate_profile(
+    config: GPTConfig,
+    micro_batch_size: int,
+    flops_per_s: float,
+    bytes_per_value: int = 2,
+) -> Profile:
+    """What a GPT costs on a device that computes at ``flops_per_s``.
+
+    A multiply-add is two operations; a backward is twice a forward, half of it to the input. Kept
+    activations of a block of width D with T tokens are ``14 T D`` values (its input, both norms,
+    queries, keys, values, attention's output, the expansion before and after GELU), as fused
+    attention keeps no matrix of T by T; the head keeps its logits and the loss as many in float32.
+    Weights of 2 bytes have masters, gradients and two moments of 4 bytes each (AdamW).
+
+    Args:
+        config: of the model.
+        micro_batch_size: sequences.
+        flops_per_s: what the device sustains, not its peak.
+        bytes_per_value: of activations and working weights.
+    """
+    tokens, width = micro_batch_size * config.context, config.width
+    bias = int(config.bias)
+    block = 12 * width**2 + 2 * width + 11 * bias * width
+    parameters = [
+        (config.vocab_size + config.context) * width,
+        *[block] * config.num_layers,
+        width * (1 + bias) + config.vocab_size * width,
+    ]
+    kept = [tokens * 8, *[14 * tokens * width * bytes_per_value] * config.num_layers]
+    kept.append(2 * tokens * width * bytes_per_value + tokens * config.vocab_size * 8)
+    names = ["embedding", *(f"block {k}" for k in range(1, config.num_layers + 1)), "head"]
+    masters = 4 if bytes_per_value < 4 else 0
+    layers = []
+    for name, cost, number, held in zip(names, layer_costs(config), parameters, kept, strict=True):
+        forward_s = 2 * cost * tokens / flops_per_s
+        is_last = name == "head"
+        layers.append(
+            LayerProfile(
+                name=name,
+                forward_s=forward_s,
+                backward_s=2 * forward_s,
+                backward_input_s=forward_s,
+                weight_bytes=number * (bytes_per_value + masters),
+                gradient_bytes=number * 4,
+                optimizer_bytes=number * 8,
+                kept_bytes=held,
+                output_bytes=0 if is_last else tokens * width * bytes_per_value,
+            )
+        )
+    return Profile(
+        layers=tuple(layers),
+        micro_batch_size=micro_batch_size,
+        input_bytes=tokens * 8,
+        train={
+            "layers": config.num_layers,
+            "heads": config.num_heads,
+            "width": width,
+            "context": config.context,
+        },
+        about={"source": "formula", "flops_per_s": flops_per_s},
+    )

@@ -1,0 +1,146 @@
+"""What a run cost and how fast it was, from its trace: to hold predictions against runs.
+
+Costs of a run on some machine price other schedules on that machine: measure one, predict all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import defaultdict
+from typing import NamedTuple
+
+from paci.errors import ConfigError
+from paci.plan.cost import Costs, Link, StageCost
+from paci.schedule.action import Action, Kind, Message, consumes, produces
+from paci.trace import Event, Trace
+
+_LEAST_ACTIONS = 3
+
+
+def costs_of_trace(trace: Trace, link: Link | None = None, seed: int = 0) -> Costs:
+    """The costs of a run: per stage and kind the median time of an action.
+
+    Jitter is the root mean square of what actions differ from their median, as a share of it.
+    Overhead is the median pause before an action whose message had been sent before the worker
+    was free; latency the median time from the end of an action to the start of the one that was
+    waiting for it, so it holds what sending, waking up and receiving take. A schedule that flushes
+    shows both.
+
+    Args:
+        trace: of a run of some updates.
+        link: between its workers, instead of the latency that the trace shows.
+        seed: of the simulations to come.
+
+    Raises:
+        ConfigError: a stage has too few actions to tell its costs.
+    """
+    times: defaultdict[tuple[int, Kind], list[float]] = defaultdict(list)
+    for event in trace.events:
+        times[event.stage, event.kind].append(event.end_s - event.start_s)
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    stages = sorted({stage for stage, _ in times})
+    for stage in stages:
+        if len(times[stage, Kind.FORWARD]) < _LEAST_ACTIONS:
+            raise ConfigError(
+                f"a trace must hold {_LEAST_ACTIONS} forwards or more of each stage, got "
+                f"{len(times[stage, Kind.FORWARD])} of stage {stage}; take a longer one"
+            )
+    differences = [
+        value / medians[key] - 1
+        for key, values in times.items()
+        if key[1] is not Kind.UPDATE and medians[key] > 0
+        for value in values
+    ]
+    jitter = math.sqrt(statistics.fmean(each * each for each in differences or [0.0]))
+    pauses, delays = _waits(trace, len(stages))
+    latency_s = statistics.median(delays) if delays else 0.0
+    return Costs(
+        tuple(_stage_cost(stage, medians) for stage in stages),
+        link or Link(latency_s),
+        jitter=jitter,
+        seed=seed,
+        overhead_s=statistics.median(pauses) if pauses else 0.0,
+    )
+
+
+class MeasuredState(NamedTuple):
+    """What ``paci.plan.predict.SteadyState`` predicts, as a run had it."""
+
+    update_s: float
+    utilization: float
+
+
+def measured_state(trace: Trace, num_fill: int, num_drain: int) -> MeasuredState:
+    """Median time between updates and utilization, fill and drain left out.
+
+    Args:
+        trace: of a run from an empty pipeline to an empty one.
+        num_fill: updates at its beginning to leave out.
+        num_drain: updates at its end to leave out.
+
+    Raises:
+        ConfigError: fewer than two updates are left.
+    """
+    ends: defaultdict[int, list[float]] = defaultdict(list)
+    for event in trace.events:
+        if event.kind is Kind.UPDATE:
+            ends[event.stage].append(event.end_s)
+    windows = {stage: times[num_fill : len(times) - num_drain] for stage, times in ends.items()}
+    if not windows or min(len(times) for times in windows.values()) < 2:
+        raise ConfigError(
+            f"a trace must hold two updates of each stage between fill and drain, got "
+            f"{min((len(times) for times in windows.values()), default=0)}; run more updates"
+        )
+    between = [
+        later - earlier
+        for times in windows.values()
+        for earlier, later in itertools.pairwise(times)
+    ]
+    busy_s = sum(
+        event.end_s - event.start_s
+        for event in trace.events
+        if windows[event.stage][0] < event.end_s <= windows[event.stage][-1]
+    )
+    span_s: defaultdict[int, float] = defaultdict(float)
+    worker_of = {event.stage: event.worker for event in trace.events}
+    for stage, times in windows.items():
+        span_s[worker_of[stage]] = max(span_s[worker_of[stage]], times[-1] - times[0])
+    return MeasuredState(statistics.median(between), busy_s / sum(span_s.values()))
+
+
+def _stage_cost(stage: int, medians: dict[tuple[int, Kind], float]) -> StageCost:
+    input_s = medians.get((stage, Kind.BACKWARD_INPUT))
+    weight_s = medians.get((stage, Kind.BACKWARD_WEIGHT))
+    parts_s = (input_s or 0.0) + (weight_s or 0.0)
+    return StageCost(
+        medians[stage, Kind.FORWARD],
+        medians.get((stage, Kind.BACKWARD), parts_s),
+        backward_input_s=input_s,
+        backward_weight_s=weight_s,
+        update_s=medians.get((stage, Kind.UPDATE), 0.0),
+    )
+
+
+def _waits(trace: Trace, num_stages: int) -> tuple[list[float], list[float]]:
+    """Pauses of workers that need not wait, and delays of messages that were waited for."""
+    last: dict[int, Event] = {}
+    sent: dict[Message, Event] = {}
+    pauses: list[float] = []
+    delays: list[float] = []
+    for event in trace.events:
+        action = Action(event.kind, event.stage, event.micro_batch)
+        needed, before = consumes(action, num_stages), last.get(event.worker)
+        producer = None if needed is None else sent.pop(needed, None)
+        free_s = -math.inf if before is None else before.end_s
+        if producer is not None and producer.end_s > free_s:
+            if producer.worker != event.worker:
+                delays.append(event.start_s - producer.end_s)
+        elif before is not None:
+            pauses.append(max(event.start_s - free_s, 0.0))
+        last[event.worker] = event
+        message = produces(action, num_stages)
+        if message is not None:
+            sent[message] = event
+    return pauses, delays

@@ -1,0 +1,233 @@
+"""What everything costs: seconds and bytes of each stage, links between workers, chance.
+
+A cost is a plain number here, wherever it comes from: a profile, a formula, a guess. ``Draws``
+turns costs into the duration of every single action and message of a run, so that whoever
+simulates it reads the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paci.errors import ConfigError
+from paci.schedule.action import Kind, Message, Payload
+from paci.schedule.base import Schedule, require_count
+
+Seconds = NDArray[np.float64]
+
+
+def require_amount(what: str, value: float, finite: bool = True) -> None:
+    """Raise ``ConfigError`` unless ``value`` is a number of at least 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not value >= 0 or (finite and math.isinf(value)):
+        raise ConfigError(
+            f"{what} must be a {'finite ' * finite}number of at least 0, got {value!r}; mend it"
+        )
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage and one micro-batch: how long, and how many bytes go out.
+
+    Attributes:
+        forward_s: seconds of a forward.
+        backward_s: seconds of a whole backward.
+        backward_input_s: of its part that the stage before waits for; half of the whole if None.
+        backward_weight_s: of the other part; what is left of the whole if None.
+        update_s: seconds of an optimizer update.
+        activation_bytes: what the forward hands to the next stage.
+        gradient_bytes: what the backward hands to the stage before.
+    """
+
+    forward_s: float
+    backward_s: float
+    backward_input_s: float | None = None
+    backward_weight_s: float | None = None
+    update_s: float = 0.0
+    activation_bytes: float = 0.0
+    gradient_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("forward_s", "backward_s", "update_s", "activation_bytes", "gradient_bytes"):
+            require_amount(name, getattr(self, name))
+        for name in ("backward_input_s", "backward_weight_s"):
+            if getattr(self, name) is not None:
+                require_amount(name, getattr(self, name))
+
+    def seconds(self, kind: Kind) -> float:
+        """How long an action of ``kind`` takes."""
+        if kind is Kind.FORWARD:
+            return self.forward_s
+        if kind is Kind.BACKWARD:
+            return self.backward_s
+        if kind is Kind.UPDATE:
+            return self.update_s
+        if self.backward_input_s is not None:
+            input_s = self.backward_input_s
+        elif self.backward_weight_s is not None:
+            input_s = max(self.backward_s - self.backward_weight_s, 0.0)
+        else:
+            input_s = self.backward_s / 2
+        if kind is Kind.BACKWARD_INPUT:
+            return input_s
+        if self.backward_weight_s is not None:
+            return self.backward_weight_s
+        return max(self.backward_s - input_s, 0.0)
+
+
+@dataclass(frozen=True)
+class Link:
+    """One direction between two workers: a message of ``b`` bytes occupies the wire for
+    ``b / bytes_per_s`` seconds, then arrives ``latency_s`` (and a random rest) later.
+
+    Attributes:
+        latency_s: seconds that every message is on its way, the wire free behind it.
+        bytes_per_s: bandwidth; infinite by default.
+        jitter_s: mean of a further delay, drawn for each message from an exponential distribution.
+    """
+
+    latency_s: float = 0.0
+    bytes_per_s: float = math.inf
+    jitter_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_amount("latency_s", self.latency_s)
+        require_amount("jitter_s", self.jitter_s)
+        if not self.bytes_per_s > 0:
+            raise ConfigError(
+                f"bytes_per_s must be above 0, got {self.bytes_per_s!r}; leave it out for a link "
+                f"that is never busy"
+            )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run costs.
+
+    Attributes:
+        stages: in their order.
+        link: between two workers that ``links`` does not name.
+        links: by (sending worker, receiving worker). Stages on one worker hand over for nothing.
+        jitter: coefficient of variation of computing times: each is multiplied by a draw from a
+            gamma distribution with mean 1 and this standard deviation.
+        seed: of all draws.
+        overhead_s: seconds that a worker loses after each action, receiving and sending.
+    """
+
+    stages: tuple[StageCost, ...]
+    link: Link = Link()
+    links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
+    jitter: float = 0.0
+    seed: int = 0
+    overhead_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_amount("jitter", self.jitter)
+        require_amount("overhead_s", self.overhead_s)
+        require_count("seed", self.seed, least=0)
+
+    @staticmethod
+    def even(
+        num_stages: int,
+        forward_s: float,
+        backward_s: float,
+        link: Link | None = None,
+        message_bytes: float = 0.0,
+    ) -> Costs:
+        """The same costs on every stage and link."""
+        stage = StageCost(
+            forward_s, backward_s, activation_bytes=message_bytes, gradient_bytes=message_bytes
+        )
+        return Costs((stage,) * num_stages, link or Link())
+
+    def link_between(self, source: int, target: int) -> Link:
+        """The link from worker ``source`` to worker ``target``."""
+        return self.links.get((source, target), self.link)
+
+    def message_bytes(self, message: Message) -> float:
+        """The size of a message."""
+        sender = self.stages[message.sender]
+        is_activation = message.payload is Payload.ACTIVATION
+        return sender.activation_bytes if is_activation else sender.gradient_bytes
+
+    def require_stages(self, schedule: Schedule) -> None:
+        """Raise ``ConfigError`` unless there is a cost for each of the schedule's stages."""
+        if len(self.stages) != schedule.num_stages:
+            raise ConfigError(
+                f"costs must name each of the {schedule.num_stages} stages of {schedule}, got "
+                f"{len(self.stages)}; cut the model into as many stages"
+            )
+
+
+class Draws:
+    """The duration of every action and the delay of every message of one run.
+
+    The draws of micro-batch ``j`` do not depend on how many follow it: a longer run begins like
+    a shorter one.
+
+    Args:
+        costs: of the stages.
+        schedule: whose run.
+        num_updates: how long it is.
+
+    Attributes:
+        costs: as given.
+        seconds: by kind; ``[stage, micro_batch]``, for an update ``[stage, update]``.
+        delay_s: latency and jitter by payload; ``[receiving stage, micro_batch]``.
+        occupied_s: time on the wire by payload; ``[receiving stage]``.
+        vary: whether the actions of a kind differ at a stage.
+        delays_vary: whether the messages of a channel differ.
+    """
+
+    def __init__(self, costs: Costs, schedule: Schedule, num_updates: int) -> None:
+        costs.require_stages(schedule)
+        self.costs = costs
+        self.vary = costs.jitter > 0
+        self.delays_vary = False
+        self.seconds: dict[Kind, Seconds] = {}
+        self.delay_s: dict[Payload, Seconds] = {}
+        self.occupied_s: dict[Payload, Seconds] = {}
+        num_micro_batches = num_updates * schedule.accumulation
+        for place, kind in enumerate(Kind):
+            num = num_updates if kind is Kind.UPDATE else num_micro_batches
+            fixed = np.array([stage.seconds(kind) for stage in costs.stages])
+            self.seconds[kind] = self._vary(fixed, num, place)
+        worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
+        for place, payload in enumerate(Payload):
+            self._add_links(payload, worker_of, num_micro_batches, len(Kind) + place)
+
+    def _generator(self, place: int) -> np.random.Generator:
+        return np.random.default_rng([self.costs.seed, place])
+
+    def _vary(self, fixed: Seconds, num: int, place: int) -> Seconds:
+        shape = (len(fixed), num)
+        if not self.vary:
+            return np.broadcast_to(fixed[:, None], shape)
+        spread = self.costs.jitter**2
+        factors = self._generator(place).gamma(1 / spread, spread, size=shape[::-1])
+        return fixed[:, None] * factors.T
+
+    def _add_links(self, payload: Payload, worker_of: list[int], num: int, place: int) -> None:
+        num_stages = len(worker_of)
+        latency, jitter, occupied = (np.zeros(num_stages) for _ in range(3))
+        for stage in range(num_stages):
+            message = Message(payload, stage, 0)
+            if not 0 <= message.sender < num_stages:
+                continue
+            source, target = worker_of[message.sender], worker_of[stage]
+            if source == target:
+                continue
+            link = self.costs.link_between(source, target)
+            latency[stage], jitter[stage] = link.latency_s, link.jitter_s
+            occupied[stage] = self.costs.message_bytes(message) / link.bytes_per_s
+        self.occupied_s[payload] = occupied
+        self.delay_s[payload] = np.broadcast_to(latency[:, None], (num_stages, num))
+        if jitter.any():
+            self.delays_vary = True
+            drawn = self._generator(place).standard_exponential(size=(num, num_stages)).T
+            self.delay_s[payload] = latency[:, None] + jitter[:, None] * drawn

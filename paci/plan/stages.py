@@ -1,0 +1,247 @@
+"""From layers to stages: their memory, their costs, and the best cut that fits.
+
+Stage ``s`` of a schedule holds at most ``c_s = in_flight_cap(s)`` micro-batches (``N - s`` under
+1F1B and PACI, more with slack), so its memory is known from its layers::
+
+    weights + gradients + optimizer state
+      + c_s * (what the layers keep from forward to backward)   or, recomputing,
+        c_s * (the stage's input) + (what the layers keep, once)
+      + buffers of the messages that are received ahead
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+from paci.errors import ConfigError
+from paci.plan.cost import Costs, Link, StageCost
+from paci.plan.partition import StageCostOf, as_integers, best_cut, require_stages
+from paci.plan.profile import Profile
+from paci.schedule.base import Schedule
+
+# Receives that the runtime keeps posted on each channel.
+RECEIVES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one stage, by kind."""
+
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    in_flight_bytes: int
+    buffer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of them."""
+        return (
+            self.weight_bytes
+            + self.gradient_bytes
+            + self.optimizer_bytes
+            + self.in_flight_bytes
+            + self.buffer_bytes
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model on a pipeline, before it is cut.
+
+    Args:
+        profile: of the model.
+        schedule: what will run; one stage a worker if a limit of memory is to be kept exactly.
+        recompute: whether backwards compute their forward again.
+    """
+
+    profile: Profile
+    schedule: Schedule
+    recompute: bool = False
+
+    def memory(self, stage: int, start: int, end: int) -> StageMemory:
+        """What ``stage`` needs for the layers from ``start`` to before ``end``."""
+        layers = self.profile.layers[start:end]
+        kept = sum(layer.kept_bytes for layer in layers)
+        cap = self.schedule.in_flight_cap(stage)
+        taken = self._boundary_bytes(start)
+        buffers = RECEIVES_AHEAD * taken * (start > 0)
+        buffers += RECEIVES_AHEAD * self._boundary_bytes(end) * (end < len(self.profile.layers))
+        return StageMemory(
+            sum(layer.weight_bytes for layer in layers),
+            sum(layer.gradient_bytes for layer in layers),
+            sum(layer.optimizer_bytes for layer in layers),
+            cap * taken + kept if self.recompute else cap * kept,
+            buffers,
+        )
+
+    def _boundary_bytes(self, layer: int) -> int:
+        """What goes into ``layer``."""
+        return self.profile.layers[layer - 1].output_bytes if layer else self.profile.input_bytes
+
+    def stage_cost(self, worker: int, start: int, end: int) -> StageCost:
+        """What a stage with these layers costs on ``worker``."""
+        layers, slowdown = self.profile.layers[start:end], self.profile.device(worker).slowdown
+        forward_s = sum(layer.forward_s for layer in layers) * slowdown
+        backward_s = sum(layer.backward_s for layer in layers) * slowdown
+        parts = [layer.backward_input_s for layer in layers]
+        known = [part for part in parts if part is not None]
+        input_s = sum(known) * slowdown if len(known) == len(parts) else None
+        if self.recompute:
+            backward_s += forward_s
+            input_s = None if input_s is None else input_s + forward_s
+        return StageCost(
+            forward_s,
+            backward_s,
+            backward_input_s=input_s,
+            update_s=sum(layer.update_s for layer in layers) * slowdown,
+            activation_bytes=self._boundary_bytes(end) if end < len(self.profile.layers) else 0,
+            gradient_bytes=self._boundary_bytes(start) if start else 0,
+        )
+
+    def costs(self, cut: tuple[range, ...], seed: int = 0) -> Costs:
+        """What the simulator needs to price a cut."""
+        stages = tuple(
+            self.stage_cost(self.schedule.worker_of(stage), layers.start, layers.stop)
+            for stage, layers in enumerate(cut)
+        )
+        links = {}
+        for low in range(self.schedule.num_workers):
+            for high in range(low + 1, self.schedule.num_workers):
+                # Workers that are not neighbours talk over the worst link on their way.
+                between = [self.profile.link(worker) for worker in range(low, high)]
+                link = Link(
+                    max(each.latency_s for each in between),
+                    min(each.bytes_per_s for each in between),
+                    max(each.jitter_s for each in between),
+                )
+                links[low, high] = links[high, low] = link
+        return Costs(stages, links=links, jitter=self.profile.jitter, seed=seed)
+
+    def cut(self) -> tuple[range, ...]:
+        """The contiguous cut whose slowest stage is fastest, within the devices' memory.
+
+        A stage costs a slot (forward, backward, its share of an update) on its own device, or the
+        time of the message that it hands on, whichever is longer. Exact; see
+        ``paci.plan.partition`` for what decides between equals. Where workers hold several
+        stages this is only where the search starts (with an equal share of the memory for each
+        stage): single layers are then moved until the workers are as even as that makes them.
+
+        Raises:
+            ConfigError: there are fewer layers than stages, or nothing fits; says by how much and
+                what would.
+        """
+        num_stages, layers = self.schedule.num_stages, self.profile.layers
+        require_stages(len(layers), num_stages)
+        found = best_cut(len(layers), num_stages, self._cost_within_memory())
+        if found is None:
+            raise self._does_not_fit()
+        return self._evened(found) if self.schedule.num_workers < num_stages else found
+
+    def _evened(self, cut: tuple[range, ...]) -> tuple[range, ...]:
+        """Move single layers to neighbouring stages for as long as it evens the workers out."""
+        cost_of = self._cost_within_memory(limited=False)
+        best, rank = cut, self._unevenness(cut, cost_of)
+        improved = True
+        while improved:
+            improved = False
+            for moved in _one_layer_moved(best):
+                if self._workers_fit(moved) and (other := self._unevenness(moved, cost_of)) < rank:
+                    best, rank, improved = moved, other, True
+        return best
+
+    def _unevenness(self, cut: tuple[range, ...], cost_of: StageCostOf) -> tuple[int, int]:
+        """The largest cost of a worker, and the sum of their squares."""
+        costs = [
+            sum(cost_of(stage, cut[stage].start, cut[stage].stop) or 0 for stage in stages)
+            for stages in self.schedule.placement
+        ]
+        return max(costs), sum(cost * cost for cost in costs)
+
+    def _workers_fit(self, cut: tuple[range, ...]) -> bool:
+        for worker, stages in enumerate(self.schedule.placement):
+            limit = self.profile.device(worker).memory_bytes
+            spans = ((stage, cut[stage].start, cut[stage].stop) for stage in stages)
+            if limit is not None and sum(self.memory(*each).total_bytes for each in spans) > limit:
+                return False
+        return True
+
+    def _limit(self, stage: int) -> int | None:
+        worker = self.schedule.worker_of(stage)
+        limit = self.profile.device(worker).memory_bytes
+        return None if limit is None else limit // len(self.schedule.placement[worker])
+
+    def _cost_within_memory(self, limited: bool = True) -> StageCostOf:
+        a, num_stages = self.schedule.accumulation, self.schedule.num_stages
+        layers = self.profile.layers
+        again = 2 if self.recompute else 1
+        work = [again * each.forward_s + each.backward_s + each.update_s / a for each in layers]
+        workers = [self.schedule.worker_of(stage) for stage in range(num_stages)]
+        slowdowns = [self.profile.device(worker).slowdown for worker in workers]
+        sent = [
+            self._boundary_bytes(end) / self.profile.link(workers[stage]).bytes_per_s
+            for stage in range(num_stages)
+            for end in range(len(layers) + 1)
+        ]
+        # On one scale: work * slowdown and seconds on a wire, all as integers.
+        slow = as_integers([*slowdowns, 1.0])
+        whole = as_integers([*work, *sent])
+        prefix = list(accumulate(whole[: len(work)], initial=0))
+        wire = whole[len(work) :]
+        limits = [self._limit(stage) if limited else None for stage in range(num_stages)]
+
+        def cost_of(stage: int, start: int, end: int) -> int | None:
+            limit = limits[stage]
+            if limit is not None and self.memory(stage, start, end).total_bytes > limit:
+                return None
+            cost = (prefix[end] - prefix[start]) * slow[stage]
+            if end < len(layers):
+                cost = max(cost, wire[stage * (len(layers) + 1) + end] * slow[-1])
+            return cost
+
+        return cost_of
+
+    def _does_not_fit(self) -> ConfigError:
+        """How much is missing at best, and what would help."""
+        num_stages, num_layers = self.schedule.num_stages, len(self.profile.layers)
+        limits = [self._limit(stage) for stage in range(num_stages)]
+
+        def excess(stage: int, start: int, end: int) -> int:
+            limit = limits[stage]
+            needed = self.memory(stage, start, end).total_bytes
+            return 0 if limit is None else max(needed - limit, 0)
+
+        closest = best_cut(num_layers, num_stages, excess)
+        assert closest is not None, "excess allows everything"
+        spans = [(stage, each.start, each.stop) for stage, each in enumerate(closest)]
+        worst = max(spans, key=lambda span: excess(*span))
+        needed, limit = self.memory(*worst).total_bytes, limits[worst[0]]
+        assert limit is not None, "only a limit can be exceeded"
+        helps = [f"{needed - limit:,} bytes more on each device"]
+        if not self.recompute and Layout(self.profile, self.schedule, True).fits():
+            helps.append("recomputation, which fits")
+        return ConfigError(
+            f"{num_stages} stages must fit the memory of their devices, got at best "
+            f"{needed:,} bytes for stage {worst[0]} (layers {worst[1]} to {worst[2] - 1}) with "
+            f"{limit:,} allowed, {needed - limit:,} too many; it takes {' or '.join(helps)}, "
+            f"and smaller micro-batches or more stages may do"
+        )
+
+    def fits(self) -> bool:
+        """Whether there is a cut within the devices' memory."""
+        found = best_cut(
+            len(self.profile.layers), self.schedule.num_stages, self._cost_within_memory()
+        )
+        return found is not None
+
+
+def _one_layer_moved(cut: tuple[range, ...]) -> Iterator[tuple[range, ...]]:
+    """Every cut that differs by one layer at one boundary and leaves no stage empty."""
+    for place, (left, right) in enumerate(itertools.pairwise(cut)):
+        for boundary in (left.stop - 1, left.stop + 1):
+            if left.start < boundary < right.stop:
+                middle = range(left.start, boundary), range(boundary, right.stop)
+                yield (*cut[:place], *middle, *cut[place + 2 :])

@@ -1,0 +1,196 @@
+"""Measure what each layer of a model costs on a device, one layer at a time.
+
+Only one layer is in memory at once, so a model that fits no device can be profiled on one. What is
+measured is what the planner adds up: seconds of forward, backward, backward to the input alone and
+update; bytes of weights, gradients, optimizer state, and of what a forward keeps for its backward.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from paci.errors import ConfigError
+from paci.plan.profile import LayerProfile, Profile
+from paci.runtime.batch import as_tensors
+from paci.runtime.transport import Tensors
+from paci.schedule.base import require_count
+
+BuildLayer = Callable[[], nn.Module]
+_NUM_WARM_UP = 2
+
+
+def profile_layers(
+    layers: Sequence[BuildLayer],
+    inputs: Tensor | Tensors,
+    *,
+    micro_batch_size: int,
+    make_optimizer: Callable[[list[nn.Parameter]], Optimizer] = torch.optim.AdamW,
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    names: Sequence[str] | None = None,
+    kinds: Sequence[str] | None = None,
+    num_repeats: int = 5,
+) -> Profile:
+    """Measure layers one after the other; the outputs of one are the inputs of the next.
+
+    Args:
+        layers: functions that each make one layer, on the device to be measured. An
+            ``nn.Sequential`` is ``[lambda layer=layer: layer for layer in sequential]``.
+        inputs: of the first layer, one micro-batch.
+        micro_batch_size: how many sequences (or samples) that is.
+        make_optimizer: from the parameters of one layer.
+        loss_fn: from the last layer's output to a scalar; counts as a part of that layer.
+        names: of the layers.
+        kinds: layers of one kind are alike, so only the first of each is measured.
+        num_repeats: medians are taken over as many runs.
+
+    Raises:
+        ConfigError: no layer, or a layer that does not take what the one before made.
+    """
+    require_count("num_repeats", num_repeats)
+    require_count("micro_batch_size", micro_batch_size)
+    if not layers:
+        raise ConfigError("a model must have at least one layer, got none; pass a list of them")
+    flowing = as_tensors(inputs, "the inputs of the first layer")
+    known: dict[str, LayerProfile] = {}
+    found: list[LayerProfile] = []
+    for place, build in enumerate(layers):
+        name = names[place] if names else f"layer {place}"
+        kind = kinds[place] if kinds else str(place)
+        if kind in known:
+            found.append(known[kind].model_copy(update={"name": name}))
+            continue
+        is_last = place == len(layers) - 1
+        bench = _Bench(build(), flowing, loss_fn if is_last else None, name)
+        measured, flowing = bench.measure(make_optimizer, num_repeats)
+        found.append(measured)
+        known[kind] = measured
+    return Profile(
+        layers=tuple(found),
+        micro_batch_size=micro_batch_size,
+        input_bytes=_num_bytes(as_tensors(inputs, "inputs")),
+        about={"torch": torch.__version__, "device": str(flowing[0].device)},
+    )
+
+
+class _Bench:
+    """One layer with its inputs."""
+
+    def __init__(
+        self, layer: nn.Module, inputs: Tensors, loss_fn: Callable[[Any], Tensor] | None, name: str
+    ) -> None:
+        self._layer = layer
+        self._loss_fn = loss_fn
+        self._name = name
+        self._inputs = tuple(
+            each.detach().clone().requires_grad_(each.is_floating_point()) for each in inputs
+        )
+        self._device = self._inputs[0].device
+        self._parameters = [each for each in layer.parameters() if each.requires_grad]
+
+    def measure(
+        self, make_optimizer: Callable[[list[nn.Parameter]], Optimizer], num_repeats: int
+    ) -> tuple[LayerProfile, Tensors]:
+        """The layer's costs, and what it hands on."""
+        kept_bytes, outputs = self._kept()
+        handed_on = tuple(each.detach() for each in outputs)
+        seconds: dict[str, list[float]] = {"forward": [], "backward": [], "input": [], "update": []}
+        optimizer = make_optimizer(self._parameters) if self._parameters else None
+        del outputs
+        for repeat in range(_NUM_WARM_UP + num_repeats):
+            times = self._times(optimizer)
+            if repeat >= _NUM_WARM_UP:
+                for key, value in times.items():
+                    seconds[key].append(value)
+        median = {key: statistics.median(values) for key, values in seconds.items() if values}
+        backward_s = median.get("backward", 0.0)
+        input_s = min(median["input"], backward_s) if "input" in median else None
+        state = [] if optimizer is None else list(optimizer.state.values())
+        profile = LayerProfile(
+            name=self._name,
+            forward_s=median["forward"],
+            backward_s=backward_s,
+            backward_input_s=input_s,
+            update_s=median.get("update", 0.0),
+            weight_bytes=_num_bytes((*self._layer.parameters(), *self._layer.buffers())),
+            gradient_bytes=_num_bytes(self._parameters),
+            optimizer_bytes=sum(
+                _num_bytes(each for each in values.values() if isinstance(each, Tensor))
+                for values in state
+            ),
+            kept_bytes=kept_bytes,
+            output_bytes=0 if self._loss_fn else _num_bytes(handed_on),
+        )
+        return profile, handed_on
+
+    def _run(self) -> Tensors:
+        try:
+            made = self._layer(*self._inputs)
+        except (TypeError, RuntimeError) as error:
+            raise ConfigError(
+                f"{self._name} must take what the layer before it makes, got {error}; mend the "
+                f"order of layers or the inputs"
+            ) from error
+        if self._loss_fn is not None:
+            made = self._loss_fn(made)
+        return as_tensors(made, f"the output of {self._name}")
+
+    def _kept(self) -> tuple[int, Tensors]:
+        """Bytes that the graph of one forward keeps, weights left out, each storage once."""
+        own = {
+            each.untyped_storage().data_ptr()
+            for each in (*self._layer.parameters(), *self._layer.buffers())
+        }
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = self._run()
+        return sum(kept.values()), outputs
+
+    def _times(self, optimizer: Optimizer | None) -> dict[str, float]:
+        """Seconds of one forward, backward, backward to the input, and update."""
+        times: dict[str, float] = {}
+        start = self._now()
+        outputs = self._run()
+        times["forward"] = self._now() - start
+        ends = tuple(each for each in outputs if each.requires_grad)
+        if not ends:
+            return times
+        gradients = tuple(torch.ones_like(each) for each in ends)
+        leaves = tuple(each for each in self._inputs if each.requires_grad)
+        if leaves:
+            start = self._now()
+            torch.autograd.grad(ends, leaves, gradients, retain_graph=True, allow_unused=True)
+            times["input"] = self._now() - start
+        start = self._now()
+        torch.autograd.backward(ends, gradients)
+        times["backward"] = self._now() - start
+        if optimizer is not None:
+            start = self._now()
+            optimizer.step()
+            times["update"] = self._now() - start
+            optimizer.zero_grad()
+        for each in leaves:
+            each.grad = None
+        return times
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def _num_bytes(tensors: Any) -> int:
+    return sum(each.numel() * each.element_size() for each in tensors)

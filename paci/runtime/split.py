@@ -1,0 +1,230 @@
+"""A backward in two halves: the input gradient at once, the weight gradients later.
+
+Autograd computes both in one pass. To have the input gradient alone, linear layers and embeddings
+compute with a function of their own whose backward gives the gradient of its input and writes down
+what the gradient of its weight is made of, two tensors::
+
+    y = x W' + b        backward now:  dx = dy W        written down:  x, dy
+                        later:         dW = dy' x,  db = sum(dy)
+
+It is the arithmetic that autograd does itself, so the gradients are the same bits. After the first
+half the graph is gone and with it every activation but those; the second half needs no weights. So
+an update in between changes nothing about the gradients that are still to come.
+
+What else has weights (norms, convolutions, whatever is compiled) is differentiated in the first
+half as always. Those gradients are held, and added with the others in the second half: an update
+that comes before it belongs to earlier micro-batches and must not have them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass
+class Ledger:
+    """What one micro-batch's weight gradients are made of, between the halves of its backward.
+
+    Attributes:
+        entries: the weights of one layer each, and what computes their gradients.
+        held: gradients that are there already, with their weights.
+    """
+
+    entries: list[tuple[Tensors, Callable[[], Tensors]]] = field(default_factory=list)
+    held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Compute what was put off, and add all of it to the gradients of the weights."""
+        while self.entries:
+            weights, compute = self.entries.pop()
+            # A leaf's own backward: adds to its gradient and calls its hooks, as ever.
+            torch.autograd.backward(weights, compute())
+        with torch.no_grad():
+            while self.held:
+                weight, gradient = self.held.pop()
+                # Hooks on the gradient were called when it was computed; those on the sum are now.
+                add: Any = torch.autograd.graph.get_gradient_edge(weight).node
+                add(gradient)
+
+
+class Splitter:
+    """Lets the linear layers and embeddings of a module put their weight gradients off.
+
+    While nothing is recorded they do what they always did.
+
+    Args:
+        index: of the stage, for messages.
+        module: its module; layers whose ``forward`` is PyTorch's own are given another.
+
+    Attributes:
+        ledger: where they write down, while something is recorded.
+    """
+
+    def __init__(self, index: int, module: nn.Module) -> None:
+        self.ledger: Ledger | None = None
+        self._index = index
+        self._said = False
+        for layer in module.modules():
+            run = _own_forward(layer)
+            if run is not None:
+                layer.__dict__["forward"] = functools.partial(run, layer, self)
+
+    @contextlib.contextmanager
+    def recording(self, ledger: Ledger) -> Iterator[None]:
+        """Let layers that run inside write into ``ledger`` when they are differentiated."""
+        self.ledger = ledger
+        try:
+            yield
+        finally:
+            self.ledger = None
+
+    def backward_input(
+        self, ledger: Ledger, roots: Tensors, gradients: Tensors, inputs: Tensors, leaves: Tensors
+    ) -> Tensors:
+        """The first half of a backward.
+
+        Args:
+            ledger: which the forward was recorded in.
+            roots: where the backward starts.
+            gradients: of the roots.
+            inputs: of the stage; those that require a gradient get one.
+            leaves: the weights that are trained.
+
+        Returns:
+            The gradients of the inputs that require one, zero where none arrived.
+        """
+        wanted = tuple(x for x in inputs if x.requires_grad)
+        found: tuple[Tensor | None, ...] = (None,) * len(wanted + leaves)
+        if roots and wanted + leaves:
+            with self.recording(ledger):  # a checkpoint inside the module runs its forward again
+                found = torch.autograd.grad(roots, wanted + leaves, gradients, allow_unused=True)
+        rest = zip(leaves, found[len(wanted) :], strict=True)
+        ledger.held = [(leaf, gradient) for leaf, gradient in rest if gradient is not None]
+        if roots and not self._said:
+            self._said = True
+            self._say_what_is_whole(ledger, leaves)
+        return tuple(
+            torch.zeros_like(x) if gradient is None else gradient
+            for x, gradient in zip(wanted, found, strict=False)
+        )
+
+    def _say_what_is_whole(self, ledger: Ledger, leaves: Tensors) -> None:
+        num_held = sum(weight.numel() for weight, _ in ledger.held)
+        num_all = sum(leaf.numel() for leaf in leaves)
+        if 2 * num_held > num_all:
+            warnings.warn(
+                f"stage {self._index}: the gradients of {num_held / num_all:.0%} of its weights "
+                f"cannot be put off and are computed with the input gradient, so its weight "
+                f"backward has little left to do; only nn.Linear and nn.Embedding can be split, "
+                f"outside of autocast and torch.compile",
+                stacklevel=2,
+            )
+
+
+def _own_forward(layer: nn.Module) -> Callable[..., Tensor] | None:
+    """What ``layer`` is to run instead of PyTorch's own ``forward``; None where it has another."""
+    forward = type(layer).forward
+    if isinstance(layer, nn.Linear) and forward is nn.Linear.forward:
+        return _linear
+    if isinstance(layer, nn.Embedding) and forward is nn.Embedding.forward:
+        return _embedding if layer.max_norm is None and not layer.sparse else None
+    return None
+
+
+def _can_put_off(splitter: Splitter, *leaves: Tensor | None) -> bool:
+    """Whether a layer's weights are plain ones, in a forward that is recorded.
+
+    A hook on a gradient would be called without one in the first half, so it forbids to split.
+    """
+    weight = leaves[0]
+    assert weight is not None
+    return (
+        splitter.ledger is not None
+        and torch.is_grad_enabled()
+        and weight.requires_grad
+        and weight.is_floating_point()
+        and all(leaf is None or (leaf.is_leaf and not leaf._backward_hooks) for leaf in leaves)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(weight.device.type)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _linear(layer: nn.Linear, splitter: Splitter, x: Tensor) -> Tensor:
+    if not _can_put_off(splitter, layer.weight, layer.bias):
+        return F.linear(x, layer.weight, layer.bias)
+    apply: Any = _Linear.apply
+    y: Tensor = apply(x, layer.weight, layer.bias, splitter.ledger)
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    """``F.linear`` whose backward leaves the gradients of weight and bias to a ledger."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ledger: Ledger) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        # The leaves themselves: a checkpoint hands back copies of what was saved.
+        ctx.weight, ctx.bias, ctx.ledger = weight, bias, ledger
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        bias = ctx.bias if ctx.needs_input_grad[2] else None
+        leaves = (ctx.weight,) if bias is None else (ctx.weight, bias)
+        ctx.ledger.entries.append(
+            (leaves, functools.partial(_of_linear, x.detach(), dy, len(leaves)))
+        )
+        return dy.matmul(weight) if ctx.needs_input_grad[0] else None, None, None, None
+
+
+def _of_linear(x: Tensor, dy: Tensor, num_leaves: int) -> Tensors:
+    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    of_weight = dy.t().mm(x)
+    return (of_weight,) if num_leaves == 1 else (of_weight, dy.sum(0))
+
+
+def _embedding(layer: nn.Embedding, splitter: Splitter, ids: Tensor) -> Tensor:
+    weight, padding, scale = layer.weight, layer.padding_idx, layer.scale_grad_by_freq
+    if not _can_put_off(splitter, weight):
+        return F.embedding(ids, weight, padding, scale_grad_by_freq=scale)
+    apply: Any = _Embedding.apply
+    y: Tensor = apply(ids, weight, padding, scale, splitter.ledger)
+    return y
+
+
+class _Embedding(torch.autograd.Function):
+    """``F.embedding`` whose backward leaves the gradient of its table to a ledger."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, scale: bool, ledger: Ledger
+    ) -> Tensor:
+        ctx.ids, ctx.weight, ctx.ledger = ids, weight, ledger
+        ctx.options = (len(weight), -1 if padding is None else padding, scale)
+        return F.embedding(ids, weight, padding, scale_grad_by_freq=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, None, None]:
+        compute = functools.partial(_of_embedding, dy, ctx.ids, ctx.options)
+        ctx.ledger.entries.append(((ctx.weight,), compute))
+        return None, None, None, None, None
+
+
+def _of_embedding(dy: Tensor, ids: Tensor, options: tuple[int, int, bool]) -> Tensors:
+    return (torch.ops.aten.embedding_dense_backward(dy, ids, *options),)

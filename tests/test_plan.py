@@ -1,0 +1,425 @@
+"""Cuts within memory against brute force; profiles, search and ``paci plan``."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+import shlex
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from paci.cli.app import main, make_parser
+from paci.errors import ConfigError
+from paci.models import gpt_config, num_parameters
+from paci.models.estimate import estimate_profile
+from paci.plan.given import GivenSchedule
+from paci.plan.profile import (
+    DeviceProfile,
+    LayerProfile,
+    LinkProfile,
+    Profile,
+    load_profile,
+    parse_profile,
+    save_profile,
+)
+from paci.plan.search import explain, search
+from paci.plan.stages import RECEIVES_AHEAD, Layout
+from paci.runtime import distributed
+from paci.schedule.action import Kind
+from paci.schedule.paci import PACI
+from paci.train.config import TrainConfig, load_config
+from paci.train.setup import make_plan
+
+
+def drawn_profile(source: random.Random, num_layers: int, num_stages: int) -> Profile:
+    layers = tuple(
+        LayerProfile(
+            forward_s=source.choice([0.1, 0.2, 0.3, source.random()]),
+            backward_s=source.choice([0.2, 0.4, source.random()]),
+            update_s=source.choice([0.0, 0.1]),
+            weight_bytes=source.randint(0, 20),
+            gradient_bytes=source.randint(0, 5),
+            optimizer_bytes=source.randint(0, 5),
+            kept_bytes=source.randint(0, 10),
+            output_bytes=source.randint(0, 6),
+        )
+        for _ in range(num_layers)
+    )
+    devices = tuple(
+        DeviceProfile(
+            slowdown=source.choice([1.0, 1.5, 0.7]),
+            memory_bytes=source.choice([None, source.randint(20, 120)]),
+        )
+        for _ in range(num_stages)
+    )
+    links = tuple(
+        LinkProfile(bytes_per_s=source.choice([float("inf"), 5.0, 20.0]))
+        for _ in range(max(num_stages - 1, 1))
+    )
+    return Profile(layers=layers, micro_batch_size=2, input_bytes=3, devices=devices, links=links)
+
+
+def bytes_by_hand(profile: Profile, layers: range, held: int, recompute: bool) -> int:
+    total = kept = 0
+    for index in layers:
+        layer = profile.layers[index]
+        total += layer.weight_bytes + layer.gradient_bytes + layer.optimizer_bytes
+        kept += layer.kept_bytes
+    first = layers[0]
+    taken = profile.layers[first - 1].output_bytes if first else profile.input_bytes
+    total += held * taken + kept if recompute else held * kept
+    if first:
+        total += 2 * taken
+    if layers[-1] + 1 < len(profile.layers):
+        total += 2 * profile.layers[layers[-1]].output_bytes
+    return total
+
+
+def best_by_hand(
+    profile: Profile, num_stages: int, a: int, slack: int, recompute: bool
+) -> tuple[range, ...] | None:
+    num_layers = len(profile.layers)
+    found = []
+    for inner in itertools.combinations(range(1, num_layers), num_stages - 1):
+        cut = [range(x, y) for x, y in itertools.pairwise([0, *inner, num_layers])]
+        costs = []
+        for stage, layers in enumerate(cut):
+            device = profile.devices[stage]
+            held = (1 + slack) * (num_stages - 1 - stage) + 1
+            limit = device.memory_bytes
+            if limit is not None and bytes_by_hand(profile, layers, held, recompute) > limit:
+                break
+            cost = Fraction()
+            for index in layers:
+                layer = profile.layers[index]
+                forwards = 2 if recompute else 1
+                seconds = forwards * layer.forward_s + layer.backward_s + layer.update_s / a
+                cost += Fraction(seconds) * Fraction(device.slowdown)
+            if stage < num_stages - 1:
+                sent = profile.layers[layers[-1]].output_bytes / profile.links[stage].bytes_per_s
+                cost = max(cost, Fraction(sent))
+            costs.append(cost)
+        else:
+            rank = max(costs), sum(cost * cost for cost in costs), [len(each) for each in cut]
+            found.append((rank, tuple(cut)))
+    return min(found)[1] if found else None
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_cut_within_memory_is_the_best_of_all_cuts(seed: int):
+    source = random.Random(seed)
+    num_stages = source.randint(1, 5)
+    num_layers = source.randint(num_stages, 12)
+    profile = drawn_profile(source, num_layers, num_stages)
+    a, slack, recompute = source.randint(1, 4), source.randint(0, 1), source.random() < 0.3
+    layout = Layout(profile, PACI(num_stages, a, slack=slack), recompute)
+    expected = best_by_hand(profile, num_stages, a, slack, recompute)
+    assert layout.fits() == (expected is not None)
+    if expected is not None:
+        assert layout.cut() == expected
+        return
+    with pytest.raises(ConfigError, match="must fit the memory of their devices") as error:
+        layout.cut()
+    # With as many bytes more as it says, it does fit; with one less it does not.
+    more = int(re.search(r"it takes ([\d,]+) bytes more", str(error.value))[1].replace(",", ""))
+    assert layout_with(profile, layout, more).fits()
+    assert not layout_with(profile, layout, more - 1).fits()
+    assert ("recomputation, which fits" in str(error.value)) == (
+        not recompute and best_by_hand(profile, num_stages, a, slack, True) is not None
+    )
+
+
+def layout_with(profile: Profile, layout: Layout, more: int) -> Layout:
+    devices = tuple(
+        each
+        if each.memory_bytes is None
+        else DeviceProfile(slowdown=each.slowdown, memory_bytes=each.memory_bytes + more)
+        for each in profile.devices
+    )
+    wider = profile.model_copy(update={"devices": devices})
+    return Layout(wider, layout.schedule, layout.recompute)
+
+
+def test_the_random_instances_are_of_both_kinds():
+    fits = []
+    for seed in range(150):
+        source = random.Random(seed)
+        num_stages = source.randint(1, 5)
+        profile = drawn_profile(source, source.randint(num_stages, 12), num_stages)
+        fits.append(best_by_hand(profile, num_stages, 2, 0, False) is not None)
+    assert 30 < sum(fits) < 120
+
+
+def test_96_layers_are_cut_into_64_stages():
+    source = random.Random(0)
+    layers = tuple(
+        LayerProfile(
+            forward_s=source.random(), backward_s=source.random(), kept_bytes=1, output_bytes=9
+        )
+        for _ in range(96)
+    )
+    profile = Profile(
+        layers=layers,
+        micro_batch_size=1,
+        devices=(DeviceProfile(memory_bytes=10**6),),
+        links=(LinkProfile(bytes_per_s=1e3),),
+    )
+    cut = Layout(profile, PACI(64, 64)).cut()
+    assert len(cut) == 64
+    assert [layer for stage in cut for layer in stage] == list(range(96))
+
+
+def test_workers_with_several_stages_are_evened_out():
+    # A V on two workers, (0, 3) and (1, 2): a cut into even stages is not one into even workers.
+    costs = [1, 1, 1, 1, 1, 1, 6]
+    layers = tuple(LayerProfile(forward_s=c, backward_s=0, kept_bytes=1) for c in costs)
+    rows = ((), ())
+    schedule = GivenSchedule(4, 1, "v", ((0, 3), (1, 2)), rows)
+    cut = Layout(Profile(layers=layers, micro_batch_size=1), schedule).cut()
+    sums = [sum(costs[layer] for layer in stage) for stage in cut]
+    assert max(sums[0] + sums[3], sums[1] + sums[2]) == 7  # the last layer, and one at least
+    assert [layer for stage in cut for layer in stage] == list(range(7))
+
+
+def test_the_runtime_receives_as_far_ahead_as_the_plan_says():
+    assert RECEIVES_AHEAD == distributed.RECEIVES_AHEAD
+
+
+def test_stages_add_their_layers_up():
+    profile = parse_profile(
+        {
+            "micro_batch_size": 1,
+            "input_bytes": 7,
+            "layers": [
+                {"forward_s": 1, "backward_s": 2, "backward_input_s": 0.5, "output_bytes": 11},
+                {"forward_s": 3, "backward_s": 4, "backward_input_s": 1.5, "output_bytes": 13},
+                {"forward_s": 5, "backward_s": 6, "backward_input_s": 2.5, "update_s": 0.25},
+            ],
+            "devices": [{"slowdown": 2}, {}],
+            "links": [{"latency_s": 0.5, "bytes_per_s": 100}],
+        }
+    )
+    layout = Layout(profile, PACI(2, 4))
+    costs = layout.costs((range(2), range(2, 3)))
+    first, second = costs.stages
+    assert (first.forward_s, first.backward_s, first.backward_input_s) == (8.0, 12.0, 4.0)
+    assert (first.activation_bytes, first.gradient_bytes) == (13, 0)
+    assert (second.activation_bytes, second.gradient_bytes, second.update_s) == (0, 13, 0.25)
+    assert costs.link_between(0, 1).latency_s == costs.link_between(1, 0).latency_s == 0.5
+    again = Layout(profile, PACI(2, 4), recompute=True).stage_cost(1, 2, 3)
+    assert (again.forward_s, again.backward_s) == (5.0, 11.0)
+    assert again.seconds(Kind.BACKWARD_INPUT) == 7.5
+    assert again.seconds(Kind.BACKWARD_WEIGHT) == 3.5
+
+
+# --- profiles -------------------------------------------------------------------------------
+
+_LAYER = {"forward_s": 0.1, "backward_s": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": []}, "layers in the profile must be"),
+        ({"layers": None}, "layers in the profile must be"),
+        ({"layers": [{"forward_s": 1}]}, "layers.0.backward_s in the profile must be there"),
+        ({"layers": [_LAYER | {"forward_s": -1}]}, r"layers.0.forward_s .* got -1"),
+        ({"layers": [_LAYER | {"forward_s": float("nan")}]}, "layers.0.forward_s"),
+        ({"layers": [_LAYER | {"backward_s": 1e9}]}, "layers.0.backward_s .* less than or equal"),
+        ({"layers": [_LAYER | {"kept_bytes": 10**30}]}, "layers.0.kept_bytes"),
+        ({"layers": [_LAYER | {"kept_bytes": -3}]}, "layers.0.kept_bytes .* got -3"),
+        ({"layers": [_LAYER | {"backward_input_s": 0.3}]}, "layers.0 .* at most backward_s"),
+        ({"layers": [_LAYER | {"speed": 3}]}, "layers.0.speed .* must be left out"),
+        ({"layers": [_LAYER | {"forward_s": "fast"}]}, "layers.0.forward_s .* got 'fast'"),
+        ({"micro_batch_size": 0}, "micro_batch_size .* got 0"),
+        ({"links": [{"bytes_per_s": 0}]}, "links.0.bytes_per_s"),
+        ({"devices": [{"memory_bytes": 0}]}, "devices.0.memory_bytes"),
+        ({"devices": [{"slowdown": 0}]}, "devices.0.slowdown"),
+        ({"jitter": -0.1}, "jitter"),
+    ],
+)
+def test_a_profile_that_cannot_be_is_refused(change: dict[str, object], message: str):
+    good = {"micro_batch_size": 2, "layers": [_LAYER]}
+    parse_profile(good)
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_profile(good | change)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError):
+        parse_profile([good])
+
+
+def test_a_profile_is_a_file(tmp_path: Path):
+    profile = drawn_profile(random.Random(1), 4, 2)
+    save_profile(profile, tmp_path / "p.json")
+    assert load_profile(tmp_path / "p.json") == profile
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+    (tmp_path / "p.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"a profile must be a readable JSON file, got .*p\.json"):
+        load_profile(tmp_path / "p.json")
+    with pytest.raises(ConfigError, match="a profile must be a readable JSON file"):
+        load_profile(tmp_path / "none.json")
+    with pytest.raises(ConfigError, match="out must be a file that can be written"):
+        save_profile(profile, tmp_path / "no" / "p.json")
+
+
+def test_an_estimate_counts_every_parameter():
+    config = gpt_config("gpt2-medium", vocab_size=50257, context=1024)
+    profile = estimate_profile(config, 4, 1e14)
+    assert len(profile.layers) == len(config.layer_range)
+    assert sum(layer.gradient_bytes for layer in profile.layers) == 4 * num_parameters(config)
+    assert profile.layers[0].output_bytes == 4 * 1024 * 1024 * 2
+    # 6 operations a parameter of a matrix and token, and the attention's.
+    seconds = sum(layer.forward_s + layer.backward_s for layer in profile.layers)
+    matrices = 24 * 12 * 1024**2 + 50257 * 1024
+    attention = 24 * 2 * 1024 * 1024
+    assert seconds == pytest.approx(6 * 4096 * (matrices + attention) / 1e14, rel=1e-3)
+
+
+# --- search ---------------------------------------------------------------------------------
+
+
+def test_the_search_ranks_by_time_then_delay():
+    layers = tuple(LayerProfile(forward_s=1.0, backward_s=2.0, kept_bytes=10) for _ in range(8))
+    profile = Profile(layers=layers, micro_batch_size=1)
+    plan = search([profile], 8, [2, 4], ["paci", "1f1b", "paci:slack=1"])
+    best = plan.choices[0]
+    assert (best.spec, best.schedule.num_workers, best.recompute) == ("paci", 4, False)
+    assert best.steady.update_s == pytest.approx(8 * 6.0)
+    by_key = {(c.spec, c.schedule.num_workers, c.recompute): c for c in plan.choices}
+    assert len(by_key) == 12
+    flush = by_key["1f1b", 4, False]
+    assert flush.steady.update_s / best.steady.update_s == pytest.approx(11 / 8)
+    assert (flush.mean_delay, flush.max_drift) == (0.0, 0)
+    # Stage 0 of 4, lag 3, 8 micro-batches: 3 of 8 gradients are one version late.
+    assert best.mean_delay == pytest.approx(3 / 8)
+    assert best.worker_bytes == (4 * 20, 3 * 20, 2 * 20, 20)
+    assert by_key["paci", 4, True].steady.update_s == pytest.approx(8 * 8.0)
+    times = [choice.steady.update_s for choice in plan.choices]
+    assert times == sorted(times)
+    words = "\n".join(explain(plan))
+    assert "1.38 times the time" in words
+    assert "0.38 updates late on average" in words
+
+
+def test_what_cannot_be_done_is_listed_with_its_reason():
+    layers = tuple(LayerProfile(forward_s=1.0, backward_s=2.0, kept_bytes=10) for _ in range(4))
+    tight = DeviceProfile(memory_bytes=30)
+    profile = Profile(layers=layers, micro_batch_size=1, devices=(tight,))
+    plan = search([profile], 8, [4], ["paci", "paci:slack=1"], recompute=[False, True])
+    # Without recomputation stage 0 holds 4 micro-batches of 10 bytes.
+    assert [choice.recompute for choice in plan.choices] == [True, True]
+    assert {tried for tried, _ in plan.refused} == {
+        "paci on 4, micro-batches of 1",
+        "paci:slack=1 on 4, micro-batches of 1",
+    }
+    with pytest.raises(ConfigError, match="must fit the memory"):
+        search([profile], 8, [4], ["paci"], recompute=[False])
+    with pytest.raises(ConfigError, match="5 stages for 4 layers"):
+        search([profile], 8, [5], ["paci"])
+    with pytest.raises(ConfigError, match="batch_size must be divisible into micro-batches of 3"):
+        search([profile.model_copy(update={"micro_batch_size": 3})], 8, [4], ["paci"])
+
+
+# --- the command line -----------------------------------------------------------------------
+
+
+def test_the_planned_command_trains_the_planned_cut(capsys: pytest.CaptureFixture[str]):
+    arguments = ["--size", "tiny", "--context", "64", "--vocab", "257", "--devices", "3"]
+    assert main(["plan", *arguments, "--batch-size", "16", "--schedules", "paci,1f1b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["1", "paci"]
+    command = next(line for line in lines if line.startswith("paci train "))
+    options = vars(make_parser().parse_args(shlex.split(command)[1:]))
+    given = {key: value for key, value in options.items() if key in TrainConfig.model_fields}
+    config = load_config(None, given)
+    assert (config.workers, config.num_stages, config.batch_size) == (3, 3, 16)
+    plan = make_plan(config, vocab_size=257)
+    assert [len(layers) for layers in plan.cut] == [int(each) for each in config.cut.split(",")]
+
+
+def test_a_plan_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    layers = tuple(LayerProfile(forward_s=0.1, backward_s=0.2) for _ in range(4))
+    save_profile(Profile(layers=layers, micro_batch_size=2), tmp_path / "p.json")
+    options = ["--batch-size", "8", "--devices", "4", "--use", "2,4", "--json"]
+    links = ["--latency-us", "100000", "--gb-per-s", "1", "--jitter", "0", "--memory-gib", "1"]
+    assert main(["plan", str(tmp_path / "p.json"), *options, *links]) == 0
+    data = json.loads(capsys.readouterr().out)
+    rows = {(row["schedule"], row["num_workers"], row["recompute"]): row for row in data["rows"]}
+    row = rows["paci", 4, False]
+    assert row["update_s"] == pytest.approx(4 * (0.3 + 2 * 0.1 * 3 / 4))
+    assert rows["paci:slack=1", 4, False]["update_s"] == pytest.approx(4 * 0.3)
+    assert row["layers_by_stage"] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "8"], "a model must be given as profiles or as --size"),
+        (["--size", "huge", "--batch-size", "8"], "size must be one of"),
+        (["--size", "tiny", "--batch-size", "0"], "batch_size must be"),
+        (["--size", "tiny", "--batch-size", "8", "--devices", "0"], "devices must be"),
+        (
+            ["--size", "tiny", "--batch-size", "8", "--devices", "99"],
+            "at most the number of layers",
+        ),
+        (["--size", "tiny", "--batch-size", "8", "--memory-gib", "-1"], "memory-gib must be above"),
+        (
+            ["--size", "tiny", "--batch-size", "8", "--memory-gib", "0.0001", "--devices", "2"],
+            "must fit the memory of their devices",
+        ),
+        (["--size", "tiny", "--batch-size", "8", "--tflops", "0"], "tflops must be above 0"),
+        (["--size", "tiny", "--batch-size", "8", "--latency-us", "-2"], "latency_us must be"),
+        (["--size", "tiny", "--batch-size", "8", "--jitter", "nan"], "jitter must be"),
+        (["--size", "tiny", "--batch-size", "8", "--use", "a"], "use must be whole numbers"),
+        (["--size", "tiny", "--batch-size", "7", "--micro-batch-sizes", "2"], "must divide"),
+        (["--size", "tiny", "--batch-size", "8", "--schedules", "x"], "a schedule must be one of"),
+    ],
+)
+def test_an_impossible_plan_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["plan", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err)
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ("3,4", "cut must share 6 layers out to 2 stages, got '3,4', which shares 7 out to 2"),
+        ("2,2,2", "which shares 6 out to 3"),
+        ("6,0", "cut must leave no stage empty"),
+        ("7,-1", "cut must leave no stage empty"),
+        ("a", "cut must be whole numbers separated by commas, got 'a'"),
+        ("", "cut must be whole numbers separated by commas"),
+    ],
+)
+def test_a_cut_that_does_not_fit_is_refused(cut: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(load_config(None, {"stages": 2, "cut": cut}), vocab_size=257)
+
+
+def test_pytorchs_schedules_are_planned_beside_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    layer = LayerProfile(forward_s=1, backward_s=2, backward_input_s=1, kept_bytes=1)
+    save_profile(Profile(layers=(layer,) * 16, micro_batch_size=1), tmp_path / "p.json")
+    arguments = [str(tmp_path / "p.json"), "--batch-size", "8", "--recompute", "no", "--json"]
+    specs = "paci,1f1b,torch-zbv,torch-interleaved"
+    assert main(["plan", *arguments, "--devices", "8", "--schedules", specs]) == 0
+    rows = {row["schedule"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    zbv = rows["torch-zbv"]
+    assert (zbv["num_workers"], zbv["num_stages"], zbv["layers_by_stage"]) == (8, 16, [1] * 16)
+    assert (zbv["mean_delay"], zbv["max_drift"], len(zbv["worker_bytes"])) == (0, 0, 8)
+    assert "torch.distributed.pipelining" in zbv["command"]
+    # 8 micro-batches on 8 workers: the known bubbles, over 8 slots of 6 s.
+    ratios = {spec: rows[spec]["update_s"] / 48 for spec in rows}
+    assert ratios["1f1b"] == pytest.approx(1.875)
+    assert ratios["torch-interleaved"] == pytest.approx(1.4375)
+    assert ratios["torch-zbv"] == pytest.approx(1.2917, abs=1e-4)
+    assert ratios["paci"] == pytest.approx(1.0)
