@@ -2,81 +2,31 @@
 
     python docs/v/compare.py
 
-ZBV's actions come from the table that PyTorch's own ``ScheduleZBVZeroBubble`` generates, checked as
-every schedule is. A synchronous schedule starts its next update on a worker as soon as that worker
-is free. Messages take no time here. The unequal costs are those of a GPT block that ``measure.py``
+ZBV's actions come from the table that PyTorch itself generates, checked as every schedule is. A
+synchronous schedule starts its next update on a worker as soon as that worker is free. Messages
+take no time here. The unequal costs are those of a GPT block that ``measure.py``
 wrote to ``times.json``; a V is built for the costs it is priced with, and once for equal ones.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
-
-from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
 
 import paci
 from paci.plan.cost import Costs, StageCost
 from paci.plan.predict import steady_state
-from paci.schedule.action import Action, Kind
+from paci.runtime.torch_schedules import torch_schedule
 from paci.schedule.check import check
 from paci.schedule.versions import analyse, peak_on_workers
 
 WORKERS = (4, 8, 16, 32)
 
 
-@dataclass(frozen=True)
-class ZBV(paci.Schedule):
-    """PyTorch's ZBV, one update after the other."""
-
-    num_stages: int
-    accumulation: int
-
-    name: ClassVar[str] = "torch ZBV"
-    summary: ClassVar[str] = "synchronous, V-shaped, split backwards, as PyTorch generates it"
-    flushes: ClassVar[bool] = True
-    stages_per_worker: ClassVar[int] = 2
-
-    @property
-    def placement(self) -> tuple[tuple[int, ...], ...]:
-        """A V."""
-        return tuple((w, self.num_stages - 1 - w) for w in range(self.num_workers_of_v))
-
-    @property
-    def num_workers_of_v(self) -> int:
-        """Half as many as stages."""
-        return self.num_stages // 2
-
-    def program(self, worker: int) -> Iterator[Action]:
-        """The generated row of ``worker``, for one update after the other."""
-        generator = ScheduleZBVZeroBubble.__new__(ScheduleZBVZeroBubble)
-        generator.pp_group_size = self.num_workers_of_v
-        generator.num_stages = self.num_stages
-        generator._n_microbatches = self.accumulation
-        row = [each for each in generator._calculate_single_rank_operations(worker) if each]
-        for first in itertools.count(0, self.accumulation):
-            for each in row:
-                kind = Kind(each.computation_type.value)
-                yield Action(kind, each.stage_index, first + int(each.microbatch_index or 0))
-            for stage in self.placement[worker]:
-                yield Action(Kind.UPDATE, stage, first + self.accumulation - 1)
-
-    def in_flight_cap(self, stage: int) -> int:
-        """No more than an update has."""
-        return self.accumulation
-
-    def drift_bound(self, stage: int) -> int:
-        """None: it is synchronous."""
-        return 0
-
-
 def costs_of(schedule: paci.Schedule, times: tuple[float, float, float]) -> Costs:
     """Every worker has the same work, whatever the number of its stages."""
-    share = 2 / schedule.stages_per_worker
+    share = 2 * schedule.num_workers / schedule.num_stages
     forward, input_backward, weight_backward = (share * each for each in times)
     stage = StageCost(forward, input_backward + weight_backward, input_backward, weight_backward)
     return Costs((stage,) * schedule.num_stages)
@@ -87,7 +37,7 @@ def row(schedule: paci.Schedule, times: tuple[float, float, float], note: str = 
     n, a = schedule.num_workers, schedule.accumulation
     num_updates = 4 + 4 * schedule.num_stages // a
     check(schedule, min(num_updates, 8))
-    share = schedule.stages_per_worker
+    share = schedule.num_stages // n
     peaks = [peak / share for peak in peak_on_workers(schedule, num_updates)]
     found = analyse(schedule, 4 * num_updates)
     of_first = found[0].delay
@@ -96,8 +46,9 @@ def row(schedule: paci.Schedule, times: tuple[float, float, float], note: str = 
         schedule.worker_of(stage) != schedule.worker_of(stage + 1)
         for stage in range(schedule.num_stages - 1)
     )
+    name = getattr(schedule, "label", schedule.name)
     return (
-        f"| {n} | {schedule.name}{note} | {a} "
+        f"| {n} | {name}{note} | {a} "
         f"| {steady_state(schedule, costs_of(schedule, times)).utilization:.1%} "
         f"| {max(peaks):g} | {max(each.max_drift for each in found)} | {late:.2f} "
         f"| {2 * hops} |"
@@ -113,7 +64,7 @@ def table(times: tuple[float, float, float]) -> Iterator[str]:
         for a in (n, 2 * n):
             yield row(paci.OneFOneBFlush(n, a), times)
             if a == 2 * n:  # PyTorch generates it for 2 N - 1 micro-batches or more
-                yield row(ZBV(2 * n, a), times)
+                yield row(torch_schedule("torch-zbv", n, a), times)
             yield row(paci.PACI(n, a), times)
             if len(set(times)) > 1:
                 yield row(paci.PaciV(2 * n, a), times, " for equal times")

@@ -5,6 +5,7 @@ So a rival's schedule goes through the same checker, analysis, simulator and vie
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
@@ -53,13 +54,15 @@ class GivenSchedule(Schedule):
 
     def in_flight_cap(self, stage: int) -> int:
         """The most that the row itself ever has."""
-        return self._peaks()[stage]
+        return self._peaks[stage]
 
     def drift_bound(self, stage: int) -> int:
         """None: it flushes."""
         return 0
 
+    @functools.cached_property
     def _peaks(self) -> dict[int, int]:
+        # Asked for at every action by whoever checks it.
         held: defaultdict[int, int] = defaultdict(int)
         peaks: defaultdict[int, int] = defaultdict(int)
         for row in self.rows:
