@@ -33,7 +33,8 @@ from torch.nn import functional as F
 import paci
 from paci.runtime import distributed
 from paci.runtime.distributed import Link, RemoteReceiver, RemoteSender
-from paci.runtime.transport import Ends
+from paci.runtime.shared import Meeting, SharedReceiver, SharedSender, visit
+from paci.runtime.transport import Ends, Receiver, Sender
 from paci.runtime.world import hosted_stages
 from paci.schedule.action import Action, Kind, Message, Payload
 
@@ -343,18 +344,20 @@ def build(
     )
 
 
-def train(run: Run, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+def train(
+    run: Run, group: dist.ProcessGroup | None = None, share_memory: bool = True
+) -> dict[str, Any]:
     """Do the plan; return all that can be compared."""
     patch = mock.patch.object(distributed, "_MOST_TAGS", run.most_tags or distributed._MOST_TAGS)
     with patch:
-        pipeline = build(run, group)
+        pipeline = build(run, group, share_memory=share_memory)
         log: list[Any] = []
         for number, (what, rows) in enumerate(run.plan):
             if what == "reload":
                 log.append(_losses(pipeline.drain()))
                 state = pipeline.state_dict()
                 close(pipeline)
-                pipeline = build(run, group)
+                pipeline = build(run, group, share_memory=share_memory)
                 pipeline.load_state_dict(state)
             else:
                 log.append(_do(pipeline, number, what, rows))
@@ -422,9 +425,11 @@ def evaluate_unevenly(rank: int, num_ranks: int, run: Run) -> str:
     return "nothing"
 
 
-def train_all(rank: int, num_ranks: int, runs: dict[str, Run]) -> dict[str, Any]:
+def train_all(
+    rank: int, num_ranks: int, runs: dict[str, Run], share_memory: bool = True
+) -> dict[str, Any]:
     assert dist.group.WORLD is not None
-    return {name: train(run, dist.group.WORLD) for name, run in runs.items()}
+    return {name: train(run, dist.group.WORLD, share_memory) for name, run in runs.items()}
 
 
 def train_side_by_side(
@@ -433,7 +438,7 @@ def train_side_by_side(
     """Each pipeline on ranks of its own."""
     groups = [dist.new_group(ranks) for ranks, _ in pipelines]
     (mine,) = (i for i, (ranks, _) in enumerate(pipelines) if rank in ranks)
-    return train(pipelines[mine][1], groups[mine])
+    return train(pipelines[mine][1], groups[mine], share_memory=bool(mine))
 
 
 def disagree(rank: int, num_ranks: int, differing: list[Any]) -> list[str]:
@@ -486,12 +491,14 @@ class Trouble(nn.Module):
 def train_into_trouble(
     rank: int, num_ranks: int, run: Run, culprit: int, how: str, timeout_s: float, file: Path
 ) -> None:
-    """Train for ever; ``culprit`` fails in the middle."""
+    """Train for ever; ``culprit`` fails in the middle. Over gloo if its number is odd."""
     held = hosted_stages(run.schedule, rank, num_ranks)
     modules = [make_stage(run.model, index, run.schedule.num_stages) for index in held]
     if rank == culprit:
         modules[0] = Trouble(modules[0], how, 13, file)
-    pipeline = build(run, dist.group.WORLD, modules, timeout_s=timeout_s)
+    pipeline = build(
+        run, dist.group.WORLD, modules, timeout_s=timeout_s, share_memory=culprit % 2 == 0
+    )
     for number in itertools.count():
         pipeline.step(make_batch(number, 2 * run.schedule.accumulation))
 
@@ -513,23 +520,21 @@ def hand_over_too_much(rank: int, num_ranks: int, run: Run, file: Path) -> None:
     build(run, dist.group.WORLD, modules)
 
 
-def outrun(rank: int, num_ranks: int, capacity: int, num_messages: int) -> list[int]:
-    """Rank 0 sends without pause, rank 1 receives when told to.
+def outrun(rank: int, num_ranks: int, capacity: int, num_messages: int, shared: bool) -> list[int]:
+    """Rank 0 sends without pause, rank 1 receives when told to, and keeps what it got.
 
     Returns how many sends had returned when nothing had been received, and at the end; or what
-    was received.
+    was received, looked at when all of it was there.
     """
-    group = dist.new_group([0, 1])
     store = dist.distributed_c10d._get_default_store()
-    link = Link(group, Ends(rank, 1 - rank, 60.0), torch.device("cpu"))
     messages = [Message(Payload.ACTIVATION, 1, j) for j in range(num_messages)]
-    if rank == 1:
-        receiver = RemoteReceiver(link)
+    sender, receiver = _channel(rank, capacity, shared, store)
+    if receiver is not None:
         store.wait(["go"])
-        got = [int(receiver.receive(message)[0][0]) for message in messages]
+        kept = [receiver.receive(message)[0] for message in messages]
         receiver.finish()
-        return got
-    sender = RemoteSender(link, capacity)
+        return [int(tensor[0]) for tensor in kept]
+    assert sender is not None
     sent = []
 
     def send_all() -> None:
@@ -549,6 +554,25 @@ def outrun(rank: int, num_ranks: int, capacity: int, num_messages: int) -> list[
     sender.seal()
     sender.finish()
     return [held_at, len(sent)]
+
+
+def _channel(
+    rank: int, capacity: int, shared: bool, store: dist.Store
+) -> tuple[Sender | None, Receiver | None]:
+    """The end of a channel from rank 0 to rank 1 that ``rank`` has."""
+    ends = Ends(rank, 1 - rank, 60.0)
+    if not shared:
+        link = Link(dist.new_group([0, 1]), ends, torch.device("cpu"))
+        return (RemoteSender(link, capacity), None) if rank == 0 else (None, RemoteReceiver(link))
+    if rank == 0:
+        meeting = Meeting()
+        store.set("path", meeting.path)
+        connection = meeting.accept(60.0)
+        meeting.close()
+        return SharedSender(connection, ends, capacity), None
+    connection = visit(store.get("path").decode())
+    assert connection is not None
+    return None, SharedReceiver(connection, ends, capacity)
 
 
 if __name__ == "__main__":

@@ -97,12 +97,13 @@ def alone(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Rank]]:
-    """The ranks of a world of a size, which did all runs; one launch a size."""
+    """The ranks of a world of a size, which did all runs; one launch a size. Three of them talk
+    over gloo, the others share memory."""
 
     @functools.cache
     def run(size: int) -> list[Rank]:
         folder = tmp_path_factory.mktemp(f"world-{size}")
-        return launch(folder, size, ranks_of.train_all, runs_of(size))
+        return launch(folder, size, ranks_of.train_all, runs_of(size), size != 3)
 
     return run
 
@@ -361,8 +362,9 @@ def test_who_failed_first():
 # --- the transport itself -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("capacity", [1, 3])
-def test_a_sender_is_held_at_its_capacity(tmp_path: Path, capacity: int):
-    sender, received = values(launch(tmp_path, 2, ranks_of.outrun, capacity, 12))
+def test_a_sender_is_held_at_its_capacity(tmp_path: Path, capacity: int, shared: bool):
+    sender, received = values(launch(tmp_path, 2, ranks_of.outrun, capacity, 12, shared))
     assert sender == [capacity, 12]
     assert received == list(range(12))

@@ -1,0 +1,1 @@
+"""Every figure in the documents, from one command each."""

@@ -1,0 +1,175 @@
+"""The arms of a comparison: the same work, under one schedule of one runtime each."""
+
+from __future__ import annotations
+
+import abc
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage, schedules
+
+from paci.bench.workloads import Work
+from paci.errors import ConfigError
+from paci.runtime.pipeline import Pipeline
+from paci.runtime.world import hosted_stages
+from paci.schedule.registry import make_schedule
+
+# torch's own schedules: stages a worker, and whether the second half of the stages comes back
+# (the first and the last on one worker).
+RIVALS: dict[str, tuple[int, bool]] = {
+    "ScheduleGPipe": (1, False),
+    "Schedule1F1B": (1, False),
+    "ScheduleLoopedBFS": (2, False),
+    "ScheduleInterleaved1F1B": (2, False),
+    "ScheduleInterleavedZeroBubble": (2, False),
+    "ScheduleZBVZeroBubble": (2, True),
+    "ScheduleDualPipeV": (2, True),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison.
+
+    Args:
+        runtime: ``paci`` or ``torch``.
+        schedule: a registered name with options (``paci:slack=1``), or the name of a class of
+            torch.distributed.pipelining.
+        num_micro_batches: of one update.
+        share_memory: whether our processes may; torch's never do.
+    """
+
+    runtime: str
+    schedule: str
+    num_micro_batches: int
+    share_memory: bool = True
+
+    @property
+    def transport(self) -> str:
+        """What its messages go through on a CPU."""
+        return "shared memory" if self.runtime == "paci" and self.share_memory else "gloo"
+
+    @property
+    def label(self) -> str:
+        """What progress calls it."""
+        return (
+            f"{self.runtime} {self.schedule} over {self.transport}, "
+            f"{self.num_micro_batches} micro-batches"
+        )
+
+    def num_stages(self, num_workers: int) -> int:
+        """Stages of the whole pipeline."""
+        if self.runtime == "torch":
+            return num_workers * RIVALS[self.schedule][0]
+        # A schedule says how many workers so many stages need.
+        for num_stages in (num_workers, 2 * num_workers):
+            schedule = make_schedule(self.schedule, num_stages, self.num_micro_batches)
+            if schedule.num_workers == num_workers:
+                return num_stages
+        raise ConfigError(
+            f"schedule {self.schedule} must run on {num_workers} workers, got one that does not "
+            f"with one or two stages each; choose another number of workers"
+        )
+
+    def open(self, work: Work, rank: int, num_workers: int) -> Running:
+        """Build this process's part of it. All ranks must do so."""
+        kind: type[Running] = _Torch if self.runtime == "torch" else _Paci
+        return kind(self, work, rank, num_workers)
+
+
+class Running(abc.ABC):
+    """An arm in one process."""
+
+    @abc.abstractmethod
+    def __init__(self, arm: Arm, work: Work, rank: int, num_workers: int) -> None: ...
+
+    @abc.abstractmethod
+    def update(self) -> None:
+        """Feed and run one update's micro-batches, as a training loop would."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Finish whatever is in flight. All ranks must do so."""
+
+
+class _Paci(Running):
+    """Our own runtime."""
+
+    def __init__(self, arm: Arm, work: Work, rank: int, num_workers: int) -> None:
+        num_stages = arm.num_stages(num_workers)
+        schedule = make_schedule(arm.schedule, num_stages, arm.num_micro_batches)
+        held = hosted_stages(schedule, rank, num_workers)
+        modules = [work.stage(index, num_stages) for index in held]
+        self.pipeline = Pipeline(
+            modules,
+            schedule,
+            [work.optimizer(module) for module in modules],
+            work.loss,
+            share_memory=arm.share_memory,
+            group=dist.group.WORLD if num_workers > 1 else None,
+        )
+        self._batch = work.batch(arm.num_micro_batches)
+
+    def update(self) -> None:
+        self.pipeline.step(self._batch)
+
+    def close(self) -> None:
+        self.pipeline.drain()
+        self.pipeline.close()
+
+
+class _Torch(Running):
+    """torch.distributed.pipelining, used as its documentation does."""
+
+    def __init__(self, arm: Arm, work: Work, rank: int, num_workers: int) -> None:
+        _, comes_back = RIVALS[arm.schedule]
+        kind = getattr(schedules, arm.schedule, None)
+        if kind is None:
+            raise ConfigError(
+                f"torch.distributed.pipelining must have {arm.schedule}, got PyTorch "
+                f"{torch.__version__}, which has none; use another version"
+            )
+        num_stages = arm.num_stages(num_workers)
+        held = range(rank, num_stages, num_workers)
+        if comes_back:
+            held = (rank, num_stages - 1 - rank)  # type: ignore[assignment]
+        modules = [work.stage(index, num_stages) for index in held]
+        self._optimizers = [work.optimizer(module) for module in modules]
+        stages = []
+        for index, module in zip(held, modules, strict=True):
+            taken, given = work.boundary(index, num_stages)
+            stages.append(
+                PipelineStage(
+                    module,
+                    index,
+                    num_stages,
+                    torch.device("cpu"),
+                    input_args=(taken,),
+                    output_args=given,
+                )
+            )
+        single = RIVALS[arm.schedule][0] == 1
+        self._schedule = kind(
+            stages[0] if single else stages, arm.num_micro_batches, loss_fn=work.loss
+        )
+        inputs, targets = work.batch(arm.num_micro_batches)
+        self._inputs = (inputs,) if 0 in held else ()
+        self._options: dict[str, Any] = {"target": targets} if num_stages - 1 in held else {}
+        if "return_outputs" in inspect.signature(kind.step).parameters:
+            self._options["return_outputs"] = False
+
+    def update(self) -> None:
+        losses: list[torch.Tensor] = []
+        options = (
+            {**self._options, "losses": losses} if "target" in self._options else self._options
+        )
+        self._schedule.step(*self._inputs, **options)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,187 @@
+"""Arms measured in turns, A B A B, by the same worker processes: what the machine does meanwhile
+falls on all of them alike.
+
+An arm that cannot run, fails or falls silent is left out from then on, with the reason; what was
+measured before is kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from paci.bench.arms import Arm
+from paci.bench.workers import Report, run_workers
+from paci.bench.workloads import Work
+from paci.errors import WorkerError
+
+_NUM_WARM = 2  # updates before the first turn
+Say = Callable[[str], None]
+
+
+class Sample(NamedTuple):
+    """What one worker measured in one turn of one arm.
+
+    Attributes:
+        update_s: wall time of an update, in steady state.
+        host_s: time that the worker's main thread computed, for an update.
+    """
+
+    update_s: float
+    host_s: float
+
+
+class _Turn(NamedTuple):
+    """Sent when a turn begins (no sample) and when it has ended."""
+
+    arm: Arm
+    turn: int
+    sample: Sample | None
+    problem: str = ""
+
+
+@dataclass
+class Outcome:
+    """All that is known of an arm.
+
+    Attributes:
+        turns: the samples of every worker, by turn.
+        problem: why it did not run, if it did not.
+    """
+
+    turns: dict[int, list[Sample]] = field(default_factory=lambda: defaultdict(list))
+    problem: str = ""
+
+    def updates_s(self, num_workers: int) -> list[float]:
+        """Wall time of an update in each whole turn: the mean of the workers'."""
+        return [
+            statistics.fmean(sample.update_s for sample in turn)
+            for turn in self.turns.values()
+            if len(turn) == num_workers
+        ]
+
+    def hosts_s(self, num_workers: int) -> list[float]:
+        """Host time of an update on a worker in each whole turn: the mean of the workers'."""
+        return [
+            statistics.fmean(sample.host_s for sample in turn)
+            for turn in self.turns.values()
+            if len(turn) == num_workers
+        ]
+
+
+def take_turns(
+    num_workers: int,
+    work: Work,
+    arms: Sequence[Arm],
+    *,
+    num_turns: int,
+    num_updates: int,
+    pin: bool,
+    timeout_s: float,
+    say: Say,
+) -> dict[Arm, Outcome]:
+    """Measure ``arms``.
+
+    Args:
+        num_workers: processes.
+        work: what each arm trains.
+        arms: all different.
+        num_turns: of each arm.
+        num_updates: timed in a turn, after as many as it takes to be in steady state again.
+        pin: whether each worker keeps to one core.
+        timeout_s: longest silence.
+        say: told of progress.
+
+    Returns:
+        By arm. An interruption (Ctrl-C) ends it early: arms without samples say so.
+    """
+    outcomes = {arm: Outcome() for arm in arms}
+    left = list(arms)
+    started: Arm | None = None
+    while left:
+        todo = {arm: [t for t in range(num_turns) if t not in outcomes[arm].turns] for arm in left}
+        try:
+            for told in run_workers(
+                num_workers,
+                _measure,
+                num_workers,
+                work,
+                todo,
+                num_updates,
+                pin=pin,
+                timeout_s=timeout_s,
+            ):
+                turn: _Turn = told.value
+                started = turn.arm
+                if turn.sample is not None:
+                    outcomes[turn.arm].turns[turn.turn].append(turn.sample)
+                elif turn.problem:
+                    outcomes[turn.arm].problem = turn.problem
+                elif told.rank == 0:
+                    say(f"{turn.arm.label}: turn {turn.turn + 1} of {num_turns}")
+            return outcomes
+        except WorkerError as error:
+            if started not in left:
+                raise  # before any arm had begun: no arm's fault
+            outcomes[started].problem = str(error)
+            say(f"{started.label}: left out: {error}")
+            left.remove(started)
+        except KeyboardInterrupt:
+            for arm, outcome in outcomes.items():
+                if not outcome.turns and not outcome.problem:
+                    outcomes[arm].problem = "interrupted"
+            say("interrupted: what was measured is kept")
+            return outcomes
+        for outcome in outcomes.values():  # turns that only some workers ended are taken again
+            for number in [n for n, samples in outcome.turns.items() if len(samples) < num_workers]:
+                del outcome.turns[number]
+    return outcomes
+
+
+def _measure(
+    rank: int,
+    report: Report,
+    num_workers: int,
+    work: Work,
+    todo: dict[Arm, list[int]],
+    num_updates: int,
+) -> None:
+    """What a worker does: build all arms, then run them in turns."""
+    running = {}
+    for arm in todo:
+        report(_Turn(arm, 0, None))
+        problem = ""
+        try:
+            running[arm] = arm.open(work, rank, num_workers)
+        except (ValueError, AssertionError, RuntimeError) as error:
+            # Every rank refuses alike: it is the arm's configuration.
+            problem = str(error).strip().splitlines()[0]
+        if problem:
+            report(_Turn(arm, 0, None, problem))
+            continue
+        for _ in range(_NUM_WARM):
+            running[arm].update()
+    for turn in sorted({turn for turns in todo.values() for turn in turns}):
+        for arm, arm_running in running.items():
+            if turn not in todo[arm]:
+                continue
+            report(_Turn(arm, turn, None))
+            dist.barrier()
+            # A barrier puts all workers at one place of the schedule; in steady state each is a
+            # little behind the one before, so the first updates are not timed.
+            for _ in range(1 + 2 * num_workers // arm.num_micro_batches):
+                arm_running.update()
+            start_s, start_host_s = time.perf_counter(), time.thread_time()
+            for _ in range(num_updates):
+                arm_running.update()
+            update_s = (time.perf_counter() - start_s) / num_updates
+            host_s = (time.thread_time() - start_host_s) / num_updates
+            report(_Turn(arm, turn, Sample(update_s, host_s)))
+    for arm_running in running.values():
+        arm_running.close()

@@ -1,0 +1,52 @@
+"""``paci bench``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command, a verb a question, an option a field of it."""
+    from paci.bench.questions import QUESTIONS
+
+    parser = commands.add_parser(
+        "bench",
+        help="measure, beside torch.distributed.pipelining",
+        description="Measure on this machine, in turns, beside torch.distributed.pipelining.",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="QUESTION", required=True)
+    for question in QUESTIONS:
+        verb = verbs.add_parser(question.name, help=question.summary, description=question.summary)
+        for field in dataclasses.fields(question):
+            flag = "--" + field.name.replace("_", "-")
+            kind = type(field.default)
+            word = {int: "N", float: "X"}.get(kind, "TEXT")
+            verb.add_argument(
+                flag, type=kind, default=field.default, metavar=word, help=f"({field.default})"
+            )
+        verb.add_argument(
+            "--out", default="results", metavar="FOLDER", help="of the JSON (results)"
+        )
+        verb.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        verb.set_defaults(run=run, question=question)
+
+
+def run(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Measure, print, save."""
+    from paci.bench.record import record, save, table
+
+    fields = dataclasses.fields(options.question)
+    question = options.question(**{field.name: getattr(options, field.name) for field in fields})
+    rows = question.answer(lambda line: print(line, file=sys.stderr, flush=True))
+    command = shlex.join(["paci", *arguments])
+    result = record(question.name, command, dataclasses.asdict(question), rows)
+    path = save(result, Path(options.out))
+    print(json.dumps(result) if options.json else table(rows, question.columns))
+    print(f"written to {path}", file=sys.stderr)
+    return 130 if any(row.get("problem") == "interrupted" for row in rows) else 0
