@@ -69,6 +69,7 @@ def test_overhead(tmp_path: Path):
         (["emulate", "--workers", "1"], "workers must be a whole number of at least 2"),
         (["emulate", "--latency-ms", "-1"], "latency_ms must be a time"),
         (["emulate", "--forward-ms", "0", "--backward-ms", "0"], "must be above 0"),
+        (["emulate", "--schedules", "paci-v"], "must run whole backwards to be emulated"),
         (["overhead", "--turns", "0"], "turns must be a whole number of at least 1"),
     ],
 )

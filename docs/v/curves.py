@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import pyplot
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -30,6 +31,7 @@ from paci.models import GPTConfig, build_stage, layer_costs, parameter_groups
 from paci.plan.partition import balanced_cut
 
 RESULTS = Path(__file__).parent / "curves.jsonl"
+PICTURE = Path(__file__).parent.parent / "images" / "v-curves.png"
 WORKERS, ACCUMULATION, UPDATES, SEEDS = 8, 8, 400, (0, 1, 2)
 BATCH, CONTEXT, WIDTH = 16, 64, 32
 RATES = {"adamw": 2e-3, "muon": 6e-3}
@@ -166,8 +168,28 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def picture() -> None:
+    """Training loss over updates: a line for the mean of the seeds, a band from least to most."""
+    figure, panels = pyplot.subplots(1, len(RATES), figsize=(10, 4), layout="constrained")
+    for axes, optimizer in zip(panels, RATES, strict=True):
+        for name in SCHEDULES:
+            arm = (name, optimizer)
+            curves = [r["train_loss"] for r in rows() if (r["schedule"], r["optimizer"]) == arm]
+            points = list(zip(*curves, strict=True))
+            step = UPDATES // len(points)
+            updates = range(step, UPDATES + 1, step)
+            (line,) = axes.plot(updates, [statistics.mean(p) for p in points], label=name)
+            lows, highs = [min(p) for p in points], [max(p) for p in points]
+            axes.fill_between(updates, lows, highs, color=line.get_color(), alpha=0.2, lw=0)
+        axes.set(title=optimizer, xlabel="updates", ylabel="training loss (nats a token)")
+        axes.set_ylim(2.15, 3.6)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(PICTURE, dpi=110)
+
+
 def main() -> None:
-    """Run what is missing, seed by seed; print the table."""
+    """Run what is missing, seed by seed; print the table, draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--most", type=int, default=100, help="runs to do now, 0 for the table")
     torch.set_num_threads(1)
@@ -179,6 +201,7 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         print(f"{name:<7} {optimizer:<6} seed {seed}: {row['val_loss']:.4f}")
     print(table())
+    picture()
 
 
 if __name__ == "__main__":

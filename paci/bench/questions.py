@@ -216,6 +216,8 @@ class Emulate(Question):
             self.latency_ms / 1e3,
         )
         arms = [Arm("paci", name, m) for name in self.schedules.split()]
+        for arm in arms:
+            _require_whole_backward(arm, n)
         arms += [Arm("torch", name, m) for name in self.rivals.split()]
         outcomes = take_turns(
             n,
@@ -243,6 +245,18 @@ class Emulate(Question):
                 )
                 row["predicted_utilization"] = steady_state(schedule, costs).utilization
         return list(rows)
+
+
+def _require_whole_backward(arm: Arm, num_workers: int) -> None:
+    """Raise ``ConfigError`` for a schedule that splits backwards: a stage that waits has no linear
+    layer, so all of its waiting would fall into the first half."""
+    num_stages = arm.num_stages(num_workers)
+    schedule = make_schedule(arm.schedule, num_stages, arm.num_micro_batches)
+    if any(schedule.splits_backward(stage) for stage in range(num_stages)):
+        raise ConfigError(
+            f"schedules must run whole backwards to be emulated, got {arm.schedule}; "
+            f"docs/v/emulate.py emulates split ones"
+        )
 
 
 @dataclass(frozen=True)

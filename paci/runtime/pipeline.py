@@ -348,7 +348,8 @@ class Pipeline:
         """
         own = (action for action in self._sequencer.actions() if action.stage in self.stages)
         try:
-            execute(own, self._engine, self._feed)
+            with torch.enable_grad():  # wherever the user's loop calls from
+                execute(own, self._engine, self._feed)
         except BaseException as error:
             self._failure = error
             raise

@@ -151,16 +151,15 @@ class WeightPolicy(abc.ABC):
     keeps_graph: ClassVar[bool] = True
 
     def forward(self, run: Callable[[], Tensors]) -> Tensors:
-        """Run a micro-batch's forward, with or without a graph."""
-        with torch.set_grad_enabled(self.keeps_graph):
+        """Run a micro-batch's forward, with or without a graph; gradients are enabled."""
+        if self.keeps_graph:
+            return run()
+        with torch.no_grad():
             return run()
 
     def graph(self, outputs: Tensors, run: Callable[[], Tensors]) -> Tensors:
         """The outputs to go backward from: those of the forward, or of another ``run``."""
-        if self.keeps_graph:
-            return outputs
-        with torch.enable_grad():
-            return run()
+        return outputs if self.keeps_graph else run()
 
     @abc.abstractmethod
     def publish(self, weights: StageWeights, num_in_flight: int) -> None:
