@@ -21,6 +21,7 @@ from paci.schedule.registry import make_schedule
 if TYPE_CHECKING:
     from paci.bench.arms import Arm
     from paci.bench.turns import Outcome, Say
+    from paci.bench.workloads import Work
 
 Row = Mapping[str, Any]
 
@@ -51,6 +52,30 @@ class Question(abc.ABC):
     @abc.abstractmethod
     def answer(self, say: Say) -> list[Row]:
         """Measure; ``say`` is told of progress."""
+
+    def _measure(
+        self,
+        num_workers: int,
+        work: Work,
+        arms: Sequence[Arm],
+        say: Say,
+        *,
+        num_updates: int,
+        pin: bool = False,
+    ) -> dict[Arm, Outcome]:
+        """``take_turns`` with the options that all questions share."""
+        from paci.bench.turns import take_turns
+
+        return take_turns(
+            num_workers,
+            work,
+            arms,
+            num_turns=self.turns,
+            num_updates=num_updates,
+            pin=pin,
+            timeout_s=self.timeout,
+            say=say,
+        )
 
 
 def _row(arm: Arm, num_workers: int) -> dict[str, Any]:
@@ -105,7 +130,6 @@ class Throughput(Question):
     def answer(self, say: Say) -> list[Row]:
         """Rows of every arm, for each number of micro-batches."""
         from paci.bench.arms import RIVALS, Arm
-        from paci.bench.turns import take_turns
         from paci.bench.workloads import GPTWork
 
         work = GPTWork(
@@ -115,15 +139,8 @@ class Throughput(Question):
         for m in numbers("micro_batches", self.micro_batches):
             arms = [Arm("paci", "paci", m), Arm("paci", "1f1b", m)]
             arms += [Arm("torch", name, m) for name in RIVALS]
-            outcomes = take_turns(
-                2,
-                work,
-                arms,
-                num_turns=self.turns,
-                num_updates=max(1, self.updates * 8 // m),
-                pin=True,
-                timeout_s=self.timeout,
-                say=say,
+            outcomes = self._measure(
+                2, work, arms, say, num_updates=max(1, self.updates * 8 // m), pin=True
             )
             rows += _compared(outcomes, 2, work.num_tokens * m)
         return rows
@@ -203,7 +220,6 @@ class Emulate(Question):
     def answer(self, say: Say) -> list[Row]:
         """Rows of every arm."""
         from paci.bench.arms import Arm
-        from paci.bench.turns import take_turns
         from paci.bench.workloads import EmulatedWork
 
         n, m = self.workers, self.micro_batches or self.workers
@@ -219,16 +235,7 @@ class Emulate(Question):
         for arm in arms:
             _require_whole_backward(arm, n)
         arms += [Arm("torch", name, m) for name in self.rivals.split()]
-        outcomes = take_turns(
-            n,
-            work,
-            arms,
-            num_turns=self.turns,
-            num_updates=self.updates,
-            pin=False,
-            timeout_s=self.timeout,
-            say=say,
-        )
+        outcomes = self._measure(n, work, arms, say, num_updates=self.updates)
         rows = _compared(outcomes, n, m)
         slot_s = (self.forward_ms + self.backward_ms) / 1e3
         for row, arm in zip(rows, arms, strict=True):
@@ -289,7 +296,6 @@ class Overhead(Question):
     def answer(self, say: Say) -> list[Row]:
         """Rows of every arm, for each number of workers."""
         from paci.bench.arms import Arm
-        from paci.bench.turns import take_turns
         from paci.bench.workloads import EmptyWork
 
         rows: list[Row] = []
@@ -298,16 +304,7 @@ class Overhead(Question):
         for n in numbers("workers", self.workers):
             arms = [Arm("paci", "paci", m), Arm("paci", "paci", m, share_memory=False)]
             arms += [Arm("paci", "1f1b", m), Arm("torch", "Schedule1F1B", m)]
-            outcomes = take_turns(
-                n,
-                EmptyWork(),
-                arms,
-                num_turns=self.turns,
-                num_updates=self.updates,
-                pin=False,
-                timeout_s=self.timeout,
-                say=say,
-            )
+            outcomes = self._measure(n, EmptyWork(), arms, say, num_updates=self.updates)
             for row, outcome in zip(_compared(outcomes, n, m), outcomes.values(), strict=True):
                 hosts_s = outcome.hosts_s(n)
                 if hosts_s:

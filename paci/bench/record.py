@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from paci import __version__
+from paci.bench.questions import Row
 from paci.errors import ConfigError
-
-Row = Mapping[str, Any]
+from paci.train.report import versions
 
 
 def record(
@@ -26,11 +25,7 @@ def record(
         "bench": bench,
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {
-            "paci": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "machine": {
             "processor": _processor(),
             "num_cores": os.cpu_count(),
