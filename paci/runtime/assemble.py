@@ -81,6 +81,7 @@ def build_stages(
             optimizer,
             make_policy(),
             loss,
+            accumulation=schedule.accumulation,
             lr_scheduler=lr_scheduler,
             precision=precision,
             seed=seed,

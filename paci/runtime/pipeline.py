@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class Pipeline:
             micro-batches hold) or any criterion that returns a mean over its micro-batch, in which
             case all micro-batches weigh the same.
         lr_scheduler: stepped after each update of its stage; one, or a list.
-        weights: name of the weight policy; the schedule's own by default.
+        weights: name of the weight policy, with options as ``lookahead:reach=2``; the schedule's
+            own by default.
         precision: ``"fp32"``, or ``"bf16"`` for one bf16 working copy of each weight beside fp32
             masters, gradients and optimizer state; buffers stay as they are. Do not use autocast
             in a stage: it keeps a copy of each weight for every micro-batch in flight.
@@ -111,9 +113,10 @@ class Pipeline:
         self.schedule = schedule
         self._loss = as_loss(loss_fn)
         self._world = World(schedule, choose_group(group, len(modules), schedule), timeout_s)
-        policy = make_weight_policy(weights or schedule.weights)
+        spec = weights or schedule.weights
+        policy = make_weight_policy(spec)
         self._world.agree(
-            {"the schedule": repr(schedule), "weights": policy.name, "precision": precision}
+            {"the schedule": repr(schedule), "weights": repr(policy), "precision": precision}
             | {"the seed": seed, "share_memory": share_memory}
         )
         held = self._world.stages
@@ -124,7 +127,7 @@ class Pipeline:
                 modules,
                 listed(optimizer),
                 listed(lr_scheduler, len(modules)),
-                type(policy),
+                partial(make_weight_policy, spec),
                 self._loss,
                 precision,
                 seed,

@@ -38,9 +38,10 @@ class _InFlight:
 
     inputs: Tensors
     target: Target | None
+    leaves: Tensors = ()  # the working weights that the graph ends in
+    version: int = 0  # the stage's at the forward
     needs: tuple[bool, ...] = ()  # which outputs a gradient comes back for
     outputs: Tensors = ()
-    leaves: Tensors = ()  # the working weights that the graph ends in
     ledger: Ledger = field(default_factory=Ledger)  # weight gradients that are put off
 
 
@@ -55,6 +56,7 @@ class Stage:
         optimizer: over the module's parameters; steps in place, once an update.
         policy: which weights a forward and a backward see.
         loss: used by the last stage.
+        accumulation: micro-batches of one update.
         lr_scheduler: stepped after each of the optimizer's steps.
         precision: ``"fp32"`` computes with the parameters as they are; ``"bf16"`` with one
             bf16 working copy of each, and floating-point inputs of the first stage converted.
@@ -78,6 +80,7 @@ class Stage:
         policy: WeightPolicy,
         loss: Loss,
         *,
+        accumulation: int = 1,
         lr_scheduler: LRScheduler | None = None,
         precision: str = "fp32",
         seed: int = 0,
@@ -101,6 +104,8 @@ class Stage:
         self._dtype = PRECISIONS[precision]
         lent: dict[int, StageWeights] = {p: stage.weights for p, stage in lenders.items()}
         self.weights: StageWeights = StageWeights(module, self._dtype, policy.separate, lent)
+        policy.attach(self.weights, optimizer)
+        self._accumulation = accumulation
         self._borrowers: list[Stage] = []
         for lender in set(lenders.values()):
             lender._borrowers.append(self)
@@ -130,7 +135,8 @@ class Stage:
             is to come back; on the last stage the share of this micro-batch in the update's
             mean loss, a scalar that nothing flows back to.
         """
-        flight = _InFlight(inputs, target, leaves=self.weights.leaves)
+        self.policy.before_forward(micro_batch // self._accumulation - self.version)
+        flight = _InFlight(inputs, target, self.weights.leaves, self.version)
         outputs = self.policy.forward(lambda: self._run(micro_batch, flight))
         if self.policy.keeps_graph:
             flight.needs = tuple(output.requires_grad for output in outputs)
@@ -179,9 +185,10 @@ class Stage:
             for weight in self.weights.working.values():
                 keeper = torch.autograd._unsafe_preserve_version_counter(weight)  # type: ignore[attr-defined]
                 kept.enter_context(keeper)
+            self.policy.before_update()
             self.optimizer.step()
             users = (self, *self._borrowers)
-            self.policy.publish(self.weights, sum(len(stage.in_flight) for stage in users))
+            self.policy.publish(sum(len(stage.in_flight) for stage in users))
         self.optimizer.zero_grad()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
@@ -189,12 +196,15 @@ class Stage:
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensors, target: Any) -> Tensors:
-        """Run forward in evaluation mode, with the working weights, keeping nothing.
+        """Run forward in evaluation mode, with the masters' values, keeping nothing.
+
+        Nothing is in flight.
 
         Returns:
             What goes to the next stage; on the last stage the summed loss and the number of
             tokens, both float64 scalars.
         """
+        self.policy.settle()
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
@@ -222,6 +232,7 @@ class Stage:
             "optimizer": _rename(self.optimizer.state_dict(), self._parameter_names()),
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
             "version": self.version,
+            "policy": self.policy.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -255,7 +266,7 @@ class Stage:
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.version = state["version"]
-        self.weights.write_in_place()
+        self.policy.load_state_dict(state["policy"])
 
     def _own(self, output: Tensor) -> Tensor:
         """``output`` to be handed on: a copy if it is a weight or a buffer, which may change
@@ -292,6 +303,7 @@ class Stage:
         self, micro_batch: int, flight: _InFlight, gradients: Tensors
     ) -> tuple[Tensors, Tensors]:
         """Where the backward starts, and with which gradients."""
+        self.policy.before_backward(self.version - flight.version)
         outputs = self.policy.graph(flight.outputs, lambda: self._run(micro_batch, flight))
         if not self.policy.keeps_graph:
             flight.leaves = self.weights.leaves

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 Tensors = tuple[Tensor, ...]
 
@@ -161,6 +162,44 @@ class WeightPolicy(abc.ABC):
         """The outputs to go backward from: those of the forward, or of another ``run``."""
         return outputs if self.keeps_graph else run()
 
+    def attach(self, weights: StageWeights, optimizer: Optimizer) -> None:
+        """Become the policy of one stage: its weights, and what updates their masters."""
+        self.weights = weights
+        self.optimizer = optimizer
+
+    def before_forward(self, delay: int) -> None:  # noqa: B027 - most policies do nothing here
+        """Let the working weights be those that the next forward is to see.
+
+        Args:
+            delay: updates that will have been applied here, since now, when the gradient of this
+                micro-batch is applied; it follows from the program, so it is known beforehand.
+        """
+
+    def before_backward(self, drift: int) -> None:  # noqa: B027 - most policies do nothing here
+        """Let the working weights be those that the next backward is to see.
+
+        Args:
+            drift: updates since the forward of this micro-batch.
+        """
+
+    def before_update(self) -> None:  # noqa: B027 - most policies do nothing here
+        """Take note of what the update that comes now will change."""
+
     @abc.abstractmethod
-    def publish(self, weights: StageWeights, num_in_flight: int) -> None:
-        """Bring an update of the masters to the working weights."""
+    def publish(self, num_in_flight: int) -> None:
+        """Bring an update of the masters to the working weights.
+
+        Args:
+            num_in_flight: micro-batches whose graphs hold working weights.
+        """
+
+    def settle(self) -> None:  # noqa: B027 - most policies do nothing here
+        """Let the working weights be the masters; nothing is in flight."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must be kept between two stretches, besides masters and optimizer."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state_dict`` gave; the masters have been loaded."""
+        self.weights.write_in_place()
