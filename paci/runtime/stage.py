@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -178,13 +177,7 @@ class Stage:
 
     def update(self) -> None:
         """Let the optimizer step on the masters, and publish them to the working weights."""
-        # Graphs in flight saved the weights that now change. Autograd would refuse their
-        # backward; that it multiplies with the new weights is what the method is about, so the
-        # version counters are kept as they were. (One by one: PyTorch 2.6 takes no tuple.)
-        with contextlib.ExitStack() as kept:
-            for weight in self.weights.working.values():
-                keeper = torch.autograd._unsafe_preserve_version_counter(weight)  # type: ignore[attr-defined]
-                kept.enter_context(keeper)
+        with self.weights.changing():
             self.policy.before_update()
             self.optimizer.step()
             users = (self, *self._borrowers)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -90,6 +91,19 @@ class StageWeights:
         """Let ``owner.attribute`` be the working weight ``name``, now and after each update."""
         self._places.setdefault(name, []).append((owner, attribute))
         owner.register_parameter(attribute, self.working[name])
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Let the working weights change inside, in place, though graphs in flight saved them.
+
+        Autograd would refuse their backward; that it multiplies with the new weights is what the
+        method is about, so the version counters are kept as they were.
+        """
+        with contextlib.ExitStack() as kept:
+            for weight in self.working.values():  # one by one: PyTorch 2.6 takes no tuple
+                keeper = torch.autograd._unsafe_preserve_version_counter(weight)  # type: ignore[attr-defined]
+                kept.enter_context(keeper)
+            yield
 
     def write_in_place(self) -> None:
         """Make the working weights equal to the masters, in the tensors that they are in.
