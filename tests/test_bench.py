@@ -12,7 +12,7 @@ import torch
 
 from paci.bench import turns
 from paci.bench.arms import Arm
-from paci.bench.questions import bare_s
+from paci.bench.overhead import bare_s
 from paci.bench.record import table
 from paci.bench.turns import take_turns
 from paci.bench.workers import run_workers

@@ -1,0 +1,60 @@
+"""``paci bench throughput``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from paci.bench.question import Race, Row, compared, numbers
+
+if TYPE_CHECKING:
+    from paci.bench.turns import Say
+
+
+@dataclass(frozen=True)
+class Throughput(Race):
+    """Real stages of a GPT on two workers, one core and one thread each.
+
+    Args:
+        micro_batches: of an update: numbers, separated by commas.
+        layers: blocks of the GPT.
+        width: of its residual stream.
+        sequences: of a micro-batch.
+        context: tokens of a sequence.
+    """
+
+    micro_batches: str = "2,4,8"
+    layers: int = 8
+    width: int = 256
+    sequences: int = 4
+    context: int = 128
+
+    name: ClassVar[str] = "throughput"
+    summary: ClassVar[str] = "real stages on two workers, ours and torch's schedules in turns"
+    columns: ClassVar[Mapping[str, str]] = {
+        "runtime": "{runtime}",
+        "schedule": "{schedule}",
+        "micro-batches": "{num_micro_batches}",
+        "tokens/s": "{tokens_per_s:,.0f}",
+        "spread": "{spread:.1%}",
+        "time against paci": "{time_ratio:.2f}",
+    }
+
+    def answer(self, say: Say) -> list[Row]:
+        """Rows of every arm, for each number of micro-batches."""
+        from paci.bench.arms import RIVALS, Arm
+        from paci.bench.workloads import GPTWork
+
+        work = GPTWork(
+            self.layers, self.width, max(1, self.width // 64), 256, self.sequences, self.context
+        )
+        rows: list[Row] = []
+        for m in numbers("micro_batches", self.micro_batches):
+            arms = [Arm("paci", "paci", m), Arm("paci", "1f1b", m)]
+            arms += [Arm("torch", name, m) for name in RIVALS]
+            outcomes = self._measure(
+                2, work, arms, say, num_updates=max(1, self.updates * 8 // m), pin=True
+            )
+            rows += compared(outcomes, 2, work.num_tokens * m)
+        return rows
