@@ -69,6 +69,7 @@ class Race(Question):
         say: Say,
         *,
         num_updates: int,
+        num_traced: int = 0,
         pin: bool = False,
     ) -> dict[Arm, Outcome]:
         """``take_turns`` with the options that all questions share."""
@@ -83,6 +84,7 @@ class Race(Question):
             pin=pin,
             timeout_s=self.timeout,
             say=say,
+            num_traced=num_traced,
         )
 
 
@@ -96,6 +98,15 @@ def row_of(arm: Arm, num_workers: int) -> dict[str, Any]:
         "num_stages": arm.num_stages(num_workers),
         "num_micro_batches": arm.num_micro_batches,
     }
+
+
+def add_limit(rows: Sequence[dict[str, Any]]) -> None:
+    """Say of every row what share it reaches of the limit's speed, turn by turn."""
+    limits_s = next((row.get("samples_s") for row in rows if row["runtime"] == "limit"), None)
+    for row in rows:
+        pairs = list(zip(limits_s or (), row.get("samples_s", ()), strict=False))
+        if pairs:
+            row["share_of_limit"] = statistics.median(limit / own for limit, own in pairs)
 
 
 def spread(values: Sequence[float]) -> float:
