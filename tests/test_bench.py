@@ -12,13 +12,15 @@ import torch
 
 from paci.bench import turns
 from paci.bench.arms import Arm
-from paci.bench.questions import bare_s
+from paci.bench.emulated import EmulatedWork
+from paci.bench.overhead import bare_s
 from paci.bench.record import table
 from paci.bench.turns import take_turns
 from paci.bench.workers import run_workers
-from paci.bench.workloads import EmptyWork, EmulatedWork, Slow
+from paci.bench.workloads import EmptyWork
 from paci.cli.app import main
 from paci.errors import ConfigError, WorkerError
+from paci.plan.cost import Slow
 
 
 def bench(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -134,8 +136,9 @@ def test_silence_ends(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_an_emulated_stage_takes_its_time():
-    work = EmulatedWork(0.02, 0.03, 0.01, 1, slow=(Slow(0, 0.05, micro_batch=1),))
-    stage = work.stage(0, 1)
+    slow = (Slow(0, 0.05, micro_batch=1),)
+    work = EmulatedWork(0.02, 0.03, 0.01, 1, slow=slow, num_micro_batches=2)
+    stage = work.stage(0, 1, 0)
     spent_s = []
     for _ in range(2):
         start_s = time.perf_counter()
@@ -151,7 +154,7 @@ def test_an_emulated_stage_takes_its_time():
 
 
 def test_a_late_message_is_waited_for():
-    stage = EmulatedWork(0.0, 0.0, 0.0, 2, 64, latency_s=0.05).stage(1, 2)
+    stage = EmulatedWork(0.0, 0.0, 0.0, 2, 64, latency_s=0.05).stage(1, 2, 1)
     message = torch.zeros(1, 8, dtype=torch.float64)
     message[0, 0] = time.perf_counter()
     sent_s = float(message[0, 0])

@@ -4,8 +4,8 @@ weight backward, the cost of splitting, and the bytes in flight of a GPT.
     OMP_NUM_THREADS=1 python docs/v/measure.py times      # writes times.json beside this file
     OMP_NUM_THREADS=1 python docs/v/measure.py memory
 
-``times`` compares in turns (A B A B) and prints medians. ``memory`` counts storages: what autograd
-saved, what is written down for weight backwards, what came in, without weights and buffers.
+``times`` compares in turns (A B A B) and prints medians. ``memory`` counts activations as
+``paci bench memory`` does.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 import paci
 from paci.models import GPTConfig, build_stage, build_stages
+from paci.runtime.memory import MemoryMeter
 from paci.runtime.stage import Stage
 from paci.runtime.weights.registry import make_weight_policy
 
@@ -90,61 +89,6 @@ def measure_times() -> None:
     FILE.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
 
 
-class Counter:
-    """Counts the bytes that each worker keeps for micro-batches in flight, after every action."""
-
-    def __init__(self, pipeline: paci.Pipeline) -> None:
-        self.peak_bytes = [0] * pipeline.schedule.num_workers
-        self._pipeline = pipeline
-        self._stage = 0
-        self._saved: dict[int, dict[int, tuple[StorageWeakRef, int]]] = {}
-        modules = [stage.module for stage in pipeline.stages.values()]
-        fixed = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        self._fixed = {t.untyped_storage().data_ptr() for t in fixed}
-        for index, stage in pipeline.stages.items():
-            for name in ("forward", "backward", "backward_input", "backward_weight"):
-                setattr(stage, name, self._counted(index, getattr(stage, name)))
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        """A hook for what autograd saves."""
-        self._note(self._stage, tensor)
-        return tensor
-
-    def _note(self, stage: int, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._fixed:
-            kept = self._saved.setdefault(stage, {})
-            kept[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-
-    def _counted(self, index: int, action: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            self._stage = index
-            result = action(*arguments)
-            stage = self._pipeline.stages[index]
-            for flight in stage.in_flight.values():
-                for tensor in flight.inputs + flight.outputs:
-                    self._note(index, tensor)
-                for _, compute in flight.ledger.entries:
-                    for each in compute.args:  # type: ignore[attr-defined]
-                        if isinstance(each, Tensor):
-                            self._note(index, each)
-                for _, gradient in flight.ledger.held:
-                    self._note(index, gradient)
-            self._sum(self._pipeline.schedule.worker_of(index))
-            return result
-
-        return run
-
-    def _sum(self, worker: int) -> None:
-        total = 0
-        for stage in self._pipeline.schedule.placement[worker]:
-            kept = self._saved.get(stage, {})
-            for key in [key for key, (ref, _) in kept.items() if ref.expired()]:
-                del kept[key]
-            total += sum(size for _, size in kept.values())
-        self.peak_bytes[worker] = max(self.peak_bytes[worker], total)
-
-
 def in_flight_bytes(schedule: paci.Schedule, num_blocks: int, sequences: int) -> list[int]:
     """Peak by worker, over enough updates to be in steady state.
 
@@ -157,14 +101,13 @@ def in_flight_bytes(schedule: paci.Schedule, num_blocks: int, sequences: int) ->
     modules = build_stages(config, cut, 0)
     optimizers = [torch.optim.SGD(module.parameters(), lr=1e-3) for module in modules]
     pipeline = paci.Pipeline(modules, schedule, optimizers, paci.CrossEntropy())
-    counter = Counter(pipeline)
+    meter = MemoryMeter(pipeline)
     a = schedule.accumulation
     tokens = torch.randint(config.vocab_size, (a * sequences, config.context + 1))
-    with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
-        for _ in range(2 + 2 * schedule.channel_capacity // a):
-            pipeline.step((tokens[:, :-1], tokens[:, 1:]))
-        pipeline.drain()
-    return counter.peak_bytes
+    for _ in range(2 + 2 * schedule.channel_capacity // a):
+        pipeline.step((tokens[:, :-1], tokens[:, 1:]))
+    pipeline.drain()
+    return [meter.peaks[worker].activation_bytes for worker in range(schedule.num_workers)]
 
 
 def measure_memory() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 
+from paci.bench.emulated import EmulatedStage
+from paci.bench.stretch import HeldBack, Stretch, settling_updates, without_waits
 from paci.bench.workloads import Work
 from paci.errors import ConfigError
 from paci.runtime.pipeline import Pipeline
@@ -35,9 +38,10 @@ class Arm:
     """One side of a comparison.
 
     Args:
-        runtime: ``paci`` or ``torch``.
+        runtime: ``paci``, ``torch``, or ``limit``: every worker computes its stage by itself, with
+            no pipeline, for as long as the slowest takes.
         schedule: a registered name with options (``paci:slack=1``), or the name of a class of
-            torch.distributed.pipelining.
+            torch.distributed.pipelining; of a limit, any word.
         num_micro_batches: of one update.
         share_memory: whether our processes may; torch's never do.
     """
@@ -50,6 +54,8 @@ class Arm:
     @property
     def transport(self) -> str:
         """What its messages go through on a CPU."""
+        if self.runtime == "limit":
+            return "nothing"
         return "shared memory" if self.runtime == "paci" and self.share_memory else "gloo"
 
     @property
@@ -62,6 +68,8 @@ class Arm:
 
     def num_stages(self, num_workers: int) -> int:
         """Stages of the whole pipeline."""
+        if self.runtime == "limit":
+            return num_workers
         if self.runtime == "torch":
             return num_workers * RIVALS[self.schedule][0]
         # A schedule says how many workers so many stages need.
@@ -76,8 +84,8 @@ class Arm:
 
     def open(self, work: Work, rank: int, num_workers: int) -> Running:
         """Build this process's part of it. All ranks must do so."""
-        kind: type[Running] = _Torch if self.runtime == "torch" else _Paci
-        return kind(self, work, rank, num_workers)
+        kinds: dict[str, type[Running]] = {"torch": _Torch, "limit": _Limit, "paci": _Paci}
+        return kinds[self.runtime](self, work, rank, num_workers)
 
 
 class Running(abc.ABC):
@@ -89,6 +97,14 @@ class Running(abc.ABC):
     @abc.abstractmethod
     def update(self) -> None:
         """Feed and run one update's micro-batches, as a training loop would."""
+
+    def linger(self, is_over: Callable[[], bool]) -> None:  # noqa: B027  (most have nothing to do)
+        """Keep this worker's core as busy as it was until the other workers are done too."""
+
+    def trace(self, num_updates: int) -> Stretch | None:
+        """Run a stretch with ``num_updates`` in steady state and look at it, where the runtime can.
+        All ranks must do so."""
+        return None
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -102,7 +118,7 @@ class _Paci(Running):
         num_stages = arm.num_stages(num_workers)
         schedule = make_schedule(arm.schedule, num_stages, arm.num_micro_batches)
         held = hosted_stages(schedule, rank, num_workers)
-        modules = [work.stage(index, num_stages) for index in held]
+        self._modules = modules = [work.stage(index, num_stages, rank) for index in held]
         self.pipeline = Pipeline(
             modules,
             schedule,
@@ -115,6 +131,27 @@ class _Paci(Running):
 
     def update(self) -> None:
         self.pipeline.step(self._batch)
+
+    def trace(self, num_updates: int) -> Stretch:
+        schedule = self.pipeline.schedule
+        self.pipeline.drain()
+        for module in self._modules:
+            if isinstance(module, EmulatedStage):
+                module.forget()
+        num_ends = settling_updates(schedule)
+        for _ in range(2 * num_ends + num_updates):
+            self.update()
+        trace = self.pipeline.trace()
+        held_back: dict[int, HeldBack] = {}
+        for part in self.pipeline.gather(
+            {
+                index: stage.module.held_back_s
+                for index, stage in self.pipeline.stages.items()
+                if isinstance(stage.module, EmulatedStage)
+            }
+        ):
+            held_back |= part
+        return Stretch(without_waits(trace, held_back), num_ends)
 
     def close(self) -> None:
         self.pipeline.drain()
@@ -136,7 +173,7 @@ class _Torch(Running):
         held = range(rank, num_stages, num_workers)
         if comes_back:
             held = (rank, num_stages - 1 - rank)  # type: ignore[assignment]
-        modules = [work.stage(index, num_stages) for index in held]
+        modules = [work.stage(index, num_stages, rank) for index in held]
         self._optimizers = [work.optimizer(module) for module in modules]
         stages = []
         for index, module in zip(held, modules, strict=True):
@@ -173,3 +210,43 @@ class _Torch(Running):
 
     def close(self) -> None:
         pass
+
+
+class _Limit(Running):
+    """A stage by itself, on inputs and output gradients that are there already."""
+
+    def __init__(self, arm: Arm, work: Work, rank: int, num_workers: int) -> None:
+        m = arm.num_micro_batches
+        self._work = work
+        self._module = work.stage(rank, num_workers, rank)
+        self._optimizer = work.optimizer(self._module)
+        taken, given = work.boundary(rank, num_workers)
+        inputs, targets = work.batch(m)
+        generator = torch.Generator().manual_seed(rank)
+        self._inputs = inputs.chunk(m)
+        if rank > 0:
+            self._inputs = tuple(_random(taken, generator) for _ in range(m))
+        self._targets = targets.chunk(m) if rank == num_workers - 1 else None
+        self._gradient = _random(given, generator)
+
+    def update(self) -> None:
+        for j, inputs in enumerate(self._inputs):
+            x = inputs.detach()
+            output = self._module(x.requires_grad_() if x.is_floating_point() else x)
+            if self._targets is None:
+                torch.autograd.backward((output,), (self._gradient,))
+            else:
+                self._work.loss(output, self._targets[j]).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def linger(self, is_over: Callable[[], bool]) -> None:
+        while not is_over():
+            self.update()
+
+    def close(self) -> None:
+        pass
+
+
+def _random(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(like.shape, dtype=like.dtype, generator=generator)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from paci.bench.questions import Row
+from paci.bench.question import Row
 from paci.errors import ConfigError
 from paci.train.report import versions
 

@@ -17,10 +17,12 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from paci.bench.arms import Arm
+from paci.bench.stretch import Stretch
 from paci.bench.workers import Report, run_workers
 from paci.bench.workloads import Work
 from paci.errors import WorkerError
 
+_LOOK = -1  # the turn in which an arm is traced
 _NUM_WARM = 2  # updates before the first turn
 Say = Callable[[str], None]
 
@@ -46,22 +48,35 @@ class _Turn(NamedTuple):
     problem: str = ""
 
 
+class _Traced(NamedTuple):
+    """Sent when an arm was looked at."""
+
+    arm: Arm
+    stretch: Stretch | None
+
+
 @dataclass
 class Outcome:
     """All that is known of an arm.
 
     Attributes:
+        arm: which.
         turns: the samples of every worker, by turn.
+        stretch: what it did, action by action, in a run of its own after all turns.
         problem: why it did not run, if it did not.
     """
 
+    arm: Arm
     turns: dict[int, list[Sample]] = field(default_factory=lambda: defaultdict(list))
+    stretch: Stretch | None = None
     problem: str = ""
 
     def updates_s(self, num_workers: int) -> list[float]:
-        """Wall time of an update in each whole turn: the mean of the workers'."""
+        """Wall time of an update in each whole turn: the mean of the workers'; of a limit that of
+        the slowest."""
+        over_workers = max if self.arm.runtime == "limit" else statistics.fmean
         return [
-            statistics.fmean(sample.update_s for sample in turn)
+            over_workers([sample.update_s for sample in turn])
             for turn in self.turns.values()
             if len(turn) == num_workers
         ]
@@ -85,6 +100,7 @@ def take_turns(
     pin: bool,
     timeout_s: float,
     say: Say,
+    num_traced: int = 0,
 ) -> dict[Arm, Outcome]:
     """Measure ``arms``.
 
@@ -97,11 +113,12 @@ def take_turns(
         pin: whether each worker keeps to one core.
         timeout_s: longest silence.
         say: told of progress.
+        num_traced: updates in steady state of the stretch that is traced in the end; 0 for none.
 
     Returns:
         By arm. An interruption (Ctrl-C) ends it early: arms without samples say so.
     """
-    outcomes = {arm: Outcome() for arm in arms}
+    outcomes = {arm: Outcome(arm) for arm in arms}
     left = list(arms)
     started: Arm | None = None
     while left:
@@ -114,9 +131,13 @@ def take_turns(
                 work,
                 todo,
                 num_updates,
+                num_traced,
                 pin=pin,
                 timeout_s=timeout_s,
             ):
+                if isinstance(told.value, _Traced):
+                    outcomes[told.value.arm].stretch = told.value.stretch
+                    continue
                 turn: _Turn = told.value
                 started = turn.arm
                 if turn.sample is not None:
@@ -124,7 +145,8 @@ def take_turns(
                 elif turn.problem:
                     outcomes[turn.arm].problem = turn.problem
                 elif told.rank == 0:
-                    say(f"{turn.arm.label}: turn {turn.turn + 1} of {num_turns}")
+                    which = f"turn {turn.turn + 1} of {num_turns}"
+                    say(f"{turn.arm.label}: {'a look' if turn.turn == _LOOK else which}")
             return outcomes
         except WorkerError as error:
             if started not in left:
@@ -151,8 +173,9 @@ def _measure(
     work: Work,
     todo: dict[Arm, list[int]],
     num_updates: int,
+    num_traced: int,
 ) -> None:
-    """What a worker does: build all arms, then run them in turns."""
+    """What a worker does: build all arms, then run them in turns, then look at each."""
     running = {}
     for arm in todo:
         report(_Turn(arm, 0, None))
@@ -182,6 +205,16 @@ def _measure(
                 arm_running.update()
             update_s = (time.perf_counter() - start_s) / num_updates
             host_s = (time.thread_time() - start_host_s) / num_updates
+            all_done = dist.barrier(async_op=True)
+            assert all_done is not None
+            arm_running.linger(all_done.is_completed)
+            all_done.wait()
             report(_Turn(arm, turn, Sample(update_s, host_s)))
+    for arm, arm_running in running.items() if num_traced else ():
+        report(_Turn(arm, _LOOK, None))
+        dist.barrier()
+        stretch = arm_running.trace(num_traced)
+        if rank == 0:
+            report(_Traced(arm, stretch))
     for arm_running in running.values():
         arm_running.close()

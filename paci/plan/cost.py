@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paci.errors import ConfigError
-from paci.schedule.action import Kind, Message, Payload
+from paci.schedule.action import SENDS_GRADIENT, Kind, Message, Payload
 from paci.schedule.base import Schedule, require_count
 
 Seconds = NDArray[np.float64]
@@ -106,6 +106,29 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Slow:
+    """A disturbance that does not change: a worker takes longer, forward and backward each, with
+    one micro-batch of every update or with all of them. Its stages share the time.
+
+    Attributes:
+        worker: which.
+        extra_s: seconds more for a forward, and as many for a backward (its first half, where it is
+            split).
+        micro_batch: which one of every update, from 0; None for all.
+    """
+
+    worker: int
+    extra_s: float
+    micro_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        require_count("worker", self.worker, least=0)
+        require_amount("extra_s", self.extra_s)
+        if self.micro_batch is not None:
+            require_count("micro_batch", self.micro_batch, least=0)
+
+
+@dataclass(frozen=True)
 class Costs:
     """What a run costs.
 
@@ -117,6 +140,7 @@ class Costs:
             gamma distribution with mean 1 and this standard deviation.
         seed: of all draws.
         overhead_s: seconds that a worker loses after each action, receiving and sending.
+        slow: disturbances.
     """
 
     stages: tuple[StageCost, ...]
@@ -125,6 +149,7 @@ class Costs:
     jitter: float = 0.0
     seed: int = 0
     overhead_s: float = 0.0
+    slow: tuple[Slow, ...] = ()
 
     def __post_init__(self) -> None:
         require_amount("jitter", self.jitter)
@@ -197,6 +222,8 @@ class Draws:
             num = num_updates if kind is Kind.UPDATE else num_micro_batches
             fixed = np.array([stage.seconds(kind) for stage in costs.stages])
             self.seconds[kind] = self._vary(fixed, num, place)
+        for each in costs.slow:
+            self._slow_down(each, schedule)
         worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
         for place, payload in enumerate(Payload):
             self._add_links(payload, worker_of, num_micro_batches, len(Kind) + place)
@@ -211,6 +238,20 @@ class Draws:
         spread = self.costs.jitter**2
         factors = self._generator(place).gamma(1 / spread, spread, size=shape[::-1])
         return fixed[:, None] * factors.T
+
+    def _slow_down(self, slow: Slow, schedule: Schedule) -> None:
+        if slow.worker >= schedule.num_workers:
+            raise ConfigError(
+                f"a slow worker must be one of the {schedule.num_workers} of {schedule}, got "
+                f"{slow.worker}; count workers from 0"
+            )
+        stages = list(schedule.placement[slow.worker])
+        first, step = slow.micro_batch, schedule.accumulation
+        chosen = slice(None) if first is None else slice(first, None, step)
+        for kind in (Kind.FORWARD, *SENDS_GRADIENT):
+            self.seconds[kind] = self.seconds[kind].copy()
+            self.seconds[kind][stages, chosen] += slow.extra_s / len(stages)
+        self.vary = True
 
     def _add_links(self, payload: Payload, worker_of: list[int], num: int, place: int) -> None:
         num_stages = len(worker_of)

@@ -196,6 +196,11 @@ class RemoteReceiver(Receiver):
         self._specs = None
         self._link.restart()
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Of the receives that are posted ahead."""
+        return sum(tensor.nbytes for posted in self._posted for tensor, _ in posted)
+
     def _take(self, message: Message, specs: list[Spec]) -> Tensors:
         taken = []
         for (tensor, work), spec in zip(self._posted.popleft(), specs, strict=True):

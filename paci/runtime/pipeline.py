@@ -26,6 +26,7 @@ from paci.runtime.loss import as_loss, divisor
 from paci.runtime.recorder import Recorder
 from paci.runtime.stage import Target
 from paci.runtime.status import Status, StatusBoard, combine
+from paci.runtime.transport import Transport
 from paci.runtime.weights.registry import make_weight_policy
 from paci.runtime.world import World
 from paci.schedule.base import Schedule, require_count
@@ -163,6 +164,11 @@ class Pipeline:
     def holds_last(self) -> bool:
         """Whether this process holds the last stage: needs targets, and knows the losses."""
         return self.schedule.num_stages - 1 in self.stages
+
+    @property
+    def transport(self) -> Transport:
+        """The ends of channels that this process holds."""
+        return self._engine.transport
 
     @property
     def num_micro_batches(self) -> int:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from paci.errors import ConfigError
 from paci.plan.profile import LayerProfile, Profile
 from paci.runtime.batch import as_tensors
+from paci.runtime.memory import kept_by_forward
 from paci.runtime.transport import Tensors
 from paci.schedule.base import require_count
 
@@ -143,21 +144,13 @@ class _Bench:
 
     def _kept(self) -> tuple[int, Tensors]:
         """Bytes that the graph of one forward keeps, weights left out, each storage once."""
-        own = {
-            each.untyped_storage().data_ptr()
-            for each in (*self._layer.parameters(), *self._layer.buffers())
-        }
-        kept: dict[int, int] = {}
+        made: list[Tensors] = []
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+        def run() -> Tensors:
+            made.append(self._run())
+            return ()
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = self._run()
-        return sum(kept.values()), outputs
+        return kept_by_forward(self._layer, run).activation_bytes, made[0]
 
     def _times(self, optimizer: Optimizer | None) -> dict[str, float]:
         """Seconds of one forward, backward, backward to the input, and update."""

@@ -27,6 +27,7 @@ import struct
 import tempfile
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ from paci.schedule.action import Message
 AVAILABLE = hasattr(socket, "AF_UNIX") and hasattr(socket, "send_fds")
 
 _FREE, _SENT, _HELD = 0, 1, 2
+_SLOTS_A_MESSAGE = 2  # of those that may be under way: one for it, one in the receiver's hands
 _ALIGNMENT_BYTES = 64  # as torch's own allocator: kernels give the same bits
 _SLOT = struct.Struct("<H")
 _HEADER = struct.Struct("<QI?")  # bytes of a slot, bytes of the description, whether memory comes
@@ -116,6 +118,12 @@ class _Memory:
         start = self._first + index * self.slot_bytes
         return self._bytes[start : start + self.slot_bytes]
 
+    @property
+    def addresses(self) -> range:
+        """Of all slots, in this process."""
+        start = torch.frombuffer(self._bytes, dtype=torch.uint8, offset=self._first).data_ptr()
+        return range(start, start + self.num_slots * self.slot_bytes)
+
     def free_slot(self) -> int:
         """The first free slot, or -1: of few slots in use, all stay in the cache."""
         return self._map.find(bytes((_FREE,)), 0, self.num_slots)
@@ -138,6 +146,20 @@ def _tensors_in(slot: memoryview, specs: list[Spec]) -> Tensors:
         tensors.append(flat.view(spec.shape))
         offset += _aligned(spec.num_bytes)
     return tuple(tensors)
+
+
+def ring_bytes(message_bytes: Sequence[int], capacity: int) -> int:
+    """Memory of a channel.
+
+    Args:
+        message_bytes: of each tensor of a message.
+        capacity: messages that may be under way; as many again may be in the receiver's hands.
+    """
+    return _SLOTS_A_MESSAGE * capacity * _slot_bytes(message_bytes)
+
+
+def _slot_bytes(message_bytes: Sequence[int]) -> int:
+    return max(_ALIGNMENT_BYTES, sum(map(_aligned, message_bytes)))
 
 
 def _aligned(num_bytes: int) -> int:
@@ -196,10 +218,10 @@ class SharedSender(Sender):
             raise changed(message, self._specs, specs)
         self._specs = specs
         text = encode(specs)
-        slot_bytes = max(_ALIGNMENT_BYTES, sum(_aligned(spec.num_bytes) for spec in specs))
+        slot_bytes = _slot_bytes([spec.num_bytes for spec in specs])
         files: list[int] = []
         if self._memory is None or self._memory.slot_bytes < slot_bytes:
-            self._memory, file = _Memory.create(slot_bytes, 2 * self._capacity)
+            self._memory, file = _Memory.create(slot_bytes, _SLOTS_A_MESSAGE * self._capacity)
             files.append(file)
         memory = self._memory
         header = _HEADER.pack(memory.slot_bytes, len(text), bool(files))
@@ -278,6 +300,17 @@ class SharedReceiver(Receiver):
         """Close the connection; what was received stays valid."""
         self._connection.close()
 
+    @property
+    def reserved_bytes(self) -> int:
+        """All slots; of those never used the system holds nothing yet."""
+        memory = self._memory
+        return 0 if memory is None else memory.num_slots * memory.slot_bytes
+
+    def holds(self, address: int) -> bool:
+        """Whether ``address`` is in a slot."""
+        memory = self._memory
+        return memory is not None and address in memory.addresses
+
     def _hold(self, memory: _Memory, index: int, slot: memoryview) -> None:
         """Keep a slot until no tensor refers to it any more."""
         held, marks = self._held, memory.marks
@@ -299,7 +332,7 @@ class SharedReceiver(Receiver):
             raise self._ends.failure("receive", message, timed_out=False)
         slot_bytes, num_bytes, memory_comes = _HEADER.unpack(header)
         if memory_comes:
-            self._memory = _Memory(files[0], slot_bytes, 2 * self._capacity)
+            self._memory = _Memory(files[0], slot_bytes, _SLOTS_A_MESSAGE * self._capacity)
             self._held = {}
         return decode(self._read(num_bytes, message))
 

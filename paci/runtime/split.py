@@ -11,6 +11,8 @@ It is the arithmetic that autograd does itself, so the gradients are the same bi
 half the graph is gone and with it every activation but those; the second half needs no weights. So
 an update in between changes nothing about the gradients that are still to come.
 
+A layer of one's own can do the same: see ``PutsOff``.
+
 What else has weights (norms, convolutions, whatever is compiled) is differentiated in the first
 half as always. Those gradients are held, and added with the others in the second half: an update
 that comes before it belongs to earlier micro-batches and must not have them.
@@ -23,7 +25,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,10 @@ class Ledger:
     entries: list[tuple[Tensors, Callable[[], Tensors]]] = field(default_factory=list)
     held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
+    def put_off(self, weights: Tensors, compute: Callable[[], Tensors]) -> None:
+        """Leave the gradients of ``weights`` for later, when ``compute`` is called to give them."""
+        self.entries.append((weights, compute))
+
     def settle(self) -> None:
         """Compute what was put off, and add all of it to the gradients of the weights."""
         while self.entries:
@@ -59,8 +65,23 @@ class Ledger:
                 add(gradient)
 
 
+@runtime_checkable
+class PutsOff(Protocol):
+    """A layer of one's own that can put its weight gradients off.
+
+    It computes with a ``torch.autograd.Function`` whose backward returns the gradients of the
+    layer's inputs and calls ``ledger.put_off`` for its weights, with a function that needs nothing
+    which an update changes.
+    """
+
+    def forward_split(self, ledger: Ledger, *inputs: Any) -> Any:
+        """What runs instead of ``forward`` for a micro-batch whose backward may be split."""
+        ...
+
+
 class Splitter:
-    """Lets the linear layers and embeddings of a module put their weight gradients off.
+    """Lets the linear layers and embeddings of a module, and whatever ``PutsOff``, put their weight
+    gradients off.
 
     While nothing is recorded they do what they always did.
 
@@ -127,20 +148,28 @@ class Splitter:
             warnings.warn(
                 f"stage {self._index}: the gradients of {num_held / num_all:.0%} of its weights "
                 f"cannot be put off and are computed with the input gradient, so its weight "
-                f"backward has little left to do; only nn.Linear and nn.Embedding can be split, "
-                f"outside of autocast and torch.compile",
+                f"backward has little left to do; only nn.Linear, nn.Embedding and layers "
+                f"with forward_split can be split, outside of autocast and torch.compile",
                 stacklevel=2,
             )
 
 
-def _own_forward(layer: nn.Module) -> Callable[..., Tensor] | None:
-    """What ``layer`` is to run instead of PyTorch's own ``forward``; None where it has another."""
+def _own_forward(layer: nn.Module) -> Callable[..., Any] | None:
+    """What ``layer`` is to run instead of its ``forward``; None where that cannot be split."""
     forward = type(layer).forward
+    if isinstance(layer, PutsOff):
+        return _put_off
     if isinstance(layer, nn.Linear) and forward is nn.Linear.forward:
         return _linear
     if isinstance(layer, nn.Embedding) and forward is nn.Embedding.forward:
         return _embedding if layer.max_norm is None and not layer.sparse else None
     return None
+
+
+def _put_off(layer: Any, splitter: Splitter, *inputs: Any) -> Any:
+    if splitter.ledger is None or not torch.is_grad_enabled():
+        return type(layer).forward(layer, *inputs)
+    return layer.forward_split(splitter.ledger, *inputs)
 
 
 def _can_put_off(splitter: Splitter, *leaves: Tensor | None) -> bool:
@@ -186,9 +215,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         bias = ctx.bias if ctx.needs_input_grad[2] else None
         leaves = (ctx.weight,) if bias is None else (ctx.weight, bias)
-        ctx.ledger.entries.append(
-            (leaves, functools.partial(_of_linear, x.detach(), dy, len(leaves)))
-        )
+        ctx.ledger.put_off(leaves, functools.partial(_of_linear, x.detach(), dy, len(leaves)))
         return dy.matmul(weight) if ctx.needs_input_grad[0] else None, None, None, None
 
 
@@ -222,7 +249,7 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, None, None]:
         compute = functools.partial(_of_embedding, dy, ctx.ids, ctx.options)
-        ctx.ledger.entries.append(((ctx.weight,), compute))
+        ctx.ledger.put_off((ctx.weight,), compute)
         return None, None, None, None, None
 
 

@@ -115,6 +115,15 @@ class Receiver(abc.ABC):
     def close(self) -> None:  # noqa: B027
         """See ``Sender.close``."""
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Memory that is set aside for messages to come into."""
+        return 0
+
+    def holds(self, address: int) -> bool:
+        """Whether what lies at ``address`` lies in that memory."""
+        return False
+
 
 class LocalChannel(Sender, Receiver):
     """Both ends are in this process; storage is handed over, not copied, on one device.
@@ -172,6 +181,10 @@ class Transport:
     def receive(self, message: Message) -> Tensors:
         """Wait for a message; see ``Receiver.receive``."""
         return self._receivers[message[:2]].receive(message)
+
+    def receivers_of(self, stage: int) -> list[Receiver]:
+        """The ends that ``stage`` receives on."""
+        return [receiver for (_, target), receiver in self._receivers.items() if target == stage]
 
     def finish(self) -> None:
         """End the stretch on every channel. All processes must do so."""

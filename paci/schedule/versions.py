@@ -135,6 +135,20 @@ def analyse(schedule: Schedule, num_updates: int) -> tuple[StageVersions, ...]:
     )
 
 
+def peak_versions(schedule: Schedule, stage: int, num_updates: int) -> int:
+    """Most versions of ``stage`` that are in use at any time within ``num_updates`` updates from an
+    empty pipeline: the newest, and those that micro-batches in flight saw in their forward."""
+    worker = schedule.worker_of(stage)
+    cursor, log, peak = Cursor(schedule, worker), VersionLog(), 0
+    cursor.feed(num_updates * schedule.accumulation)
+    cursor.drain()
+    for action in cursor.actions():
+        if action.stage == stage:
+            log.record(action)
+            peak = max(peak, len({log.version, *log.in_flight.values()}))
+    return peak
+
+
 def peak_on_workers(schedule: Schedule, num_updates: int) -> tuple[int, ...]:
     """Most micro-batches in flight on each worker at any time, over all its stages, within
     ``num_updates`` updates from an empty pipeline: each counts once for every stage it is at."""

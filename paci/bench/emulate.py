@@ -1,0 +1,212 @@
+"""``paci bench emulate``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from paci.bench.question import Race, Row, compared, require_times
+from paci.bench.stretch import add_forecasts
+from paci.errors import ConfigError
+from paci.plan.cost import Costs, Link, Slow, StageCost
+from paci.plan.predict import steady_state
+from paci.schedule.base import Schedule, require_count
+from paci.schedule.registry import make_schedule
+
+if TYPE_CHECKING:
+    from paci.bench.arms import Arm
+    from paci.bench.turns import Say
+
+
+@dataclass(frozen=True)
+class Emulate(Race):
+    """Stages that wait instead of computing, so that many workers fit on few cores.
+
+    Args:
+        workers: processes.
+        micro_batches: of an update; 0 for as many as workers.
+        forward_ms: of what a worker holds.
+        backward_ms: likewise, both halves.
+        weight_ms: of ``backward_ms``, what a split backward puts off.
+        message_bytes: from stage to stage.
+        latency_ms: that a message takes longer than the machine's own transport.
+        slow_worker: ``W:MS``, the forwards and backwards of worker W take MS longer each.
+        slow_micro_batch: ``J:W:MS``, those of micro-batch J of every update do.
+        schedules: ours, separated by spaces.
+        rivals: torch's, likewise.
+    """
+
+    workers: int = 8
+    micro_batches: int = 0
+    forward_ms: float = 10.0
+    backward_ms: float = 20.0
+    weight_ms: float = 10.0
+    message_bytes: int = 65536
+    latency_ms: float = 0.0
+    slow_worker: str = ""
+    slow_micro_batch: str = ""
+    schedules: str = "paci paci:slack=1 1f1b"
+    rivals: str = "Schedule1F1B"
+
+    name: ClassVar[str] = "emulate"
+    summary: ClassVar[str] = "8 to 16 workers on few cores: everything is real but arithmetic"
+    columns: ClassVar[Mapping[str, str]] = {
+        "runtime": "{runtime}",
+        "schedule": "{schedule}",
+        "workers": "{num_workers}",
+        "micro-batches": "{num_micro_batches}",
+        "utilization": "{utilization:.3f}",
+        "predicted": "{predicted_utilization:.3f}",
+        "asked / time": "{asked_share:.3f}",
+        "predicted asked / time": "{predicted_asked_share:.3f}",
+        "ideal": "{ideal_share:.3f}",
+        "spread": "{spread:.1%}",
+        "time against paci": "{time_ratio:.2f}",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count("workers", self.workers, least=2)
+        require_count("micro_batches", self.micro_batches, least=0)
+        require_count("message_bytes", self.message_bytes, least=8)
+        require_times(
+            forward_ms=self.forward_ms,
+            backward_ms=self.backward_ms,
+            weight_ms=self.weight_ms,
+            latency_ms=self.latency_ms,
+        )
+        if not self.forward_ms + self.backward_ms > 0:
+            raise ConfigError("forward_ms + backward_ms must be above 0, got 0; pass a time")
+        if self.weight_ms > self.backward_ms:
+            raise ConfigError(
+                f"weight_ms must be at most backward_ms, of which it is a part, got "
+                f"{self.weight_ms:g} of {self.backward_ms:g}; pass less"
+            )
+        for each in self.slow:
+            if each.worker >= self.workers or (each.micro_batch or 0) >= self._num_micro_batches:
+                raise ConfigError(
+                    f"what is slow must be one of {self.workers} workers and "
+                    f"{self._num_micro_batches} micro-batches, got worker {each.worker} and "
+                    f"micro-batch {each.micro_batch}; count from 0"
+                )
+
+    @property
+    def slow(self) -> tuple[Slow, ...]:
+        """The disturbances that are asked for."""
+        found = []
+        if self.slow_worker:
+            worker, ms = _parts("slow_worker", "W:MS", self.slow_worker)
+            found.append(Slow(int(worker), ms / 1e3))
+        if self.slow_micro_batch:
+            j, worker, ms = _parts("slow_micro_batch", "J:W:MS", self.slow_micro_batch)
+            found.append(Slow(int(worker), ms / 1e3, int(j)))
+        return tuple(found)
+
+    def answer(self, say: Say) -> list[Row]:
+        """Rows of every arm."""
+        from paci.bench.arms import RIVALS, Arm
+
+        n, m = self.workers, self._num_micro_batches
+        unknown = sorted(set(self.rivals.split()) - RIVALS.keys())
+        if unknown:
+            raise ConfigError(
+                f"rivals must be some of {', '.join(RIVALS)}, got {unknown[0]!r}; choose of them"
+            )
+        arms = [Arm("paci", name, m) for name in self.schedules.split()]
+        arms += [Arm("torch", name, m) for name in self.rivals.split()]
+        planned = {arm: _schedule(arm, n) for arm in arms}
+        outcomes = self._measure(
+            n,
+            self._work(list(planned.values())),
+            arms,
+            say,
+            num_updates=self.updates,
+            num_traced=max(4, self.updates // 2),
+        )
+        rows = compared(outcomes, n, m)
+        add_forecasts(rows, [each.stretch for each in outcomes.values()], self.slow)
+        asked_s = self._asked_s()
+        for row, schedule in zip(rows, planned.values(), strict=True):
+            for given, share in (
+                ("update_s", "asked_share"),
+                ("predicted_update_s", "predicted_asked_share"),
+            ):
+                if given in row:
+                    row[share] = asked_s / row[given]
+            if schedule is not None:
+                expected = steady_state(schedule, self._costs(schedule))
+                row["ideal_share"] = asked_s / expected.update_s
+        return list(rows)
+
+    @property
+    def _num_micro_batches(self) -> int:
+        return self.micro_batches or self.workers
+
+    def _asked_s(self) -> float:
+        """What an update asks of a worker, on average."""
+        m = self._num_micro_batches
+        extra_s = sum(2 * s.extra_s * (m if s.micro_batch is None else 1) for s in self.slow)
+        return m * (self.forward_ms + self.backward_ms) / 1e3 + extra_s / self.workers
+
+    def _work(self, schedules: Sequence[Schedule | None]) -> Any:
+        """Whole backwards are one wait, unless some schedule splits them."""
+        from paci.bench.emulated import EmulatedWork
+
+        weight_ms = self.weight_ms if any(map(_splits, schedules)) else 0.0
+        return EmulatedWork(
+            self.forward_ms / 1e3,
+            (self.backward_ms - weight_ms) / 1e3,
+            weight_ms / 1e3,
+            self.workers,
+            self.message_bytes,
+            self.latency_ms / 1e3,
+            self.slow,
+            self._num_micro_batches,
+        )
+
+    def _costs(self, schedule: Schedule) -> Costs:
+        """What is asked for, with no host time at all."""
+        share = schedule.num_workers / schedule.num_stages / 1e3
+        stage = StageCost(
+            self.forward_ms * share,
+            self.backward_ms * share,
+            backward_weight_s=self.weight_ms * share,
+        )
+        link = Link(self.latency_ms / 1e3)
+        return Costs((stage,) * schedule.num_stages, link, slow=self.slow)
+
+
+def _schedule(arm: Arm, num_workers: int) -> Schedule | None:
+    """What an arm runs; None where that is not known, or PyTorch refuses it."""
+    from paci.runtime.torch_schedules import TORCH_SCHEDULES, torch_schedule
+
+    m = arm.num_micro_batches
+    if arm.runtime == "paci":
+        return make_schedule(arm.schedule, arm.num_stages(num_workers), m)
+    if arm.schedule == "Schedule1F1B":  # see paci.runtime.torch_schedules
+        return make_schedule("1f1b", num_workers, m)
+    for name, (family, _, _) in TORCH_SCHEDULES.items():
+        if family == arm.schedule:
+            try:
+                return torch_schedule(name, num_workers, m)
+            except ConfigError:
+                return None
+    return None
+
+
+def _splits(schedule: Schedule | None) -> bool:
+    return schedule is not None and any(map(schedule.splits_backward, range(schedule.num_stages)))
+
+
+def _parts(what: str, form: str, text: str) -> list[float]:
+    """Numbers between colons."""
+    parts = text.split(":")
+    try:
+        found = [float(part) for part in parts]
+    except ValueError:
+        found = []
+    counts = found[:-1]
+    if len(found) != form.count(":") + 1 or any(c < 0 or c % 1 for c in counts) or found[-1] < 0:
+        raise ConfigError(f"{what} must be {form}, numbers of at least 0, got {text!r}; write so")
+    return found
