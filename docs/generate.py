@@ -67,7 +67,7 @@ def _section(name: str) -> list[str]:
 
 def benchmarks(folder: Path) -> None:
     """``benchmarks.md``: the tables of the results that are committed."""
-    columns = {question.name: question.columns for question in QUESTIONS}
+    questions = {question.name: question for question in QUESTIONS}
     lines = [
         "# Benchmarks",
         "",
@@ -80,13 +80,14 @@ def benchmarks(folder: Path) -> None:
     for path in sorted((ROOT / "results").rglob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         machine, versions = result["machine"], result["versions"]
+        question = questions[result["bench"]]
         lines += ["", f"## {path.relative_to(ROOT / 'results').with_suffix('')}", ""]
         lines += ["```bash", result["command"], "```", ""]
         lines += [
             f"{machine['num_cores']} cores of {machine['processor']}, PyTorch "
             f"{versions['torch']}, {result['date']}.",
             "",
-            table(result["rows"], columns[result["bench"]]),
+            table(question.summarize(result["rows"]), question.columns),
         ]
     (folder / "benchmarks.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -47,6 +47,6 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     command = shlex.join(["paci", *arguments])
     result = record(question.name, command, dataclasses.asdict(question), rows)
     path = save(result, Path(options.out))
-    print(json.dumps(result) if options.json else table(rows, question.columns))
+    print(json.dumps(result) if options.json else table(question.summarize(rows), question.columns))
     print(f"written to {path}", file=sys.stderr)
     return 130 if any(row.get("problem") == "interrupted" for row in rows) else 0
