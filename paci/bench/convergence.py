@@ -54,7 +54,8 @@ class Convergence(Question):
         evaluations: of a run, evenly spread; each drains the pipeline.
         extra: further options of every run, as ``KEY=VALUE`` separated by spaces.
         jobs: runs at a time; 0 for as many as there are cores.
-        store: a file of JSON lines, one a run; runs that are in it are not made again.
+        store: a file of JSON lines, one a run; runs that are in it are not made again,
+            unless they failed.
         timeout: longest time of a run, in seconds.
     """
 
@@ -110,7 +111,7 @@ class Convergence(Question):
         store = Path(self.store)
         wanted = list(self.runs())
         known = read_runs(store)
-        missing = [run for run in wanted if _key(run) not in known]
+        missing = [run for run in wanted if "val_loss" not in known.get(_key(run), {})]
         say(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them in {store}")
         store.parent.mkdir(parents=True, exist_ok=True)
         started, interrupted = time.perf_counter(), False
