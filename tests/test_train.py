@@ -110,10 +110,12 @@ def test_the_seed_decides_and_the_cut_does_not(shop: Shop):
     assert len({shop.train(stages=n, **options)["weights_sha256"] for n in (1, 2, 4)}) == 3
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "nadam"])
 def test_without_asynchrony_the_pipeline_is_a_plain_training_loop(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ):
     options = {
+        "optimizer": optimizer,
         "schedule": "1f1b",
         "accumulation": 4,
         "dropout": 0.0,
@@ -127,7 +129,7 @@ def test_without_asynchrony_the_pipeline_is_a_plain_training_loop(
     found = shop.train(**options, out=out, log_every=1)
     monkeypatch.setenv("PACI_CACHE", shop.env["PACI_CACHE"])
     for num_parts, is_exact in ((4, True), (1, False)):
-        model, losses, rates = plain_loop(shop.corpus, num_parts)
+        model, losses, rates = plain_loop(shop.corpus, num_parts, optimizer)
         logged = [row for row in cli.rows(out) if "loss" in row]
         if is_exact:
             digests = layer_digests(dict(model.named_parameters()))
@@ -137,7 +139,9 @@ def test_without_asynchrony_the_pipeline_is_a_plain_training_loop(
         assert [row["learning_rate"] for row in logged] == pytest.approx(rates, rel=1e-12)
 
 
-def plain_loop(corpus: Path, num_parts: int) -> tuple[torch.nn.Module, list[float], list[float]]:
+def plain_loop(
+    corpus: Path, num_parts: int, optimizer: str
+) -> tuple[torch.nn.Module, list[float], list[float]]:
     """What the run above does, on one device; also the losses, and the rates after each update."""
     data = prepare(str(corpus), "bytes")
     config = gpt_config(
@@ -149,17 +153,31 @@ def plain_loop(corpus: Path, num_parts: int) -> tuple[torch.nn.Module, list[floa
         width=32,
     )
     model = build_stage(config, config.layer_range, seed=5)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
+    inside = [
+        p for n, p in model.named_parameters() if p.dim() > 1 and ("attention" in n or "mlp" in n)
+    ]
+    chosen = {id(p) for p in inside}
     others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=3e-3,
-        betas=(0.9, 0.95),
-    )
+    ends = [p for p in model.parameters() if p.dim() > 1 and id(p) not in chosen]
+    groups = [
+        {"params": ends + inside, "weight_decay": 0.1},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    parts_of: list[torch.optim.Optimizer]
+    if optimizer == "muon":
+        groups[0]["params"] = ends
+        muon = torch.optim.Muon(
+            inside, lr=3e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
+        parts_of = [muon, torch.optim.AdamW(groups, betas=(0.9, 0.95))]
+    elif optimizer == "adamw":
+        parts_of = [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
+    else:
+        parts_of = [torch.optim.NAdam(groups, betas=(0.9, 0.95), decoupled_weight_decay=True)]
     sampler = Sampler(data.train, context=32, batch_size=16, seed=5)
     losses, rates = [], []
     for update in range(20):
-        for group in optimizer.param_groups:
+        for group in (group for part in parts_of for group in part.param_groups):
             group["lr"] = learning_rate(update)
         inputs, targets = (torch.from_numpy(part) for part in sampler.batch(update))
         parts = zip(inputs.chunk(num_parts), targets.chunk(num_parts), strict=True)
@@ -170,8 +188,9 @@ def plain_loop(corpus: Path, num_parts: int) -> tuple[torch.nn.Module, list[floa
             loss = loss / targets.numel()
             loss.backward()
             total += loss.detach()
-        optimizer.step()
-        optimizer.zero_grad()
+        for part in parts_of:
+            part.step()
+        model.zero_grad()
         losses.append(total.item())
         rates.append(learning_rate(update + 1))
     return model, losses, rates
