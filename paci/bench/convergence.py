@@ -30,6 +30,7 @@ from paci.schedule.base import require_count
 if TYPE_CHECKING:
     from paci.bench.turns import Say
 
+_HELD_OUT_BATCHES = 100
 _TOLD = 200  # characters of a failed run's last words
 
 
@@ -51,6 +52,8 @@ class Convergence(Question):
         context: tokens of a sequence.
         data: as of ``paci train``.
         precision: likewise.
+        held_out: text, as of ``paci train``, on which each run's last checkpoint is evaluated
+            besides (``held_out_loss``); none by default.
         evaluations: of a run, evenly spread; each drains the pipeline.
         extra: further options of every run, as ``KEY=VALUE`` separated by spaces.
         jobs: runs at a time; 0 for as many as there are cores.
@@ -73,6 +76,7 @@ class Convergence(Question):
     context: int = 64
     data: str = "stdlib"
     precision: str = "fp32"
+    held_out: str = ""
     evaluations: int = 12
     extra: str = ""
     jobs: int = 0
@@ -92,6 +96,7 @@ class Convergence(Question):
         "seeds": "{num_seeds}",
         "validation loss": "{val_loss:.4f}",
         "spread": "{spread:.4f}",
+        "held-out loss": "{held_out_loss:.4f}",
         "against flush": "{against_flush:+.2%}",
     }
 
@@ -111,13 +116,16 @@ class Convergence(Question):
         store = Path(self.store)
         wanted = list(self.runs())
         known = read_runs(store)
-        missing = [run for run in wanted if "val_loss" not in known.get(_key(run), {})]
+        result = "held_out_loss" if self.held_out else "val_loss"
+        missing = [run for run in wanted if result not in known.get(_key(run), {})]
         say(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them in {store}")
         store.parent.mkdir(parents=True, exist_ok=True)
         started, interrupted = time.perf_counter(), False
         children: set[subprocess.Popen[str]] = set()
         with concurrent.futures.ThreadPoolExecutor(self.jobs or os.cpu_count()) as pool:
-            futures = [pool.submit(_train, run, self.timeout, children) for run in missing]
+            futures = [
+                pool.submit(_train, run, self.held_out, self.timeout, children) for run in missing
+            ]
             try:
                 for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
                     row = future.result()
@@ -230,6 +238,8 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
             "num_seeds": len(losses),
             "mean_delay": group[0]["mean_delay"],
         }
+        if all("held_out_loss" in each for each in group):
+            row["held_out_loss"] = statistics.fmean(each["held_out_loss"] for each in group)
         flush = flushes.get(_beside(group[0]))
         if flush is not None:
             row["against_flush"] = row["val_loss"] / flush - 1
@@ -288,7 +298,10 @@ def _key(run: Mapping[str, Any]) -> str:
 
 
 def _train(
-    run: Mapping[str, Any], timeout_s: float, children: set[subprocess.Popen[str]]
+    run: Mapping[str, Any],
+    held_out: str,
+    timeout_s: float,
+    children: set[subprocess.Popen[str]],
 ) -> dict[str, Any]:
     """Run ``paci train``, for a while among ``children``; return the run's row, with its curve or
     with what went wrong."""
@@ -313,10 +326,10 @@ def _train(
         if child.returncode:
             words = told.strip().splitlines() or [f"exit code {child.returncode}"]
             return {**row, "problem": words[-1][:_TOLD]}
-        return {**row, **_read_run(Path(folder) / "run")}
+        return {**row, **_read_run(Path(folder) / "run", held_out)}
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
+def _read_run(folder: Path, held_out: str) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
@@ -324,12 +337,19 @@ def _read_run(folder: Path) -> dict[str, Any]:
     delays = [stage["delay"] for stage in summary["drift"]]
     total = sum(count for delay in delays for count in delay.values())
     late = sum(int(k) * count for delay in delays for k, count in delay.items())
+    besides = {}
+    if held_out:
+        from paci.train.report import evaluate_text
+
+        loss, _ = evaluate_text(folder, held_out, _HELD_OUT_BATCHES)
+        besides = {"held_out": held_out, "held_out_loss": round(loss, 5)}
     return {
         "tokens": curve[-1][0],
         "val_loss": curve[-1][1],
         "curve": curve,
         "mean_delay": round(late / total, 4),
         "weights_sha256": summary["weights_sha256"],
+        **besides,
     }
 
 
