@@ -29,6 +29,9 @@ METHODS: dict[str, Method] = {
     "flush": Method("1F1B with a flush: no delay", {"schedule": "1f1b", "weights": "current"}),
     "paci": Method("the newest weights (2606.07881)", {"weights": "current"}),
     "lookahead": Method("ahead by the known delay (ours)", {"weights": "lookahead"}),
+    "flush-ahead": Method(
+        "flush that looks ahead too", {"schedule": "1f1b", "weights": "lookahead"}
+    ),
     "recompute": Method("a backward computes its forward again", {"weights": "recompute"}),
     "stash": Method("PipeDream's weights, accumulating", {"weights": "stash"}),
     "pipedream": Method("PipeDream (1806.03377)", {"weights": "stash"}, every_micro_batch=True),
