@@ -4,7 +4,8 @@ Nothing here comes from paci. Which weights a micro-batch meets is the method's 
 ``lag(s) = (1 + slack) (N - 1 - s)``, the forward of the ``j``-th micro-batch since the pipeline
 was last empty sees version ``max(0, j - lag(s)) // a`` of stage ``s``, its backward version
 ``j // a``. Where a backward comes in two halves, the one of the input may have a lag of its own: it
-sees ``max(0, j - lag_input(s)) // a``. The one of the weights sees no weights.
+sees ``max(0, j - lag_input(s)) // a``. The one of the weights sees no weights. What a policy makes
+of these versions is its paper's formula, in ``Oracle._of_forward`` and ``Oracle._of_backward``.
 
 Every version is kept, so that a formula can name any of them, and the micro-batches are simply
 taken one after the other: all versions that the ``j``-th one meets are made of gradients of earlier
@@ -36,6 +37,10 @@ class Momentum:
         self.velocity = [self.mu * u + g for u, g in zip(self.velocity, gradients, strict=True)]
         return [w - self.lr * u for w, u in zip(weights, self.velocity, strict=True)]
 
+    def ahead(self) -> Weights:
+        """The step if ``u`` stayed as it is."""
+        return [-self.lr * u for u in self.velocity]
+
 
 @dataclass
 class AdamW:
@@ -58,13 +63,37 @@ class AdamW:
         self.t += 1
         self.m = [b1 * m + (1 - b1) * g for m, g in zip(self.m, gradients, strict=True)]
         self.v = [b2 * v + (1 - b2) * g * g for v, g in zip(self.v, gradients, strict=True)]
-        updated = []
-        for w, m, v in zip(weights, self.m, self.v, strict=True):
-            m_hat, v_hat = m / (1 - b1**self.t), v / (1 - b2**self.t)
-            updated.append(
-                w * (1 - self.lr * self.decay) - self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
-            )
-        return updated
+        return self.changed(weights, gradients)
+
+    def changed(self, weights: Weights, gradients: Weights) -> Weights:
+        keep = 1 - self.lr * self.decay
+        return [w * keep + step for w, step in zip(weights, self.ahead(), strict=True)]
+
+    def ahead(self) -> Weights:
+        """The step if ``m`` and ``v`` stayed as they are, without decay."""
+        steps = []
+        for m, v in zip(self.m, self.v, strict=True):
+            m_hat, v_hat = m / (1 - self.betas[0] ** self.t), v / (1 - self.betas[1] ** self.t)
+            steps.append(-self.lr * m_hat / (np.sqrt(v_hat) + self.eps))
+        return steps
+
+
+@dataclass
+class NAdam(AdamW):
+    """``mu(t) = b1 (1 - 0.96^(t psi) / 2)``, ``P(t) = mu(1) ... mu(t)``; as AdamW, but with
+    ``mu(t + 1) m / (1 - P(t + 1)) + (1 - mu(t)) g / (1 - P(t))`` for the corrected ``m``."""
+
+    psi: float = 0.004
+
+    def changed(self, weights: Weights, gradients: Weights) -> Weights:
+        mu = [self.betas[0] * (1 - 0.5 * 0.96 ** (k * self.psi)) for k in range(1, self.t + 2)]
+        of_m, of_g = mu[-1] / (1 - np.prod(mu)), (1 - mu[-2]) / (1 - np.prod(mu[:-1]))
+        changed = []
+        for w, m, v, g in zip(weights, self.m, self.v, gradients, strict=True):
+            size = np.sqrt(v / (1 - self.betas[1] ** self.t)) + self.eps
+            step = -self.lr * (of_m * m + of_g * g) / size
+            changed.append(w * (1 - self.lr * self.decay) + step)
+        return changed
 
 
 def squared_error(output: Array, target: Array) -> tuple[float, Array]:
@@ -121,7 +150,7 @@ class Oracle:
     Args:
         initial: weights of each stage.
         accumulation: micro-batches of one update.
-        policy: ``current``, ``stash`` or ``recompute``.
+        policy: ``current``, ``stash``, ``recompute``, ``double_buffer``, ``predict``, ``pipemare``.
         make_optimizer: called once a stage.
         loss: ``squared_error`` or ``cross_entropy``.
         lag: by stage; zero everywhere is plain gradient accumulation.
@@ -129,6 +158,8 @@ class Oracle:
 
     Attributes:
         versions: ``versions[s][k]`` are the weights of stage ``s`` after ``k`` updates.
+        ahead: likewise the step that the optimizer's momentum said then.
+        changes: likewise PipeMare's mean of past changes.
         losses: of each update.
     """
 
@@ -143,6 +174,8 @@ class Oracle:
         lag_input: Callable[[int], int] = lambda stage: 0,
     ) -> None:
         self.versions = [[weights] for weights in initial]
+        self.ahead = [[[np.zeros_like(w) for w in weights]] for weights in initial]
+        self.changes = [[[np.zeros_like(w) for w in weights]] for weights in initial]
         self.losses: list[float] = []
         self._a = accumulation
         self._policy = policy
@@ -167,10 +200,46 @@ class Oracle:
             for j, (x, target) in enumerate(micro_batches, start=k * self._a):
                 seen = [base[s] + max(0, j - self._lag(s)) // self._a for s in stages]
                 now = [base[s] + max(0, j - self._lag_input(s)) // self._a for s in stages]
-                self.losses[-1] += self._micro_batch(x, target, total, seen, now, sums)
+                updated = [base[s] + k for s in stages]
+                self.losses[-1] += self._micro_batch(x, target, total, seen, now, updated, sums)
             for s in stages:
-                self.versions[s].append(self._optimizers[s].step(self.versions[s][-1], sums[s]))
+                self._update(s, sums[s])
                 sums[s] = [np.zeros_like(w) for w in sums[s]]
+
+    def _update(self, s: int, gradients: Weights) -> None:
+        old = self.versions[s][-1]
+        self.versions[s].append(self._optimizers[s].step(old, gradients))
+        self.ahead[s].append(self._optimizers[s].ahead())
+        mean_drift = (self._lag(s) - self._lag_input(s)) / self._a
+        gamma = 0.135 ** (1 / mean_drift) if mean_drift else 0.0
+        self.changes[s].append(
+            [
+                gamma * mean + (1 - gamma) * (w - w_old)
+                for mean, w, w_old in zip(
+                    self.changes[s][-1], self.versions[s][-1], old, strict=True
+                )
+            ]
+        )
+
+    def _of_forward(self, s: int, seen: int, updated: int) -> Weights:
+        """The weights of a forward at version ``seen``, whose gradient updates ``updated``."""
+        if self._policy == "double_buffer":
+            return self.versions[s][max(0, updated - 1)]
+        if self._policy == "predict":
+            pairs = zip(self.versions[s][seen], self.ahead[s][seen], strict=True)
+            return [w + (updated - seen) * step for w, step in pairs]
+        return self.versions[s][seen]
+
+    def _of_backward(self, s: int, seen: int, now: int, updated: int) -> Weights:
+        """Those of its backward at version ``now``."""
+        if self._policy == "stash":
+            return self.versions[s][seen]
+        if self._policy == "double_buffer":
+            return self.versions[s][max(0, updated - 1)]
+        if self._policy == "pipemare":
+            pairs = zip(self.versions[s][now], self.changes[s][now], strict=True)
+            return [w - (now - seen) * mean for w, mean in pairs]
+        return self.versions[s][now]
 
     def _micro_batch(
         self,
@@ -179,18 +248,19 @@ class Oracle:
         total: int,
         seen: list[int],
         now: list[int],
+        updated: list[int],
         sums: list[Weights],
     ) -> float:
-        """Forward with the versions ``seen``, backward as the policy says; the share of loss."""
+        """Forward and backward as the policy says; the share of loss."""
         last = self._num_stages - 1
         kept: list[list[Array]] = []
         for s in range(self._num_stages):
-            kept.append(forward(self.versions[s][seen[s]], x, s == last))
+            kept.append(forward(self._of_forward(s, seen[s], updated[s]), x, s == last))
             x = kept[-1][-1]
         share = self._loss(x, target)[0] / total
         upstream = np.empty(0)
         for s in reversed(range(self._num_stages)):
-            weights = self.versions[s][seen[s] if self._policy == "stash" else now[s]]
+            weights = self._of_backward(s, seen[s], now[s], updated[s])
             values = kept[s]
             if self._policy == "recompute":
                 values = forward(weights, values[0], s == last)

@@ -6,7 +6,6 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from paci.runtime.recorder import Recorder
 from paci.runtime.stage import Target
 from paci.runtime.status import Status, StatusBoard, combine
 from paci.runtime.transport import Transport
-from paci.runtime.weights.registry import make_weight_policy
+from paci.runtime.weights.registry import prepare_weight_policies
 from paci.runtime.world import World
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.sequence import Cursor, Sequencer
@@ -114,10 +113,9 @@ class Pipeline:
         self.schedule = schedule
         self._loss = as_loss(loss_fn)
         self._world = World(schedule, choose_group(group, len(modules), schedule), timeout_s)
-        spec = weights or schedule.weights
-        policy = make_weight_policy(spec)
+        policies = prepare_weight_policies(weights or schedule.weights, schedule)
         self._world.agree(
-            {"the schedule": repr(schedule), "weights": repr(policy), "precision": precision}
+            {"the schedule": repr(schedule), "weights": repr(policies[0]), "precision": precision}
             | {"the seed": seed, "share_memory": share_memory}
         )
         held = self._world.stages
@@ -128,7 +126,7 @@ class Pipeline:
                 modules,
                 listed(optimizer),
                 listed(lr_scheduler, len(modules)),
-                partial(make_weight_policy, spec),
+                policies,
                 self._loss,
                 precision,
                 seed,
@@ -138,7 +136,7 @@ class Pipeline:
             schedule.num_stages,
             self.stages,
             self._world.connect(devices, share_memory),
-            {index: DriftMeter(schedule, index, policy.consistent) for index in held},
+            {index: DriftMeter(schedule, index, policies[index].sees) for index in held},
             Recorder(
                 schedule, devices[held[0]], self._world.position, self._world.size, trace_capacity
             ),

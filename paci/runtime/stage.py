@@ -38,7 +38,7 @@ class _InFlight:
     inputs: Tensors
     target: Target | None
     leaves: Tensors = ()  # the working weights that the graph ends in
-    version: int = 0  # the stage's at the forward
+    versions: tuple[int, ...] = ()  # at the forward, of each stage that has weights used here
     needs: tuple[bool, ...] = ()  # which outputs a gradient comes back for
     outputs: Tensors = ()
     ledger: Ledger = field(default_factory=Ledger)  # weight gradients that are put off
@@ -105,8 +105,10 @@ class Stage:
         self.weights: StageWeights = StageWeights(module, self._dtype, policy.separate, lent)
         policy.attach(self.weights, optimizer)
         self._accumulation = accumulation
+        # Whose weights the module computes with, this stage first.
+        self._owners: list[Stage] = [self, *dict.fromkeys(lenders.values())]
         self._borrowers: list[Stage] = []
-        for lender in set(lenders.values()):
+        for lender in self._owners[1:]:
             lender._borrowers.append(self)
         self._buffers = {b.untyped_storage().data_ptr() for b in module.buffers() if b.numel()}
         self._loss = loss
@@ -134,8 +136,10 @@ class Stage:
             is to come back; on the last stage the share of this micro-batch in the update's
             mean loss, a scalar that nothing flows back to.
         """
-        self.policy.before_forward(micro_batch // self._accumulation - self.version)
-        flight = _InFlight(inputs, target, self.weights.leaves, self.version)
+        for owner in self._owners:
+            owner.policy.before_forward(micro_batch // self._accumulation - owner.version)
+        versions = tuple(owner.version for owner in self._owners)
+        flight = _InFlight(inputs, target, self.weights.leaves, versions)
         outputs = self.policy.forward(lambda: self._run(micro_batch, flight))
         if self.policy.keeps_graph:
             flight.needs = tuple(output.requires_grad for output in outputs)
@@ -296,7 +300,8 @@ class Stage:
         self, micro_batch: int, flight: _InFlight, gradients: Tensors
     ) -> tuple[Tensors, Tensors]:
         """Where the backward starts, and with which gradients."""
-        self.policy.before_backward(self.version - flight.version)
+        for owner, version in zip(self._owners, flight.versions, strict=True):
+            owner.policy.before_backward(owner.version - version)
         outputs = self.policy.graph(flight.outputs, lambda: self._run(micro_batch, flight))
         if not self.policy.keeps_graph:
             flight.leaves = self.weights.leaves

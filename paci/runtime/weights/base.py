@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from paci.schedule.base import Schedule
+from paci.schedule.versions import MicroBatchVersions
+
 Tensors = tuple[Tensor, ...]
+Leaves = dict[str, nn.Parameter]  # working weights by name
 
 
 class StageWeights:
@@ -117,17 +121,36 @@ class StageWeights:
                     [self.working[n] for n in names], [self.masters[n] for n in names]
                 )
 
+    def write_shifted(self, shifts: Mapping[str, Tensor], scale: float) -> None:
+        """Let working weights be ``master + scale * shift``, in the tensors that they are in.
+
+        Graphs of micro-batches in flight see the new values. Those without a shift stay.
+        """
+        with torch.no_grad(), self.changing():
+            for name, shift in shifts.items():
+                self.working[name].copy_(torch.add(self.masters[name], shift, alpha=scale))
+
     def write_fresh(self) -> None:
         """Make the working weights equal to the masters, in new tensors.
 
         Graphs of micro-batches in flight keep the old ones, which live as long as they do.
         """
+        self.use(self.fresh())
+
+    def fresh(self) -> Leaves:
+        """A set of working weights of its own, equal to the masters; in no place yet."""
+        leaves = {}
         for name in self.separate:
             master = self.masters[name]
             copy = master.detach().to(self._dtypes[name], copy=True)
-            leaf = nn.Parameter(copy, requires_grad=master.requires_grad)
+            leaves[name] = leaf = nn.Parameter(copy, requires_grad=master.requires_grad)
             if master.requires_grad:
                 leaf.register_post_accumulate_grad_hook(_adder(master))
+        return leaves
+
+    def use(self, leaves: Leaves) -> None:
+        """Let the module compute with ``leaves``, from ``fresh``; graphs in flight keep theirs."""
+        for name, leaf in leaves.items():
             self.working[name] = leaf
             for owner, attribute in self._places[name]:
                 owner.register_parameter(attribute, leaf)
@@ -175,6 +198,22 @@ class WeightPolicy(abc.ABC):
     def graph(self, outputs: Tensors, run: Callable[[], Tensors]) -> Tensors:
         """The outputs to go backward from: those of the forward, or of another ``run``."""
         return outputs if self.keeps_graph else run()
+
+    def prepare(self, schedule: Schedule, stage: int) -> None:  # noqa: B027 - most have no need
+        """Take from the program what this policy must know of ``stage``, before anything runs.
+
+        Raises:
+            ConfigError: with this schedule the policy has no meaning, or cannot be kept.
+        """
+
+    def sees(self, met: MicroBatchVersions) -> MicroBatchVersions:
+        """The versions whose weights a micro-batch really works with.
+
+        Args:
+            met: those that the stage had at its forward and its backward, and the one that its
+                gradient updates, counted from the start of training.
+        """
+        return met._replace(backward=met.forward) if self.consistent else met
 
     def attach(self, weights: StageWeights, optimizer: Optimizer) -> None:
         """Become the policy of one stage: its weights, and what updates their masters."""

@@ -6,6 +6,7 @@ import paci.runtime.weights
 from paci.errors import ConfigError
 from paci.registry import members, modules_of, read_options
 from paci.runtime.weights.base import WeightPolicy
+from paci.schedule.base import Schedule
 
 
 def weight_policies() -> dict[str, type[WeightPolicy]]:
@@ -26,3 +27,15 @@ def make_weight_policy(spec: str) -> WeightPolicy:
             f"a weight policy must be one of {', '.join(known)}, got {name!r}; choose one of them"
         )
     return known[name](**read_options(known[name], "weight policy", options))
+
+
+def prepare_weight_policies(spec: str, schedule: Schedule) -> list[WeightPolicy]:
+    """A policy for each stage, which knows what the program means for it.
+
+    Raises:
+        ConfigError: ``spec`` names none, or it does not go with ``schedule``.
+    """
+    policies = [make_weight_policy(spec) for _ in range(schedule.num_stages)]
+    for stage, policy in enumerate(policies):
+        policy.prepare(schedule, stage)
+    return policies
