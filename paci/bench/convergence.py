@@ -169,8 +169,8 @@ class Convergence(Question):
         updates = self.updates * divided
         options = {
             "schedule": "paci",
-            **method.options,
             "optimizer": optimizer,
+            **method.options,
             "stages": stages,
             "accumulation": a // divided,
             "learning_rate": rate,
@@ -189,7 +189,7 @@ class Convergence(Question):
         return {
             "method": name,
             "schedule": options["schedule"],
-            "optimizer": optimizer,
+            "optimizer": options["optimizer"],
             "weights": options["weights"],
             "num_stages": stages,
             "accumulation": a // divided,

@@ -36,6 +36,19 @@ METHODS: dict[str, Method] = {
     "stash": Method("PipeDream's weights, accumulating", {"weights": "stash"}),
     "pipedream": Method("PipeDream (1806.03377)", {"weights": "stash"}, every_micro_batch=True),
     "naive": Method("the newest weights, no accumulation", {"weights": "current"}, True),
+    "double-buffer": Method("PipeDream-2BW (2006.09503)", {"weights": "double_buffer"}),
+    "predict": Method("PipeOptim (2312.00839)", {"weights": "predict"}),
+    "pipemare": Method(
+        "PipeMare (1910.05124), T1 to T3",
+        {"weights": "pipemare", "rate_by_delay": 0.25, "flush_first": 0.1},
+    ),
+    "nesterov": Method(
+        "Nesterov's method, asynchronous (2505.01099)",
+        {"weights": "stash", "optimizer": "nadam", "beta1": 0.99},
+    ),
+    "nesterov-current": Method(
+        "the same without a stash", {"weights": "current", "optimizer": "nadam", "beta1": 0.99}
+    ),
 }
 
 

@@ -84,6 +84,11 @@ class TrainConfig(BaseModel):
         1e-3, "optimization", "at its peak"
     )
     warmup: Fraction = option(0.01, "optimization", "share of the updates in linear warm-up")
+    rate_by_delay: Fraction = option(
+        0.0,
+        "optimization",
+        "share of the updates during which late stages' rates rise to the others' (PipeMare's T1)",
+    )
     final_learning_rate: Fraction = option(
         0.1, "optimization", "where the cosine ends, as a share of the peak"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +27,7 @@ from paci.models import (
     parameter_groups,
 )
 from paci.optim.muon import MuonWithAdamW, muon_groups
+from paci.optim.rates import rate_by_delay
 from paci.plan.partition import balanced_cut
 from paci.runtime.loss import CrossEntropy
 from paci.runtime.pipeline import Pipeline
@@ -167,13 +168,15 @@ def make_pipeline(config: TrainConfig, plan: Plan, device: torch.device) -> Pipe
     for module in modules:
         optimizers.append(make_optimizer(config, module, earlier))
         earlier += module.parameters()
-    rate = partial(learning_rate_factor, config)
     return Pipeline(
         modules,
         plan.schedule,
         optimizers,
         CrossEntropy(),
-        lr_scheduler=[LambdaLR(optimizer, rate) for optimizer in optimizers],
+        lr_scheduler=[
+            LambdaLR(optimizer, learning_rate(config, plan.schedule, stage))
+            for stage, optimizer in zip(held, optimizers, strict=True)
+        ],
         weights=choose_weights(config, plan.schedule),
         precision=config.precision,
         seed=config.seed,
@@ -197,6 +200,14 @@ def make_optimizer(
     if config.optimizer == "nadam":
         return NAdam(groups, lr=config.learning_rate, betas=betas, decoupled_weight_decay=True)
     return AdamW(groups, lr=config.learning_rate, betas=betas)
+
+
+def learning_rate(config: TrainConfig, schedule: Schedule, stage: int) -> Callable[[int], float]:
+    """Share of the peak learning rate at an update of ``stage``."""
+    if not config.rate_by_delay:
+        return partial(learning_rate_factor, config)
+    by_delay = rate_by_delay(schedule, stage, max(1, round(config.rate_by_delay * config.updates)))
+    return lambda update: learning_rate_factor(config, update) * by_delay(update)
 
 
 def learning_rate_factor(config: TrainConfig, update: int) -> float:
