@@ -261,10 +261,15 @@ def test_a_bf16_pipeline_trains_like_fp32(policy: str):
         assert abs(low - high) < 0.1
 
 
-def test_evaluation_uses_the_working_weights():
-    pipeline = make_pipeline()
+@pytest.mark.parametrize("policy", POLICIES)
+def test_evaluation_uses_the_working_weights(policy: str):
+    pipeline = make_pipeline(policy=policy)
+    pipeline.step(token_batch())
     pipeline.step(token_batch())
     loss = pipeline.evaluate([token_batch()])
+    for stage in pipeline.stages.values():  # those of the newest version
+        for name, weight in stage.module.named_parameters():
+            assert torch.equal(weight, stage.weights.masters[name].to(BF16))
     tokens, targets = token_batch()
     model = nn.Sequential(*(stage.module for stage in pipeline.stages.values()))
     logits = model(tokens)

@@ -950,6 +950,37 @@ def test_old_weights_live_as_long_as_their_micro_batches(slack: int):
         assert all(leaf is newest for leaf in alive)
 
 
+def test_two_versions_are_two_copies_of_each_weight():
+    """And which of them a micro-batch gets follows from its place in the program."""
+    pipeline = make_pipeline(mlp(3), paci.PACI(3, 2), weights="double_buffer")
+    seen: list[dict[int, int]] = [{} for _ in range(3)]
+    for batch in float_batches(12, 2):
+        pipeline.step(batch)
+        for s, stage in pipeline.stages.items():
+            for j, flight in stage.in_flight.items():
+                seen[s][j] = id(flight.leaves[0])
+    for s, stage in pipeline.stages.items():
+        # Of two buffers that take turns, one for each update's micro-batches.
+        assert len(set(seen[s].values())) == (2 if s < 2 else 0)
+        first = {j // 2 % 2: copy for j, copy in seen[s].items()}
+        assert all(copy == first[j // 2 % 2] for j, copy in seen[s].items())
+        held = {
+            id(leaf) for leaf in (*stage.policy._older.values(), *stage.policy._newest.values())
+        }
+        assert set(seen[s].values()) <= held
+        assert len(held) == 2 * len(stage.weights.masters)
+
+
+@pytest.mark.parametrize("policy", ["predict", "pipemare", "lookahead"])
+def test_one_working_copy_stays_where_it_is(policy: str):
+    modules = mlp(3)
+    pipeline = make_pipeline(modules, paci.PACI(3, 1), weights=policy)
+    own = [(id(p), p.data_ptr()) for module in modules for p in module.parameters()]
+    for batch in float_batches(6, 1):
+        pipeline.step(batch)
+        assert [(id(p), p.data_ptr()) for m in modules for p in m.parameters()] == own
+
+
 @pytest.mark.parametrize("policy", ["current", "recompute"])
 def test_one_copy_of_each_weight(policy: str):
     modules = mlp(3)
