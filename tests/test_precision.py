@@ -38,7 +38,16 @@ class Autocast(nn.Module):
 
 def make_stage(module: nn.Module, precision: str, policy: str = "current") -> Stage:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-    return Stage(1, False, module, optimizer, make_weight_policy(policy), None, precision=precision)
+    return Stage(
+        1,
+        False,
+        module,
+        optimizer,
+        make_weight_policy(policy),
+        None,
+        accumulation=3,
+        precision=precision,
+    )
 
 
 def make_pipeline(precision: str = "bf16", policy: str = "current", lr: float = 1e-2, a: int = 2):
