@@ -14,6 +14,7 @@ ones.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -144,13 +145,64 @@ def backward(
     return gradients, upstream
 
 
+class Ahead:
+    """``lookahead`` at one stage: the working weights of each forward and backward, by slot.
+
+    In slot ``i``: forward of ``i``, then backward of ``i - lag``, then an update if that was the
+    ``a``-th. Before a forward that is to go another number of steps ahead than the last one, or if
+    ``refresh`` backwards have passed, the step is tried anew: what the optimizer would do to zero
+    weights with the gradients of this update's backwards so far. An update brings the masters.
+    """
+
+    def __init__(self, reach: float, beyond: float, refresh: int, lag: int, a: int) -> None:
+        self.reach, self.beyond, self.refresh = reach, beyond, refresh
+        self.lag, self.a = lag, a
+
+    def start(self, num_micro_batches: int, base: int) -> None:
+        """Begin a stretch at version ``base``."""
+        self.num_micro_batches, self.base = num_micro_batches, base
+        self.of_forward: list[Weights] = []
+        self.of_backward: list[Weights] = []
+        self.gradients: list[Weights] = []
+        self.slot = 0
+        self.steps, self.age = 0.0, 0
+
+    def run(self, slot: int, versions: list[Weights], optimizers: list[Momentum | AdamW]) -> None:
+        """Go on until the forward and the backward of ``slot`` have their weights.
+
+        ``optimizers[k]`` is as it stood after ``k`` updates.
+        """
+        while self.slot <= slot:
+            i, done = self.slot, max(0, self.slot - self.lag)  # backwards before this slot
+            now = self.base + done // self.a
+            if not self.slot or (done and done % self.a == 0):
+                self.working, self.steps, self.age = versions[now], 0.0, 0
+            if i < self.num_micro_batches:
+                steps = self.reach * (self.base + i // self.a - now) + self.beyond
+                if steps != self.steps or (steps and self.age >= self.refresh):
+                    self.steps, self.age = steps, 0
+                    zeros = [np.zeros_like(w) for w in versions[now]]
+                    sums = zeros
+                    for gradients in self.gradients[done // self.a * self.a : done]:
+                        sums = [g + new for g, new in zip(sums, gradients, strict=True)]
+                    step = copy.deepcopy(optimizers[now]).step(zeros, sums)
+                    pairs = zip(versions[now], step, strict=True)
+                    self.working = [w + steps * d for w, d in pairs]
+                self.of_forward.append(self.working)
+            if i >= self.lag:
+                self.of_backward.append(self.working)
+                self.age += 1
+            self.slot += 1
+
+
 class Oracle:
     """A pipeline that is not one: the same mathematics, one micro-batch after the other.
 
     Args:
         initial: weights of each stage.
         accumulation: micro-batches of one update.
-        policy: ``current``, ``stash``, ``recompute``, ``double_buffer``, ``predict``, ``pipemare``.
+        policy: ``current``, ``stash``, ``recompute``, ``double_buffer``, ``predict``, ``pipemare``,
+            or an ``Ahead`` for each stage.
         make_optimizer: called once a stage.
         loss: ``squared_error`` or ``cross_entropy``.
         lag: by stage; zero everywhere is plain gradient accumulation.
@@ -167,7 +219,7 @@ class Oracle:
         self,
         initial: list[Weights],
         accumulation: int,
-        policy: str,
+        policy: str | list[Ahead],
         make_optimizer: Callable[[], Momentum | AdamW],
         loss: Callable[[Array, Array], tuple[float, Array]],
         lag: Callable[[int], int],
@@ -184,6 +236,7 @@ class Oracle:
         self._lag = lag
         self._lag_input = lag_input
         self._num_stages = len(initial)
+        self._history: list[list[Momentum | AdamW]] = [[] for _ in initial]
 
     def train(self, updates: list[list[tuple[Array, Array]]]) -> None:
         """A stretch: from an empty pipeline to an empty pipeline.
@@ -193,6 +246,10 @@ class Oracle:
         """
         stages = range(self._num_stages)
         base = [len(self.versions[s]) - 1 for s in stages]
+        for s in stages:
+            self._history[s] += [copy.deepcopy(self._optimizers[s])] * (not self._history[s])
+            if isinstance(self._policy, list):
+                self._policy[s].start(self._a * len(updates), base[s])
         sums = [[np.zeros_like(w) for w in self.versions[s][0]] for s in stages]
         for k, micro_batches in enumerate(updates):
             total = sum(num_tokens(target) for _, target in micro_batches)
@@ -201,7 +258,7 @@ class Oracle:
                 seen = [base[s] + max(0, j - self._lag(s)) // self._a for s in stages]
                 now = [base[s] + max(0, j - self._lag_input(s)) // self._a for s in stages]
                 updated = [base[s] + k for s in stages]
-                self.losses[-1] += self._micro_batch(x, target, total, seen, now, updated, sums)
+                self.losses[-1] += self._micro_batch(j, x, target, total, seen, now, updated, sums)
             for s in stages:
                 self._update(s, sums[s])
                 sums[s] = [np.zeros_like(w) for w in sums[s]]
@@ -209,6 +266,7 @@ class Oracle:
     def _update(self, s: int, gradients: Weights) -> None:
         old = self.versions[s][-1]
         self.versions[s].append(self._optimizers[s].step(old, gradients))
+        self._history[s].append(copy.deepcopy(self._optimizers[s]))
         self.ahead[s].append(self._optimizers[s].ahead())
         mean_drift = (self._lag(s) - self._lag_input(s)) / self._a
         gamma = 0.135 ** (1 / mean_drift) if mean_drift else 0.0
@@ -221,8 +279,11 @@ class Oracle:
             ]
         )
 
-    def _of_forward(self, s: int, seen: int, updated: int) -> Weights:
+    def _of_forward(self, j: int, s: int, seen: int, updated: int) -> Weights:
         """The weights of a forward at version ``seen``, whose gradient updates ``updated``."""
+        if isinstance(self._policy, list):
+            self._policy[s].run(j, self.versions[s], self._history[s])
+            return self._policy[s].of_forward[j]
         if self._policy == "double_buffer":
             return self.versions[s][max(0, updated - 1)]
         if self._policy == "predict":
@@ -230,8 +291,11 @@ class Oracle:
             return [w + (updated - seen) * step for w, step in pairs]
         return self.versions[s][seen]
 
-    def _of_backward(self, s: int, seen: int, now: int, updated: int) -> Weights:
+    def _of_backward(self, j: int, s: int, seen: int, now: int, updated: int) -> Weights:
         """Those of its backward at version ``now``."""
+        if isinstance(self._policy, list):
+            self._policy[s].run(j + self._lag(s), self.versions[s], self._history[s])
+            return self._policy[s].of_backward[j]
         if self._policy == "stash":
             return self.versions[s][seen]
         if self._policy == "double_buffer":
@@ -243,6 +307,7 @@ class Oracle:
 
     def _micro_batch(
         self,
+        j: int,
         x: Array,
         target: Array,
         total: int,
@@ -255,12 +320,12 @@ class Oracle:
         last = self._num_stages - 1
         kept: list[list[Array]] = []
         for s in range(self._num_stages):
-            kept.append(forward(self._of_forward(s, seen[s], updated[s]), x, s == last))
+            kept.append(forward(self._of_forward(j, s, seen[s], updated[s]), x, s == last))
             x = kept[-1][-1]
         share = self._loss(x, target)[0] / total
         upstream = np.empty(0)
         for s in reversed(range(self._num_stages)):
-            weights = self._of_backward(s, seen[s], now[s], updated[s])
+            weights = self._of_backward(j, s, seen[s], now[s], updated[s])
             values = kept[s]
             if self._policy == "recompute":
                 values = forward(weights, values[0], s == last)
@@ -268,4 +333,6 @@ class Oracle:
                 upstream = self._loss(values[-1], target)[1] / total
             gradients, upstream = backward(weights, values, upstream, s == last)
             sums[s] = [g + new for g, new in zip(sums[s], gradients, strict=True)]
+            if isinstance(self._policy, list):
+                self._policy[s].gradients.append(gradients)
         return share

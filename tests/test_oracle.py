@@ -159,7 +159,14 @@ def both(
     )
     if not lags:
         lags = ((lambda s: 0) if schedule.flushes else (lambda s: (1 + slack) * (n - 1 - s)),)
-    return Oracle(initial, a, policy, by_hand, LOSSES[loss][0], *lags), pipeline
+    theirs: str | list[oracle.Ahead] = policy
+    if policy.startswith("lookahead"):
+        given = dict(item.split("=") for item in policy.partition(":")[2].split(","))
+        reach, beyond = float(given["reach"]), float(given["beyond"])
+        theirs = [
+            oracle.Ahead(reach, beyond, int(given["refresh"]), lags[0](s), a) for s in range(n)
+        ]
+    return Oracle(initial, a, theirs, by_hand, LOSSES[loss][0], *lags), pipeline
 
 
 def assert_same_weights(pipeline: paci.Pipeline, expected: Oracle) -> None:
@@ -196,6 +203,46 @@ def train_and_compare(pipeline: paci.Pipeline, expected: Oracle, stretches: list
 def test_paci_is_what_the_method_says(policy: str, n: int, a: int, optimizer: str, loss: str):
     expected, pipeline = both(paci.PACI(n, a), policy, optimizer, loss)
     train_and_compare(pipeline, expected, [data(loss, a)])
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        "reach=1.0,beyond=0.0,refresh=1",
+        "reach=1.5,beyond=0.5,refresh=2",
+        "reach=2,beyond=0,refresh=4",
+    ],
+)
+@pytest.mark.parametrize(("n", "a"), list(itertools.product((2, 3, 5), (1, 2, 3, 8))))
+def test_looking_ahead_is_the_step_that_is_known(numbers: str, n: int, a: int):
+    optimizer, loss = ("momentum", "squares") if (n + a) % 2 else ("adamw", "classes")
+    schedule = paci.PACI(n, a, slack=n % 2, split_backward=a == 2)
+    expected, pipeline = both(schedule, f"lookahead:{numbers}", optimizer, loss, n % 2)
+    updates = data(loss, a)
+    train_and_compare(pipeline, expected, [updates[:30], updates[30:31], updates[31:]])
+
+
+def test_looking_ahead_does_nothing_to_a_flush_unless_beyond():
+    updates = data("classes", 4, 12)
+    results = []
+    for policy in ("current", "lookahead:beyond=0", "lookahead:beyond=0.5"):
+        for schedule in (paci.OneFOneBFlush(3, 4), paci.PACI(3, 4)):
+            _, pipeline = both(schedule, "current", "adamw", "classes")
+            pipeline = paci.Pipeline(
+                [stage.module for stage in pipeline.stages.values()],
+                schedule,
+                [stage.optimizer for stage in pipeline.stages.values()],
+                paci.CrossEntropy(),
+                weights=policy,
+            )
+            for update in updates:
+                pipeline.step(tensors(update))
+                pipeline.drain()  # which makes any PACI a flush
+            masters = (s.weights.masters.values() for s in pipeline.stages.values())
+            results.append(torch.cat([p.detach().ravel() for group in masters for p in group]))
+    assert all(torch.equal(results[0], other) for other in results[1:4])
+    assert torch.equal(results[4], results[5])
+    assert (results[4] - results[0]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("policy", ["current", "stash", "predict"])

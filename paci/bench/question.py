@@ -9,6 +9,7 @@ import abc
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.errors import ConfigError
@@ -47,6 +48,11 @@ class Question(abc.ABC):
     def summarize(cls, rows: Sequence[Row]) -> Sequence[Row]:
         """The rows of the table, from those that are kept: by default the same."""
         return rows
+
+    @classmethod
+    def draw(cls, rows: Sequence[Row], path: Path) -> bool:
+        """Draw the rows that are kept as a picture; False if there is none, as by default."""
+        return False
 
 
 @dataclass(frozen=True)

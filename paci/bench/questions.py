@@ -7,6 +7,14 @@ from paci.bench.emulate import Emulate
 from paci.bench.memory import Memory
 from paci.bench.overhead import Overhead
 from paci.bench.question import Question
+from paci.bench.race import LossRace
 from paci.bench.throughput import Throughput
 
-QUESTIONS: tuple[type[Question], ...] = (Throughput, Emulate, Overhead, Memory, Convergence)
+QUESTIONS: tuple[type[Question], ...] = (
+    Throughput,
+    Emulate,
+    Overhead,
+    Memory,
+    Convergence,
+    LossRace,
+)

@@ -48,5 +48,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     result = record(question.name, command, dataclasses.asdict(question), rows)
     path = save(result, Path(options.out))
     print(json.dumps(result) if options.json else table(question.summarize(rows), question.columns))
-    print(f"written to {path}", file=sys.stderr)
+    picture = path.with_suffix(".png")
+    drawn = f" and {picture}" if question.draw(rows, picture) else ""
+    print(f"written to {path}{drawn}", file=sys.stderr)
     return 130 if any(row.get("problem") == "interrupted" for row in rows) else 0
