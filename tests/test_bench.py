@@ -13,9 +13,9 @@ import torch
 from paci.bench import turns
 from paci.bench.arms import Arm
 from paci.bench.emulated import EmulatedWork
+from paci.bench.forecasts import without_waits
 from paci.bench.overhead import bare_s
 from paci.bench.record import table
-from paci.bench.stretch import without_waits
 from paci.bench.turns import take_turns
 from paci.bench.workers import run_workers
 from paci.bench.workloads import EmptyWork

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from paci.bench.forecasts import add_forecasts
 from paci.bench.question import Race, Row, compared, require_times
-from paci.bench.stretch import add_forecasts
 from paci.errors import ConfigError
 from paci.plan.cost import Costs, Link, Slow, StageCost
 from paci.plan.predict import steady_state
@@ -17,6 +17,8 @@ from paci.schedule.registry import make_schedule
 if TYPE_CHECKING:
     from paci.bench.arms import Arm
     from paci.bench.turns import Say
+
+_NUM_TRACED = 6  # updates
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,10 @@ class Emulate(Race):
             arms,
             say,
             num_updates=self.updates,
-            num_traced=max(4, self.updates // 2),
+            num_traced=_NUM_TRACED,
         )
         rows = compared(outcomes, n, m)
-        add_forecasts(rows, [each.stretch for each in outcomes.values()], self.slow)
+        add_forecasts(rows, [each.trace for each in outcomes.values()], self.slow)
         asked_s = self._asked_s()
         for row, schedule in zip(rows, planned.values(), strict=True):
             for given, share in (

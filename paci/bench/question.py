@@ -130,6 +130,9 @@ def compared(
             row["tokens_per_s"] = num_tokens / statistics.median(times_s)
             row["spread"] = spread(times_s)
             row["samples_s"] = times_s
+            shares = outcome.utilizations(num_workers)
+            if shares:
+                row["utilization"] = statistics.median(shares)
             pairs = list(zip(times_s, base, strict=False))
             if pairs:
                 row["time_ratio"] = statistics.median([own / first for own, first in pairs])
