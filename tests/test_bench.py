@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from paci.bench import turns
+from paci.bench import footprint, turns
 from paci.bench.arms import Arm
 from paci.bench.emulated import EmulatedWork
 from paci.bench.forecasts import without_waits
 from paci.bench.overhead import bare_s
+from paci.bench.question import compared
 from paci.bench.record import table
 from paci.bench.turns import take_turns
 from paci.bench.workers import run_workers
@@ -146,9 +147,11 @@ def test_an_interruption_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch):
     arms = [Arm("paci", "1f1b", 2), Arm("paci", "gpipe", 2)]
 
     def interrupted(*args: Any, **options: Any) -> Any:
+        num_samples = 0
         for told in run_workers(*args, **options):
             yield told
-            if told.value.arm == arms[0] and told.value.sample is not None and told.rank == 1:
+            num_samples += told.value.sample is not None
+            if num_samples == 2:  # of both workers, for the first arm
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(turns, "run_workers", interrupted)
@@ -164,6 +167,33 @@ def test_an_interruption_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch):
     )
     assert outcomes[arms[0]].turns
     assert outcomes[arms[1]].problem == "interrupted"
+    rows = compared(outcomes, 2, 2)
+    assert rows[0]["update_s"] > 0
+    assert all(row["interrupted"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "module"),
+    [
+        (["overhead", "--workers", "2,3", "--updates", "1", "--micro-batches", "4"], turns),
+        (["memory", "--workers", "2,3", "--layers", "2", "--width", "16"], footprint),
+    ],
+)
+def test_an_interruption_ends_all_of_it(
+    options: list[str], module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sizes = []
+
+    def interrupted(num_workers: int, *args: Any, **rest: Any) -> Any:
+        sizes.append(num_workers)
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(module, "run_workers", interrupted)
+    assert main(["bench", *options, "--out", str(tmp_path)]) == 130
+    assert sizes == [2]
+    rows = json.loads((tmp_path / f"{options[0]}.json").read_text())["rows"]
+    assert {row["problem"] for row in rows} == {"interrupted"}
 
 
 def silent(rank: int, report: Any) -> None:

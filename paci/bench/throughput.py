@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from paci.bench.forecasts import add_forecasts
-from paci.bench.question import Race, Row, add_limit, compared, numbers
+from paci.bench.question import Race, Row, add_limit, compared, is_interrupted, numbers
 from paci.schedule.base import require_count
 
 if TYPE_CHECKING:
@@ -72,4 +72,6 @@ class Throughput(Race):
             add_limit(found)
             add_forecasts(found, [each.trace for each in outcomes.values()])
             rows += found
+            if is_interrupted(rows):
+                break
         return rows

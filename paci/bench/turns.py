@@ -66,12 +66,14 @@ class Outcome:
         turns: the samples of every worker, by turn.
         trace: what it did, action by action, in a run of its own after all turns.
         problem: why it did not run, if it did not.
+        is_interrupted: whether somebody ended the measurement early.
     """
 
     arm: Arm
     turns: dict[int, list[Sample]] = field(default_factory=lambda: defaultdict(list))
     trace: Trace | None = None
     problem: str = ""
+    is_interrupted: bool = False
 
     def updates_s(self, num_workers: int) -> list[float]:
         """Wall time of an update in each whole turn: the mean of the workers'; of a limit that of
@@ -160,9 +162,10 @@ def take_turns(
             say(f"{started.label}: left out: {error}")
             left.remove(started)
         except KeyboardInterrupt:
-            for arm, outcome in outcomes.items():
+            for outcome in outcomes.values():
+                outcome.is_interrupted = True
                 if not outcome.turns and not outcome.problem:
-                    outcomes[arm].problem = "interrupted"
+                    outcome.problem = "interrupted"
             say("interrupted: what was measured is kept")
             return outcomes
         for outcome in outcomes.values():  # turns that only some workers ended are taken again

@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Measure, print, save."""
+    from paci.bench.question import is_interrupted
     from paci.bench.record import record, save, table
 
     fields = dataclasses.fields(options.question)
@@ -49,4 +50,4 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     path = save(result, Path(options.out))
     print(json.dumps(result) if options.json else table(rows, question.columns))
     print(f"written to {path}", file=sys.stderr)
-    return 130 if any(row.get("problem") == "interrupted" for row in rows) else 0
+    return 130 if is_interrupted(rows) else 0
