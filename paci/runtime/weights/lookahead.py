@@ -42,9 +42,9 @@ class Lookahead(WeightPolicy):
     from momentum alone, go back to the old weights for the backward, and keep both.
     """
 
-    reach: float = 1.5
+    reach: float = 1.25
     beyond: float = 0.5
-    refresh: int = 4
+    refresh: int = 1
 
     name: ClassVar[str] = "lookahead"
     summary: ClassVar[str] = "ahead of the newest weights by the known delay, one working copy"
