@@ -49,16 +49,16 @@ class LossRace(Question):
 
     micro_batches: str = "2"
     seeds: str = "0"
-    updates: int = 600
-    evaluate_every: int = 30
-    eval_batches: int = 32
-    batch_size: int = 16
+    updates: int = 400
+    evaluate_every: int = 25
+    eval_batches: int = 16
+    batch_size: int = 64
     layers: int = 8
-    width: int = 96
+    width: int = 64
     context: int = 64
     data: str = "stdlib"
     optimizer: str = "muon"
-    learning_rate: float = 0.008
+    learning_rate: float = 0.016
     weights: str = ""
     schedules: str = "paci 1f1b"
     rivals: str = "Schedule1F1B"

@@ -12,7 +12,6 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from paci.runtime.pipeline import Pipeline
 from paci.train.config import TrainConfig
 from paci.train.setup import (
     Plan,
-    learning_rate_factor,
+    learning_rate,
     make_optimizer,
     make_pipeline,
     make_plan,
@@ -130,7 +129,7 @@ class _Torch(Running):
         num_stages = plan.schedule.num_stages
         (module,) = build_stages(plan.model, [plan.cut[rank]], config.seed, _CPU)
         self._optimizer = make_optimizer(config, module)
-        self._rates = LambdaLR(self._optimizer, partial(learning_rate_factor, config))
+        self._rates = LambdaLR(self._optimizer, learning_rate(config, plan.schedule, rank))
         taken, given = _boundary(plan.model, config, rank, num_stages)
         stage = PipelineStage(
             module, rank, num_stages, _CPU, input_args=(taken,), output_args=given
