@@ -154,9 +154,9 @@ class TimeToAccuracy(Question):
     @classmethod
     def summarize(cls, rows: Sequence[Row]) -> list[Row]:
         """The same rows with words where a figure has a spread, or is not known."""
-        told = []
+        told: list[Row] = []
         for row in rows:
-            words = {"schedule_told": row["schedule"], **row}
+            words: dict[str, Any] = {"schedule_told": row["schedule"], **row}
             if "over_ideal" in row:
                 if row["choice"]:
                     size = row["schedule_micro_batches"]

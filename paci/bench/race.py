@@ -106,13 +106,13 @@ class LossRace(Question):
             for m in numbers("micro_batches", self.micro_batches)
             for seed in numbers("seeds", self.seeds, least=0)
         ]
-        corpus = prepare(self.data, "bytes")  # once, before the workers ask for it
+        corpus = prepare(self.data, "bytes")
         for racer in (racer for racers in races for racer in racers):
             make_plan(racer.config, corpus.tokenizer.vocab_size)
         rows: list[Row] = []
         for racers in races:
             own = [_row(racer) for racer in racers]
-            whole = self._run(racers, own, say)
+            whole = self._run(racers, corpus.folder, own, say)
             _compare(own)
             rows += own
             if not whole:
@@ -147,7 +147,9 @@ class LossRace(Question):
             racers.append(Racer("torch", name, load_config(None, own)))
         return racers
 
-    def _run(self, racers: Sequence[Racer], rows: Sequence[dict[str, Any]], say: Say) -> bool:
+    def _run(
+        self, racers: Sequence[Racer], folder: Path, rows: Sequence[dict[str, Any]], say: Say
+    ) -> bool:
         """Race, and write down in ``rows`` what is told; False if that was interrupted."""
         from paci.bench.racers import race
         from paci.bench.workers import run_workers
@@ -155,7 +157,7 @@ class LossRace(Question):
         place: int | None = None
         try:
             for told in run_workers(
-                _NUM_WORKERS, race, racers, pin=True, timeout_s=self.timeout
+                _NUM_WORKERS, race, racers, folder, pin=True, timeout_s=self.timeout
             ):
                 mark = told.value
                 place = mark.place

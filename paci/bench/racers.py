@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from paci.bench.workers import Report
-from paci.data import Corpus, Sampler, prepare, validation_batches
+from paci.data import Corpus, Sampler, validation_batches
+from paci.data.store import open_corpus
 from paci.models import GPTConfig, build_stages
 from paci.runtime.loss import CrossEntropy
 from paci.runtime.pipeline import Pipeline
@@ -177,7 +179,7 @@ def _boundary(
     return (x_BTD if index else tokens), (x_BTD if index < num_stages - 1 else logits_BTV)
 
 
-def race(rank: int, report: Report, racers: Sequence[Racer]) -> None:
+def race(rank: int, report: Report, racers: Sequence[Racer], folder: Path) -> None:
     """Train all of ``racers`` in turns of ``eval_every`` updates; rank 0 reports ``Mark``.
 
     A racer's clock runs from a moment at which all ranks are ready to the one at which the last of
@@ -188,9 +190,11 @@ def race(rank: int, report: Report, racers: Sequence[Racer]) -> None:
         rank: of this process.
         report: takes marks.
         racers: whose configurations agree in batches, updates and evaluations.
+        folder: of the corpus.
     """
     config = racers[0].config
-    corpus = prepare(config.data, config.tokenizer, val_fraction=config.val_fraction)
+    corpus = open_corpus(folder)
+    assert corpus is not None, "it has just been made"
     sampler = Sampler(corpus.train, config.context, config.batch_size, config.seed)
     size = config.batch_size // config.accumulation
     held_out = [

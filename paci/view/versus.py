@@ -17,6 +17,7 @@ Row = Mapping[str, Any]
 _COLOURS = ("#0072B2", "#555555", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "-", "--", ":", "-.")
 _MARKERS = "osD^vP*X"
+_RATIOS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 def race_picture(rows: Sequence[Row], path: Path) -> None:
@@ -112,17 +113,28 @@ def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
             )
             if known:
                 words = f"{label}, {optimizer}" if len(optimizers) > 1 else label
-                look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4}
-                axes.plot(*zip(*known, strict=True), label=words, **look)
+                axes.plot(
+                    *zip(*known, strict=True),
+                    color=colour,
+                    marker=marker,
+                    markersize=5,
+                    linewidth=1.4,
+                    label=words,
+                )
                 named = True
         if not named:
             axes.plot([], [], "--", color=colour, linewidth=0.8, label=f"{label} (updates only)")
     axes.axhline(1.0, color="#000000", linewidth=1.2)
     sizes = sorted({row["num_micro_batches"] for row in rows})
-    axes.annotate("PACI", (sizes[-1], 1.0), xytext=(0, 3), textcoords="offset points", ha="right")
+    axes.text(sizes[0], 0.99, "PACI", verticalalignment="top")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, labels=[str(size) for size in sizes])
     axes.set_xlabel("micro-batches an update (PACI's accumulation)")
+    axes.set_yscale("log", base=2)
+    lowest, highest = axes.get_ylim()
+    shown = [y for y in _RATIOS if lowest <= y <= highest]
+    axes.set_yticks(shown, labels=[f"{y:g}" for y in shown])
+    axes.minorticks_off()
     axes.set_ylabel("time over PACI's")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
