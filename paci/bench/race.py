@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,9 +162,15 @@ class LossRace(Question):
             ):
                 mark = told.value
                 place = mark.place
-                if mark.val_loss is None:
+                if mark.val_loss is None or "problem" in rows[place]:
                     continue
                 config = racers[place].config
+                if not math.isfinite(mark.val_loss):
+                    rows[place]["problem"] = (
+                        f"the loss must be finite, got {mark.val_loss} at update {mark.update}; "
+                        f"choose a lower learning rate"
+                    )
+                    continue
                 point = {
                     "update": mark.update,
                     "tokens": mark.update * config.batch_size * config.context,
