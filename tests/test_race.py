@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from paci.bench import workers
 from paci.bench.accuracy import TimeToAccuracy
 from paci.bench.pace import Paces
 from paci.bench.race import LossRace
+from paci.bench.racers import Mark
 from paci.bench.reach import first_reach, last_shared
-from paci.bench.workers import run_workers
+from paci.bench.workers import Told, run_workers
 from paci.cli.app import main
 from paci.errors import ConfigError, WorkerError
 from paci.view.versus import accuracy_picture, race_picture
@@ -119,7 +121,7 @@ def test_an_interruption_keeps_what_there_is(
     assert [point["update"] for point in ours["curve"]] == [0, 1, 2]
     assert [point["update"] for point in flush["curve"]] == [0, 1]
     assert ours["target_loss"] == max(ours["val_loss"], flush["val_loss"])
-    assert end == {"problem": "interrupted"}
+    assert end == {"problem": "interrupted", "interrupted": True}
     assert "what was measured is kept" in told.err
     assert "did not run: interrupted" in told.out
 
@@ -143,6 +145,20 @@ def test_a_racer_that_breaks_is_named(text: Path, monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(WorkerError):
         question.answer(quiet)
+
+
+def test_a_racer_that_diverges_is_left_behind(text: Path, monkeypatch: pytest.MonkeyPatch):
+    losses = {0: [5.0, 4.0, 3.0], 1: [5.0, math.nan, 2.0]}
+    told = [
+        Told(0, Mark(place, update, 2.0 * update, losses[place][update]))
+        for update in range(3)
+        for place in (0, 1)
+    ]
+    monkeypatch.setattr(workers, "run_workers", lambda *args, **options: iter(told))
+    ours, flush = LossRace(**{**SMALL, "data": str(text), "rivals": ""}).answer(quiet)
+    assert flush["problem"].startswith("the loss must be finite, got nan at update 1")
+    assert [point["val_loss"] for point in flush["curve"]] == [5.0]
+    assert (ours["target_loss"], ours["seconds_to_loss"], ours["time_ratio"]) == (3.0, 4.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ class LossRace(Question):
             _compare(own)
             rows += own
             if not whole:
-                rows.append({"problem": "interrupted"})
+                rows.append({"problem": "interrupted", "interrupted": True})
                 break
         return rows
 

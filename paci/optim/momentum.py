@@ -58,10 +58,10 @@ def require_momentum(optimizer: Optimizer) -> None:
                 f"an optimizer whose step is predicted must be one of {', '.join(_RULES)}, got "
                 f"{algorithm}; take one of these, or a weight policy that predicts nothing"
             )
-        if algorithm in ("sgd", "muon") and not group["momentum"]:
+        if algorithm == "sgd" and not group["momentum"]:
             raise ConfigError(
-                f"an optimizer whose step is predicted must have momentum, got {algorithm} with "
-                f"none; give it some, or take a weight policy that predicts nothing"
+                "an optimizer whose step is predicted must have momentum, got sgd with "
+                "none; give it some, or take a weight policy that predicts nothing"
             )
 
 
