@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paci.bench.accuracy import TimeToAccuracy
 from paci.bench.convergence import Convergence
 from paci.bench.emulate import Emulate
 from paci.bench.memory import Memory
@@ -17,4 +18,5 @@ QUESTIONS: tuple[type[Question], ...] = (
     Memory,
     Convergence,
     LossRace,
+    TimeToAccuracy,
 )

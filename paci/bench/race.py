@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,16 +50,16 @@ class LossRace(Question):
 
     micro_batches: str = "2"
     seeds: str = "0"
-    updates: int = 600
-    evaluate_every: int = 30
-    eval_batches: int = 32
-    batch_size: int = 16
+    updates: int = 400
+    evaluate_every: int = 25
+    eval_batches: int = 16
+    batch_size: int = 64
     layers: int = 8
-    width: int = 96
+    width: int = 64
     context: int = 64
     data: str = "stdlib"
     optimizer: str = "muon"
-    learning_rate: float = 0.008
+    learning_rate: float = 0.016
     weights: str = ""
     schedules: str = "paci 1f1b"
     rivals: str = "Schedule1F1B"
@@ -106,17 +107,17 @@ class LossRace(Question):
             for m in numbers("micro_batches", self.micro_batches)
             for seed in numbers("seeds", self.seeds, least=0)
         ]
-        corpus = prepare(self.data, "bytes")  # once, before the workers ask for it
+        corpus = prepare(self.data, "bytes")
         for racer in (racer for racers in races for racer in racers):
             make_plan(racer.config, corpus.tokenizer.vocab_size)
         rows: list[Row] = []
         for racers in races:
             own = [_row(racer) for racer in racers]
-            whole = self._run(racers, own, say)
+            whole = self._run(racers, corpus.folder, own, say)
             _compare(own)
             rows += own
             if not whole:
-                rows.append({"problem": "interrupted"})
+                rows.append({"problem": "interrupted", "interrupted": True})
                 break
         return rows
 
@@ -147,19 +148,29 @@ class LossRace(Question):
             racers.append(Racer("torch", name, load_config(None, own)))
         return racers
 
-    def _run(self, racers: Sequence[Racer], rows: Sequence[dict[str, Any]], say: Say) -> bool:
+    def _run(
+        self, racers: Sequence[Racer], folder: Path, rows: Sequence[dict[str, Any]], say: Say
+    ) -> bool:
         """Race, and write down in ``rows`` what is told; False if that was interrupted."""
         from paci.bench.racers import race
         from paci.bench.workers import run_workers
 
         place: int | None = None
         try:
-            for told in run_workers(_NUM_WORKERS, race, racers, pin=True, timeout_s=self.timeout):
+            for told in run_workers(
+                _NUM_WORKERS, race, racers, folder, pin=True, timeout_s=self.timeout
+            ):
                 mark = told.value
                 place = mark.place
-                if mark.val_loss is None:
+                if mark.val_loss is None or "problem" in rows[place]:
                     continue
                 config = racers[place].config
+                if not math.isfinite(mark.val_loss):
+                    rows[place]["problem"] = (
+                        f"the loss must be finite, got {mark.val_loss} at update {mark.update}; "
+                        f"choose a lower learning rate"
+                    )
+                    continue
                 point = {
                     "update": mark.update,
                     "tokens": mark.update * config.batch_size * config.context,

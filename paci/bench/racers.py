@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,14 +23,15 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from paci.bench.workers import Report
-from paci.data import Corpus, Sampler, prepare, validation_batches
+from paci.data import Corpus, Sampler, validation_batches
+from paci.data.store import open_corpus
 from paci.models import GPTConfig, build_stages
 from paci.runtime.loss import CrossEntropy
 from paci.runtime.pipeline import Pipeline
 from paci.train.config import TrainConfig
 from paci.train.setup import (
     Plan,
-    learning_rate_factor,
+    learning_rate,
     make_optimizer,
     make_pipeline,
     make_plan,
@@ -130,7 +131,7 @@ class _Torch(Running):
         num_stages = plan.schedule.num_stages
         (module,) = build_stages(plan.model, [plan.cut[rank]], config.seed, _CPU)
         self._optimizer = make_optimizer(config, module)
-        self._rates = LambdaLR(self._optimizer, partial(learning_rate_factor, config))
+        self._rates = LambdaLR(self._optimizer, learning_rate(config, plan.schedule, rank))
         taken, given = _boundary(plan.model, config, rank, num_stages)
         stage = PipelineStage(
             module, rank, num_stages, _CPU, input_args=(taken,), output_args=given
@@ -178,7 +179,7 @@ def _boundary(
     return (x_BTD if index else tokens), (x_BTD if index < num_stages - 1 else logits_BTV)
 
 
-def race(rank: int, report: Report, racers: Sequence[Racer]) -> None:
+def race(rank: int, report: Report, racers: Sequence[Racer], folder: Path) -> None:
     """Train all of ``racers`` in turns of ``eval_every`` updates; rank 0 reports ``Mark``.
 
     A racer's clock runs from a moment at which all ranks are ready to the one at which the last of
@@ -189,9 +190,11 @@ def race(rank: int, report: Report, racers: Sequence[Racer]) -> None:
         rank: of this process.
         report: takes marks.
         racers: whose configurations agree in batches, updates and evaluations.
+        folder: of the corpus.
     """
     config = racers[0].config
-    corpus = prepare(config.data, config.tokenizer, val_fraction=config.val_fraction)
+    corpus = open_corpus(folder)
+    assert corpus is not None, "it has just been made"
     sampler = Sampler(corpus.train, config.context, config.batch_size, config.seed)
     size = config.batch_size // config.accumulation
     held_out = [

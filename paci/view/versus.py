@@ -16,6 +16,8 @@ from paci.view.curves import save_figure
 Row = Mapping[str, Any]
 _COLOURS = ("#0072B2", "#555555", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "-", "--", ":", "-.")
+_MARKERS = "osD^vP*X"
+_RATIOS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 def race_picture(rows: Sequence[Row], path: Path) -> None:
@@ -76,3 +78,66 @@ def _over(axes: Axes, rows: Sequence[Row], x: str, reached: str) -> None:
     axes.set_ylabel("validation loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
+    """Draw the time to a loss over PACI's, over the number of micro-batches, a line a schedule.
+
+    Thin dashed lines are of the time of an update alone, as if all methods took as many.
+
+    Args:
+        rows: of ``paci bench time-to-accuracy``, each with an ``update_ratio``.
+        path: a ``.png`` or ``.svg`` file.
+
+    Raises:
+        ConfigError: there is no row, or the suffix is another.
+    """
+    if not rows:
+        raise ConfigError("a time to accuracy needs a row with a time to be drawn, got none")
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    axes = figure.add_subplot()
+    optimizers = list(dict.fromkeys(row["optimizer"] for row in rows if "optimizer" in row))
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["schedule"] != "paci":
+            lines.setdefault(row["choice"] or row["schedule"], []).append(row)
+    for (label, own), colour in zip(lines.items(), itertools.cycle(_COLOURS), strict=False):
+        alone = sorted({(row["num_micro_batches"], row["update_ratio"]) for row in own})
+        axes.plot(*zip(*alone, strict=True), "--", color=colour, linewidth=0.8, alpha=0.7)
+        named = False
+        for optimizer, marker in zip(optimizers, itertools.cycle(_MARKERS), strict=False):
+            known = sorted(
+                (row["num_micro_batches"], row["time_ratio"])
+                for row in own
+                if row.get("optimizer") == optimizer
+            )
+            if known:
+                words = f"{label}, {optimizer}" if len(optimizers) > 1 else label
+                axes.plot(
+                    *zip(*known, strict=True),
+                    color=colour,
+                    marker=marker,
+                    markersize=5,
+                    linewidth=1.4,
+                    label=words,
+                )
+                named = True
+        if not named:
+            axes.plot([], [], "--", color=colour, linewidth=0.8, label=f"{label} (updates only)")
+    axes.axhline(1.0, color="#000000", linewidth=1.2)
+    sizes = sorted({row["num_micro_batches"] for row in rows})
+    axes.text(sizes[0], 0.99, "PACI", verticalalignment="top")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+    axes.set_xlabel("micro-batches an update (PACI's accumulation)")
+    axes.set_yscale("log", base=2)
+    lowest, highest = axes.get_ylim()
+    shown = [y for y in _RATIOS if lowest <= y <= highest]
+    axes.set_yticks(shown, labels=[f"{y:g}" for y in shown])
+    axes.minorticks_off()
+    axes.set_ylabel("time over PACI's")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    axes.set_title("to one loss (solid); of an update (dashed)", fontsize=10)
+    save_figure(figure, path)
