@@ -154,9 +154,7 @@ class LossRace(Question):
 
         place: int | None = None
         try:
-            for told in run_workers(
-                _NUM_WORKERS, race, racers, pin=True, timeout_s=self.timeout
-            ):
+            for told in run_workers(_NUM_WORKERS, race, racers, pin=True, timeout_s=self.timeout):
                 mark = told.value
                 place = mark.place
                 if mark.val_loss is None:
