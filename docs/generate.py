@@ -1,16 +1,17 @@
-"""Write the pictures and the tables of the docs again, from the code: ``make docs``.
+"""Write the pictures and the tables of the docs again, from the code and from ``results/``:
+``make docs``.
 
-A test runs this into an empty folder and compares, so what is committed cannot go stale.
+The README's tables of benchmarks are written too, into the folder above. A test runs this into an
+empty folder and compares, so what is committed cannot go stale.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-from paci.bench.questions import QUESTIONS
-from paci.bench.record import table
+import figures
+
 from paci.plan.cost import Costs
 from paci.plan.simulate import simulate
 from paci.runtime.weights.registry import weight_policies
@@ -18,8 +19,6 @@ from paci.schedule.grid import draw
 from paci.schedule.registry import make_schedule, schedules
 from paci.schedule.versions import analyse
 from paci.view.timeline import timeline_svg, window
-
-ROOT = Path(__file__).parent.parent
 
 
 def pictures(folder: Path) -> None:
@@ -65,35 +64,11 @@ def _section(name: str) -> list[str]:
     return lines
 
 
-def benchmarks(folder: Path) -> None:
-    """``benchmarks.md``: the tables of the results that are committed."""
-    questions = {question.name: question for question in QUESTIONS}
-    lines = [
-        "# Benchmarks",
-        "",
-        "Written by `make docs` from the JSON in `results/`; do not edit. Arms take turns in the",
-        "same processes; figures are medians over turns, the spread is half their range.",
-        "Utilization is the time that stages were told to take over the time that passed, in",
-        "steady state. [Decision 11](decisions/0011-benchmarks.md) says how, and what an emulation",
-        "on few cores cannot show.",
-    ]
-    for path in sorted((ROOT / "results").rglob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        machine, versions = result["machine"], result["versions"]
-        question = questions[result["bench"]]
-        lines += ["", f"## {path.relative_to(ROOT / 'results').with_suffix('')}", ""]
-        lines += ["```bash", result["command"], "```", ""]
-        lines += [
-            f"{machine['num_cores']} cores of {machine['processor']}, PyTorch "
-            f"{versions['torch']}, {result['date']}.",
-            "",
-            table(question.summarize(result["rows"]), question.columns),
-        ]
-    (folder / "benchmarks.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    target.mkdir(exist_ok=True)
     pictures(target)
     tables(target)
-    benchmarks(target)
+    figures.page(target)
+    figures.pictures(target)
+    figures.readme(target.parent / "README.md")

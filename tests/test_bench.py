@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from paci.bench import turns
+from paci.bench import footprint, turns
 from paci.bench.arms import Arm
 from paci.bench.emulated import EmulatedWork
+from paci.bench.forecasts import without_waits
 from paci.bench.overhead import bare_s
+from paci.bench.question import compared
 from paci.bench.record import table
 from paci.bench.turns import take_turns
 from paci.bench.workers import run_workers
@@ -21,6 +23,9 @@ from paci.bench.workloads import EmptyWork
 from paci.cli.app import main
 from paci.errors import ConfigError, WorkerError
 from paci.plan.cost import Slow
+from paci.runtime.split import Ledger
+from paci.schedule.action import Kind
+from paci.trace import Event, Trace
 
 
 def bench(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -40,6 +45,16 @@ def test_throughput(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     # Too few micro-batches for this one: said, and the rest goes on.
     assert "DualPipeV requires" in by_name["ScheduleDualPipeV"]["problem"]
     assert "problem" not in by_name["ScheduleZBVZeroBubble"]
+    limit = next(row for row in result["rows"] if row["runtime"] == "limit")
+    assert limit["share_of_limit"] == 1.0
+    assert by_name["paci"]["share_of_limit"] > 0
+    # What was traced is predicted; flushing is busy for m / (m + N - 1) at most.
+    for name in ("paci", "1f1b"):
+        row = by_name[name]
+        assert row["predicted_from"] == "1f1b"
+        assert 0 < row["utilization"] <= 1
+        assert 0 < row["predicted_utilization"] <= (1 if name == "paci" else 2 / 3 + 1e-9)
+    assert result["seed"] == 0
     assert result["command"].startswith("paci bench throughput --micro-batches 2")
     assert result["versions"]["torch"] == torch.__version__
     assert "did not run: DualPipeV" in capsys.readouterr().out
@@ -50,9 +65,30 @@ def test_emulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code, result = bench(tmp_path, "emulate", *small, "--json")
     assert code == 0
     assert json.loads(capsys.readouterr().out) == result
-    predicted = [row.get("predicted_utilization") for row in result["rows"]]
-    assert predicted == [1.0, 1.0, pytest.approx(2 / 3), None]
-    assert all(0 < row["utilization"] <= 1.01 for row in result["rows"])
+    ideal = [row.get("ideal_share") for row in result["rows"]]
+    assert ideal == pytest.approx([1.0, 1.0, 2 / 3, 2 / 3])
+    assert all(0 < row["asked_share"] <= 1.01 for row in result["rows"])
+    ours = result["rows"][:3]
+    assert [row["predicted_from"] for row in ours] == ["1f1b"] * 3
+    assert all(0 < row["utilization"] <= 1 for row in ours)
+    assert all(0 < row["predicted_asked_share"] <= 1.01 for row in ours)
+    assert "predicted_from" not in result["rows"][3]
+
+
+def test_emulate_splits_backwards_and_slows_down(tmp_path: Path):
+    arms = ["--schedules", "paci paci:split_backward=true paci-v", "--rivals"]
+    arms += ["ScheduleInterleavedZeroBubble"]
+    small = ["--workers", "2", "--updates", "2", "--forward-ms", "1", "--backward-ms", "2"]
+    small += ["--latency-ms", "0.4", "--micro-batches", "4"]
+    slow = ["--slow-worker", "1:0.5", "--slow-micro-batch", "2:0:1"]
+    _, result = bench(tmp_path, "emulate", *small, *arms, *slow)
+    rows = {row["schedule"]: row for row in result["rows"]}
+    assert [row.get("problem") for row in rows.values()] == [None] * 4
+    # Worker 1 takes 4 ms a micro-batch, 16 an update; worker 0 asks for 4 * 3 + 2.
+    assert rows["paci:split_backward=true"]["ideal_share"] <= (16 + 14) / 2 / 16 + 1e-9
+    assert rows["paci"]["ideal_share"] < rows["paci:split_backward=true"]["ideal_share"]
+    assert rows["paci-v"]["num_stages"] == 4
+    assert rows["paci-v"]["predicted_from"] == "paci-v"
 
 
 def test_overhead(tmp_path: Path):
@@ -71,7 +107,13 @@ def test_overhead(tmp_path: Path):
         (["emulate", "--workers", "1"], "workers must be a whole number of at least 2"),
         (["emulate", "--latency-ms", "-1"], "latency_ms must be a time"),
         (["emulate", "--forward-ms", "0", "--backward-ms", "0"], "must be above 0"),
-        (["emulate", "--schedules", "paci-v"], "must run whole backwards to be emulated"),
+        (["emulate", "--weight-share", "1.5"], "weight_share must be from 0 to 1"),
+        (["emulate", "--rivals", "ScheduleNone"], "rivals must be some of ScheduleGPipe"),
+        (["emulate", "--slow-worker", "1"], "slow_worker must be W:MS"),
+        (["emulate", "--slow-worker", "0.5:1"], "slow_worker must be W:MS"),
+        (["emulate", "--slow-worker", "8:1"], "must be one of 8 workers and 8 micro-batches"),
+        (["emulate", "--slow-micro-batch", "8:0:1"], "must be one of 8 workers and 8 micro"),
+        (["throughput", "--seed", "-1"], "seed must be a whole number of at least 0"),
         (["overhead", "--turns", "0"], "turns must be a whole number of at least 1"),
     ],
 )
@@ -105,9 +147,11 @@ def test_an_interruption_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch):
     arms = [Arm("paci", "1f1b", 2), Arm("paci", "gpipe", 2)]
 
     def interrupted(*args: Any, **options: Any) -> Any:
+        num_samples = 0
         for told in run_workers(*args, **options):
             yield told
-            if told.value.arm == arms[0] and told.value.sample is not None and told.rank == 1:
+            num_samples += told.value.sample is not None
+            if num_samples == 2:  # of both workers, for the first arm
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(turns, "run_workers", interrupted)
@@ -123,6 +167,33 @@ def test_an_interruption_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch):
     )
     assert outcomes[arms[0]].turns
     assert outcomes[arms[1]].problem == "interrupted"
+    rows = compared(outcomes, 2, 2)
+    assert rows[0]["update_s"] > 0
+    assert all(row["interrupted"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "module"),
+    [
+        (["overhead", "--workers", "2,3", "--updates", "1", "--micro-batches", "4"], turns),
+        (["memory", "--workers", "2,3", "--layers", "2", "--width", "16"], footprint),
+    ],
+)
+def test_an_interruption_ends_all_of_it(
+    options: list[str], module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sizes = []
+
+    def interrupted(num_workers: int, *args: Any, **rest: Any) -> Any:
+        sizes.append(num_workers)
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(module, "run_workers", interrupted)
+    assert main(["bench", *options, "--out", str(tmp_path)]) == 130
+    assert sizes == [2]
+    rows = json.loads((tmp_path / f"{options[0]}.json").read_text())["rows"]
+    assert {row["problem"] for row in rows} == {"interrupted"}
 
 
 def silent(rank: int, report: Any) -> None:
@@ -151,6 +222,61 @@ def test_an_emulated_stage_takes_its_time():
     assert spent_s[0][1] >= 0.06
     assert spent_s[1][0] >= 0.07
     assert spent_s[1][1] >= 0.16
+
+
+def test_a_link_is_no_work():
+    """What a message was held back is taken out of a trace, action by action."""
+    events = [
+        Event(0, 0, 0, Kind.FORWARD, 0.0, 1.0, 0),
+        Event(1, 1, 0, Kind.FORWARD, 1.0, 3.0, 0),
+        Event(1, 1, 0, Kind.BACKWARD, 3.0, 5.0, 0),
+        Event(0, 0, 0, Kind.BACKWARD, 5.0, 8.0, 0),
+        Event(1, 1, 0, Kind.UPDATE, 5.0, 6.0, 0),
+    ]
+    trace = Trace.of(events, 2, "wall")
+    found = without_waits(
+        trace, {0: {"forward": [], "backward": [1.5]}, 1: {"forward": [0.5], "backward": [0.0]}}
+    )
+    starts = {(e.stage, e.kind): e.start_s for e in found.events}
+    assert starts == {
+        (0, Kind.FORWARD): 0.0,
+        (1, Kind.FORWARD): 1.5,
+        (1, Kind.BACKWARD): 3.0,
+        (0, Kind.BACKWARD): 6.5,
+        (1, Kind.UPDATE): 5.0,
+    }
+
+
+def test_a_whole_backward_sends_when_both_halves_are_over():
+    stage = EmulatedWork(0.0, 0.0, 0.05, 2, 64, latency_s=1e-9).stage(1, 2, 1)
+    message = torch.zeros(1, 8, dtype=torch.float64, requires_grad=True)
+    start_s = time.perf_counter()
+    stage(message).sum().backward()
+    assert message.grad.view(-1)[0].item() >= start_s + 0.05
+    ledger = Ledger()
+    half = torch.zeros(1, 8, dtype=torch.float64, requires_grad=True)
+    stage.forward_split(ledger, half).sum().backward()
+    sent_s = half.grad.view(-1)[0].item()
+    ledger.settle()
+    assert time.perf_counter() - sent_s >= 0.05
+
+
+def test_the_limit_waits_for_the_slowest():
+    arms = [Arm("limit", "each stage alone", 2)]
+    work = EmulatedWork(1e-3, 2e-3, 0.0, 2, slow=(Slow(1, 0.01),))
+    outcomes = take_turns(
+        2,
+        work,
+        arms,
+        num_turns=2,
+        num_updates=2,
+        pin=False,
+        timeout_s=60.0,
+        say=lambda line: None,
+    )
+    # Worker 1 takes 23 ms a micro-batch, at least; worker 0 three.
+    assert all(time_s >= 2 * 0.023 for time_s in outcomes[arms[0]].updates_s(2))
+    assert len(outcomes[arms[0]].updates_s(2)) == 2
 
 
 def test_a_late_message_is_waited_for():

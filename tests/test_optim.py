@@ -40,7 +40,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "nadam": lambda m: NAdam(m.parameters(), lr=0.1, weight_decay=0.0),
     "rmsprop": lambda m: RMSprop(m.parameters(), lr=0.1),
     "muon": lambda m: Muon([p for p in m.parameters() if p.dim() == 2], lr=0.1, weight_decay=0.0),
-    "both": lambda m: MuonWithAdamW(groups(m), lr=0.1),
+    "both": lambda m: MuonWithAdamW(groups(m), lr=0.1, trial_ns_steps=5),
 }
 
 
@@ -81,6 +81,20 @@ def test_without_a_gradient_a_trial_follows_momentum():
     optimizer.zero_grad()
     for parameter, step in trial_steps(optimizer):
         torch.testing.assert_close(step, -0.1 * 0.5 * first[id(parameter)])
+
+
+def test_a_trial_may_be_rougher_than_a_step():
+    module = model()
+    optimizer = MuonWithAdamW(groups(module), lr=0.1, trial_ns_steps=2)
+    give_gradients(module, 1)
+    rough = {id(p): step for p, step in trial_steps(optimizer)}
+    for group in optimizer.param_groups:
+        if group["algorithm"] == "muon":
+            group["trial"] = {}
+    exact = {id(p): step for p, step in trial_steps(optimizer)}
+    for parameter in module.parameters():
+        apart = (rough[id(parameter)] - exact[id(parameter)]).norm() / exact[id(parameter)].norm()
+        assert (0.01 < apart < 0.6) if parameter.dim() == 2 else apart == 0
 
 
 def test_a_trial_calls_no_hooks():

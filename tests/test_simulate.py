@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from paci.errors import ConfigError, ScheduleError
-from paci.plan.cost import Costs, Draws, Link, StageCost
+from paci.plan.cost import Costs, Draws, Link, Slow, StageCost
 from paci.plan.predict import steady_state
 from paci.plan.simulate import simulate
 from paci.plan.table import KINDS, ActionTable
@@ -23,6 +24,7 @@ from paci.schedule.base import Placement, Schedule
 from paci.schedule.gpipe import GPipe
 from paci.schedule.one_f_one_b import OneFOneBFlush
 from paci.schedule.paci import PACI
+from paci.schedule.paci_v import PaciV
 from paci.schedule.registry import make_schedule, schedules
 from paci.schedule.sequence import Cursor
 from paci.schedule.versions import analyse
@@ -376,3 +378,34 @@ def test_a_wide_pipeline_full_of_micro_batches():
     # Fill: 255 forwards before the last stage begins; then a slot for each micro-batch; then the
     # last gradient runs back through 255 backwards.
     assert times.end_s.max() == pytest.approx(255 * 1.0 + 1024 * 3.0 + 255 * 2.0)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.1])
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_what_is_slow_is_slow_in_both_simulators(micro_batch: int | None, jitter: float):
+    schedule = PACI(3, 4, split_backward=True)
+    slow = (Slow(1, 0.5, micro_batch),)
+    costs = dataclasses.replace(Costs.even(3, 1.0, 2.0), slow=slow, jitter=jitter)
+    trace = simulate(schedule, costs, 4)
+    times = simulate_vectorized(schedule, costs, 4)
+    assert sorted(e.end_s for e in trace.events) == sorted(times.end_s)
+    if not jitter:
+        for event in trace.events:
+            is_hit = event.stage == 1 and micro_batch in (None, event.micro_batch % 4)
+            is_hit = is_hit and event.kind in (Kind.FORWARD, Kind.BACKWARD_INPUT)
+            took_s = event.end_s - event.start_s
+            base_s = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0, Kind.UPDATE: 0.0}.get(event.kind, 1.0)
+            assert took_s == pytest.approx(base_s + 0.5 * is_hit)
+
+
+def test_stages_of_a_slow_worker_share_what_it_loses():
+    costs = dataclasses.replace(Costs.even(4, 1.0, 2.0), slow=(Slow(1, 0.5),))
+    trace = simulate(PaciV(4, 2), costs, 4)
+    took = {e.stage: e.end_s - e.start_s for e in trace.events if e.kind is Kind.FORWARD}
+    assert [took[stage] for stage in range(4)] == pytest.approx([1.0, 1.25, 1.25, 1.0])
+
+
+def test_a_slow_worker_must_be_there():
+    costs = dataclasses.replace(Costs.even(2, 1.0, 2.0), slow=(Slow(2, 0.5),))
+    with pytest.raises(ConfigError, match="a slow worker must be one of the 2"):
+        simulate(PACI(2, 2), costs, 2)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paci
 from paci.models import GPTConfig, build_stage
+from paci.runtime.split import Ledger
 from paci.runtime.stage import Stage
 from paci.runtime.weights.registry import make_weight_policy, weight_policies
 
@@ -66,6 +67,37 @@ class Uses(nn.Module):
         return F.linear(y, self.one.weight) + self.one.bias
 
 
+class _Scaling(torch.autograd.Function):
+    """``x * weight`` whose backward leaves the gradient of the weight to a ledger."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, ledger: Ledger) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.ledger = weight, ledger
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight = ctx.saved_tensors
+        # Nothing here needs the weight, which may change before it is called.
+        ctx.ledger.put_off((ctx.weight,), lambda: ((dy * x).sum(0),))
+        return dy * weight, None, None
+
+
+class Scaling(nn.Module):
+    """A layer of one's own that can put its gradient off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+    def forward_split(self, ledger: Ledger, x: Tensor) -> Tensor:
+        return _Scaling.apply(x, self.weight, ledger)
+
+
 class Checkpointed(nn.Module):
     """Computes its inside again in the backward."""
 
@@ -95,6 +127,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], bool]] = {
     "convolutions": (Convolutions, (floats(3, 2, 5, 5),), True),
     "several": (Several, (floats(4, 6), ids(7, 4), floats(4, 1, 6)), True),
     "uses": (Uses, (floats(4, 6),), False),
+    "own": (lambda: nn.Sequential(Scaling(), nn.Linear(6, 6), Scaling()), (floats(4, 6),), True),
     "checkpointed": (Checkpointed, (floats(4, 6),), True),
     "double": (lambda: nn.Linear(6, 6).double(), (floats(4, 6).double(),), True),
     "complex": (lambda: nn.Linear(6, 6, dtype=torch.cfloat), (floats(4, 6) + 0j,), True),
@@ -352,6 +385,18 @@ def test_a_compiled_module_runs_whole():
     torch.testing.assert_close(dx, x.grad)
     for mine, theirs in zip(module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_a_layer_of_ones_own_is_asked_only_while_something_is_recorded():
+    module = Scaling()
+    stage = make_stage(module)
+    assert module(floats(4, 6)).grad_fn.name() == "MulBackward0"
+    stage.forward(0, (floats(4, 6).requires_grad_(),), None)
+    stage.backward_input(0, (torch.ones(4, 6),))
+    assert module.weight.grad is None
+    assert not stage.in_flight[0].ledger.held
+    stage.backward_weight(0)
+    torch.testing.assert_close(module.weight.grad, floats(4, 6).sum(0))
 
 
 def test_a_module_that_was_split_is_what_it_was_everywhere_else():

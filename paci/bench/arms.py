@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from paci.bench.emulated import EmulatedStage
-from paci.bench.stretch import HeldBack, Stretch, settling_updates, without_waits
+from paci.bench.forecasts import HeldBack, without_waits
 from paci.bench.workloads import Work
 from paci.errors import ConfigError
 from paci.runtime.pipeline import Pipeline
 from paci.runtime.world import hosted_stages
 from paci.schedule.registry import make_schedule
+from paci.trace import Trace
 
 # torch's own schedules: stages a worker, and whether the second half of the stages comes back
 # (the first and the last on one worker).
@@ -101,9 +102,14 @@ class Running(abc.ABC):
     def linger(self, is_over: Callable[[], bool]) -> None:  # noqa: B027  (most have nothing to do)
         """Keep this worker's core as busy as it was until the other workers are done too."""
 
-    def trace(self, num_updates: int) -> Stretch | None:
-        """Run a stretch with ``num_updates`` in steady state and look at it, where the runtime can.
-        All ranks must do so."""
+    @property
+    def busy_s(self) -> float | None:
+        """Seconds of actions on this worker so far, where the runtime knows."""
+        return None
+
+    def trace(self, num_updates: int) -> Trace | None:
+        """Run so many updates from an empty pipeline to an empty one and say what happened, where
+        the runtime can. All ranks must do so."""
         return None
 
     @abc.abstractmethod
@@ -132,14 +138,17 @@ class _Paci(Running):
     def update(self) -> None:
         self.pipeline.step(self._batch)
 
-    def trace(self, num_updates: int) -> Stretch:
-        schedule = self.pipeline.schedule
+    @property
+    def busy_s(self) -> float:
+        held_back_s = sum(m.held_back_all_s for m in self._modules if isinstance(m, EmulatedStage))
+        return self.pipeline.busy_s - held_back_s
+
+    def trace(self, num_updates: int) -> Trace:
         self.pipeline.drain()
         for module in self._modules:
             if isinstance(module, EmulatedStage):
                 module.forget()
-        num_ends = settling_updates(schedule)
-        for _ in range(2 * num_ends + num_updates):
+        for _ in range(num_updates):
             self.update()
         trace = self.pipeline.trace()
         held_back: dict[int, HeldBack] = {}
@@ -151,7 +160,7 @@ class _Paci(Running):
             }
         ):
             held_back |= part
-        return Stretch(without_waits(trace, held_back), num_ends)
+        return without_waits(trace, held_back)
 
     def close(self) -> None:
         self.pipeline.drain()

@@ -141,7 +141,7 @@ class Convergence(Question):
                 pool.shutdown(wait=False, cancel_futures=True)
         rows: list[Row] = [known[_key(run)] for run in wanted if _key(run) in known]
         if interrupted:
-            rows.append({"method": "", "problem": "interrupted"})
+            rows.append({"method": "", "problem": "interrupted", "interrupted": True})
         return rows
 
     def runs(self) -> Iterator[dict[str, Any]]:

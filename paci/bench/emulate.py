@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from paci.bench.forecasts import add_forecasts
 from paci.bench.question import Race, Row, compared, require_times
-from paci.bench.stretch import add_forecasts
 from paci.errors import ConfigError
 from paci.plan.cost import Costs, Link, Slow, StageCost
 from paci.plan.predict import steady_state
@@ -17,6 +17,8 @@ from paci.schedule.registry import make_schedule
 if TYPE_CHECKING:
     from paci.bench.arms import Arm
     from paci.bench.turns import Say
+
+_NUM_TRACED = 6  # updates
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Emulate(Race):
         micro_batches: of an update; 0 for as many as workers.
         forward_ms: of what a worker holds.
         backward_ms: likewise, both halves.
-        weight_ms: of ``backward_ms``, what a split backward puts off.
+        weight_share: of a backward, what a split one puts off.
         message_bytes: from stage to stage.
         latency_ms: that a message takes longer than the machine's own transport.
         slow_worker: ``W:MS``, the forwards and backwards of worker W take MS longer each.
@@ -41,7 +43,7 @@ class Emulate(Race):
     micro_batches: int = 0
     forward_ms: float = 10.0
     backward_ms: float = 20.0
-    weight_ms: float = 10.0
+    weight_share: float = 0.5
     message_bytes: int = 65536
     latency_ms: float = 0.0
     slow_worker: str = ""
@@ -73,15 +75,13 @@ class Emulate(Race):
         require_times(
             forward_ms=self.forward_ms,
             backward_ms=self.backward_ms,
-            weight_ms=self.weight_ms,
             latency_ms=self.latency_ms,
         )
         if not self.forward_ms + self.backward_ms > 0:
             raise ConfigError("forward_ms + backward_ms must be above 0, got 0; pass a time")
-        if self.weight_ms > self.backward_ms:
+        if not 0 <= self.weight_share <= 1:
             raise ConfigError(
-                f"weight_ms must be at most backward_ms, of which it is a part, got "
-                f"{self.weight_ms:g} of {self.backward_ms:g}; pass less"
+                f"weight_share must be from 0 to 1, got {self.weight_share:g}; pass 0.5 for halves"
             )
         for each in self.slow:
             if each.worker >= self.workers or (each.micro_batch or 0) >= self._num_micro_batches:
@@ -122,10 +122,10 @@ class Emulate(Race):
             arms,
             say,
             num_updates=self.updates,
-            num_traced=max(4, self.updates // 2),
+            num_traced=_NUM_TRACED,
         )
         rows = compared(outcomes, n, m)
-        add_forecasts(rows, [each.stretch for each in outcomes.values()], self.slow)
+        add_forecasts(rows, [each.trace for each in outcomes.values()], self.slow)
         asked_s = self._asked_s()
         for row, schedule in zip(rows, planned.values(), strict=True):
             for given, share in (
@@ -153,11 +153,11 @@ class Emulate(Race):
         """Whole backwards are one wait, unless some schedule splits them."""
         from paci.bench.emulated import EmulatedWork
 
-        weight_ms = self.weight_ms if any(map(_splits, schedules)) else 0.0
+        share = self.weight_share if any(map(_splits, schedules)) else 0.0
         return EmulatedWork(
             self.forward_ms / 1e3,
-            (self.backward_ms - weight_ms) / 1e3,
-            weight_ms / 1e3,
+            (1 - share) * self.backward_ms / 1e3,
+            share * self.backward_ms / 1e3,
             self.workers,
             self.message_bytes,
             self.latency_ms / 1e3,
@@ -171,7 +171,7 @@ class Emulate(Race):
         stage = StageCost(
             self.forward_ms * share,
             self.backward_ms * share,
-            backward_weight_s=self.weight_ms * share,
+            backward_weight_s=self.weight_share * self.backward_ms * share,
         )
         link = Link(self.latency_ms / 1e3)
         return Costs((stage,) * schedule.num_stages, link, slow=self.slow)

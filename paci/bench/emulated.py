@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paci.bench.stretch import HeldBack
+from paci.bench.forecasts import HeldBack
 from paci.bench.workloads import Work
 from paci.plan.cost import Slow
 from paci.runtime.split import Ledger
@@ -105,6 +105,7 @@ class EmulatedStage(nn.Module):
 
     Attributes:
         held_back_s: how long each forward and each backward held its message back, in order.
+        held_back_all_s: all of that, since the beginning.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class EmulatedStage(nn.Module):
         self.is_last = is_last
         self.num_forwards = 0
         self.newest: tuple[int, Tensor] | None = None  # backward, and whose gradient it makes
+        self.held_back_all_s = 0.0
         self.held_back_s: HeldBack = {}
         self.forget()
         be_punctual()
@@ -160,6 +162,7 @@ class EmulatedStage(nn.Module):
             return now_s
         start_s = max(now_s, message.view(-1)[0].item() + self.latency_s)
         self.held_back_s[what].append(start_s - now_s)
+        self.held_back_all_s += start_s - now_s
         return start_s
 
     def _run(self, message: Tensor, ledger: Ledger | None) -> Tensor:

@@ -86,8 +86,8 @@ def count(
 ) -> list[dict[str, Any]]:
     """Rows of all arms, each for every worker, in the order of arms and workers.
 
-    An arm that cannot run, fails or falls silent has one row that says so; an interruption (Ctrl-C)
-    leaves the arms that come after it.
+    An arm that cannot run, fails or falls silent has one row that says so, and so has each that an
+    interruption (Ctrl-C) leaves out.
     """
     rows: dict[Kept, dict[int, dict[str, Any]]] = defaultdict(dict)
     left = list(arms)
@@ -110,16 +110,17 @@ def count(
             say(f"{current.label}: left out: {error}")
         except KeyboardInterrupt:
             for arm in arms:
-                if len(rows[arm]) < num_workers:
-                    rows[arm] = {0: _row(_Found(arm, problem="interrupted"), num_workers)}
+                if not _is_done(rows[arm], num_workers):
+                    row = _row(_Found(arm, problem="interrupted"), num_workers)
+                    rows[arm] = {0: row | {"interrupted": True}}
             say("interrupted: what was counted is kept")
             break
-        left = [arm for arm in left if not rows[arm] or _is_partial(rows[arm], num_workers)]
+        left = [arm for arm in left if not _is_done(rows[arm], num_workers)]
     return [row for arm in arms for _, row in sorted(_once(rows[arm]).items())]
 
 
-def _is_partial(rows: Mapping[int, Mapping[str, Any]], num_workers: int) -> bool:
-    return len(rows) < num_workers and not any(row.get("problem") for row in rows.values())
+def _is_done(rows: Mapping[int, Mapping[str, Any]], num_workers: int) -> bool:
+    return len(rows) == num_workers or any(row.get("problem") for row in rows.values())
 
 
 def _once(rows: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:

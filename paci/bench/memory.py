@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from paci.bench.question import Question, Row, numbers
+from paci.bench.question import Question, Row, is_interrupted, numbers
 from paci.errors import ConfigError
 from paci.schedule.base import require_count
 
@@ -86,6 +86,8 @@ class Memory(Question):
         rows: list[Row] = []
         for n in numbers("workers", self.workers):
             rows += count(n, work, self._arms(n), self.timeout, say)
+            if is_interrupted(rows):
+                break
         return rows
 
     def _arms(self, num_workers: int) -> list[Kept]:

@@ -25,6 +25,8 @@ class Method:
     every_micro_batch: bool = False
 
 
+_NESTEROV = {"beta1": 0.99, "beta2": 0.999}  # of the paper
+
 METHODS: dict[str, Method] = {
     "flush": Method("1F1B with a flush: no delay", {"schedule": "1f1b", "weights": "current"}),
     "paci": Method("the newest weights (2606.07881)", {"weights": "current"}),
@@ -44,10 +46,10 @@ METHODS: dict[str, Method] = {
     ),
     "nesterov": Method(
         "Nesterov's method, asynchronous (2505.01099)",
-        {"weights": "stash", "optimizer": "nadam", "beta1": 0.99},
+        {"weights": "stash", "optimizer": "nadam", **_NESTEROV},
     ),
     "nesterov-current": Method(
-        "the same without a stash", {"weights": "current", "optimizer": "nadam", "beta1": 0.99}
+        "the same without a stash", {"weights": "current", "optimizer": "nadam", **_NESTEROV}
     ),
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from paci.bench.question import Race, Row, compared, numbers
+from paci.bench.question import Race, Row, compared, is_interrupted, numbers
 
 if TYPE_CHECKING:
     from paci.bench.turns import Say
@@ -61,6 +61,8 @@ class Overhead(Race):
                     row["overhead_us"] = 1e6 * statistics.median(hosts_s) / m - bare_us
                     row["wall_us"] = 1e6 * row["update_s"] / m
                 rows.append(row)
+            if is_interrupted(rows):
+                break
         return rows
 
 

@@ -120,6 +120,11 @@ def add_limit(rows: Sequence[dict[str, Any]]) -> None:
             row["share_of_limit"] = statistics.median(limit / own for limit, own in pairs)
 
 
+def is_interrupted(rows: Sequence[Row]) -> bool:
+    """Whether somebody ended a measurement early."""
+    return any(row.get("interrupted") for row in rows)
+
+
 def spread(values: Sequence[float]) -> float:
     """Half of the range over the median."""
     return (max(values) - min(values)) / 2 / statistics.median(values)
@@ -134,6 +139,8 @@ def compared(
     for arm, outcome in outcomes.items():
         row = row_of(arm, num_workers)
         times_s = outcome.updates_s(num_workers)
+        if outcome.is_interrupted:
+            row["interrupted"] = True
         if outcome.problem or not times_s:
             row["problem"] = outcome.problem or "nothing was measured"
         if times_s:
@@ -141,6 +148,9 @@ def compared(
             row["tokens_per_s"] = num_tokens / statistics.median(times_s)
             row["spread"] = spread(times_s)
             row["samples_s"] = times_s
+            shares = outcome.utilizations(num_workers)
+            if shares:
+                row["utilization"] = statistics.median(shares)
             pairs = list(zip(times_s, base, strict=False))
             if pairs:
                 row["time_ratio"] = statistics.median([own / first for own, first in pairs])

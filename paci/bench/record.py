@@ -32,6 +32,7 @@ def record(
             "system": platform.system(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
+        "seed": options.get("seed"),  # none where nothing is random
         "options": dict(options),
         "rows": [dict(row) for row in rows],
     }

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from paci.bench.question import Race, Row, add_limit, compared, numbers
-from paci.bench.stretch import add_forecasts
+from paci.bench.forecasts import add_forecasts
+from paci.bench.question import Race, Row, add_limit, compared, is_interrupted, numbers
 from paci.schedule.base import require_count
 
 if TYPE_CHECKING:
@@ -66,10 +66,12 @@ class Throughput(Race):
             arms += [Arm("torch", name, m) for name in RIVALS]
             num_updates = max(1, self.updates * 8 // m)
             outcomes = self._measure(
-                2, work, arms, say, num_updates=num_updates, num_traced=num_updates + 1, pin=True
+                2, work, arms, say, num_updates=num_updates, num_traced=num_updates + 2, pin=True
             )
             found = compared(outcomes, 2, work.num_tokens * m)
             add_limit(found)
-            add_forecasts(found, [each.stretch for each in outcomes.values()])
+            add_forecasts(found, [each.trace for each in outcomes.values()])
             rows += found
+            if is_interrupted(rows):
+                break
         return rows

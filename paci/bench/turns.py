@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from paci.bench.arms import Arm
-from paci.bench.stretch import Stretch
 from paci.bench.workers import Report, run_workers
 from paci.bench.workloads import Work
 from paci.errors import WorkerError
+from paci.trace import Trace
 
 _LOOK = -1  # the turn in which an arm is traced
 _NUM_WARM = 2  # updates before the first turn
@@ -33,10 +33,12 @@ class Sample(NamedTuple):
     Attributes:
         update_s: wall time of an update, in steady state.
         host_s: time that the worker's main thread computed, for an update.
+        utilization: share of the time that it spent in actions, where that is known.
     """
 
     update_s: float
     host_s: float
+    utilization: float | None
 
 
 class _Turn(NamedTuple):
@@ -52,7 +54,7 @@ class _Traced(NamedTuple):
     """Sent when an arm was looked at."""
 
     arm: Arm
-    stretch: Stretch | None
+    trace: Trace | None
 
 
 @dataclass
@@ -62,32 +64,37 @@ class Outcome:
     Attributes:
         arm: which.
         turns: the samples of every worker, by turn.
-        stretch: what it did, action by action, in a run of its own after all turns.
+        trace: what it did, action by action, in a run of its own after all turns.
         problem: why it did not run, if it did not.
+        is_interrupted: whether somebody ended the measurement early.
     """
 
     arm: Arm
     turns: dict[int, list[Sample]] = field(default_factory=lambda: defaultdict(list))
-    stretch: Stretch | None = None
+    trace: Trace | None = None
     problem: str = ""
+    is_interrupted: bool = False
 
     def updates_s(self, num_workers: int) -> list[float]:
         """Wall time of an update in each whole turn: the mean of the workers'; of a limit that of
         the slowest."""
         over_workers = max if self.arm.runtime == "limit" else statistics.fmean
-        return [
-            over_workers([sample.update_s for sample in turn])
-            for turn in self.turns.values()
-            if len(turn) == num_workers
-        ]
+        whole = self._whole_turns(num_workers)
+        return [over_workers([sample.update_s for sample in turn]) for turn in whole]
 
     def hosts_s(self, num_workers: int) -> list[float]:
         """Host time of an update on a worker in each whole turn: the mean of the workers'."""
-        return [
-            statistics.fmean(sample.host_s for sample in turn)
-            for turn in self.turns.values()
-            if len(turn) == num_workers
-        ]
+        whole = self._whole_turns(num_workers)
+        return [statistics.fmean(sample.host_s for sample in turn) for turn in whole]
+
+    def utilizations(self, num_workers: int) -> list[float]:
+        """Share of the time in actions in each whole turn, where it is known."""
+        shares = [[s.utilization for s in turn] for turn in self._whole_turns(num_workers)]
+        known = [[share for share in turn if share is not None] for turn in shares]
+        return [statistics.fmean(turn) for turn in known if turn]
+
+    def _whole_turns(self, num_workers: int) -> list[list[Sample]]:
+        return [turn for turn in self.turns.values() if len(turn) == num_workers]
 
 
 def take_turns(
@@ -113,7 +120,7 @@ def take_turns(
         pin: whether each worker keeps to one core.
         timeout_s: longest silence.
         say: told of progress.
-        num_traced: updates in steady state of the stretch that is traced in the end; 0 for none.
+        num_traced: updates of a run that is traced in the end; 0 for none.
 
     Returns:
         By arm. An interruption (Ctrl-C) ends it early: arms without samples say so.
@@ -136,7 +143,7 @@ def take_turns(
                 timeout_s=timeout_s,
             ):
                 if isinstance(told.value, _Traced):
-                    outcomes[told.value.arm].stretch = told.value.stretch
+                    outcomes[told.value.arm].trace = told.value.trace
                     continue
                 turn: _Turn = told.value
                 started = turn.arm
@@ -155,9 +162,10 @@ def take_turns(
             say(f"{started.label}: left out: {error}")
             left.remove(started)
         except KeyboardInterrupt:
-            for arm, outcome in outcomes.items():
+            for outcome in outcomes.values():
+                outcome.is_interrupted = True
                 if not outcome.turns and not outcome.problem:
-                    outcomes[arm].problem = "interrupted"
+                    outcome.problem = "interrupted"
             say("interrupted: what was measured is kept")
             return outcomes
         for outcome in outcomes.values():  # turns that only some workers ended are taken again
@@ -201,20 +209,24 @@ def _measure(
             for _ in range(1 + 2 * num_workers // arm.num_micro_batches):
                 arm_running.update()
             start_s, start_host_s = time.perf_counter(), time.thread_time()
+            start_busy_s = arm_running.busy_s
             for _ in range(num_updates):
                 arm_running.update()
-            update_s = (time.perf_counter() - start_s) / num_updates
-            host_s = (time.thread_time() - start_host_s) / num_updates
+            span_s, host_s = time.perf_counter() - start_s, time.thread_time() - start_host_s
+            busy_s, share = arm_running.busy_s, None
+            if busy_s is not None and start_busy_s is not None:
+                share = (busy_s - start_busy_s) / span_s
             all_done = dist.barrier(async_op=True)
             assert all_done is not None
             arm_running.linger(all_done.is_completed)
             all_done.wait()
-            report(_Turn(arm, turn, Sample(update_s, host_s)))
+            sample = Sample(span_s / num_updates, host_s / num_updates, share)
+            report(_Turn(arm, turn, sample))
     for arm, arm_running in running.items() if num_traced else ():
         report(_Turn(arm, _LOOK, None))
         dist.barrier()
-        stretch = arm_running.trace(num_traced)
+        trace = arm_running.trace(num_traced)
         if rank == 0:
-            report(_Traced(arm, stretch))
+            report(_Traced(arm, trace))
     for arm_running in running.values():
         arm_running.close()

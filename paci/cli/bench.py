@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Measure, print, save."""
+    from paci.bench.question import is_interrupted
     from paci.bench.record import record, save, table
 
     fields = dataclasses.fields(options.question)
@@ -51,4 +52,4 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     picture = path.with_suffix(".png")
     drawn = f" and {picture}" if question.draw(rows, picture) else ""
     print(f"written to {path}{drawn}", file=sys.stderr)
-    return 130 if any(row.get("problem") == "interrupted" for row in rows) else 0
+    return 130 if is_interrupted(rows) else 0

@@ -25,6 +25,8 @@ class MuonWithAdamW(Optimizer):
             (``adjust_lr_fn="match_rms_adamw"``), so that one rate serves both.
         momentum: Muon's; Nesterov's form.
         betas: AdamW's.
+        trial_ns_steps: Newton-Schulz iterations of Muon in a trial (``paci.optim.trial``); 5 in a
+            real step.
         weight_decay: decoupled; of groups that say none.
 
     Raises:
@@ -40,6 +42,7 @@ class MuonWithAdamW(Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
+        trial_ns_steps: int = 2,
     ) -> None:
         given = [dict(group) for group in groups]
         for group in given:
@@ -50,6 +53,8 @@ class MuonWithAdamW(Optimizer):
                 )
             group.setdefault("lr", lr)
             group.setdefault("weight_decay", weight_decay)
+            if group["algorithm"] == "muon":
+                group.setdefault("trial", {"ns_steps": trial_ns_steps})
         own: dict[str, dict[str, Any]] = {
             "muon": {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"},
             "adamw": {"betas": betas},

@@ -22,6 +22,9 @@ def trial_steps(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
     stepped, and where it lands is the step. So it holds for every optimizer whose step depends on
     the parameter through (decoupled or coupled) weight decay alone, and leaves that decay out.
 
+    A group may carry options that hold for trials only, as ``group["trial"]``: a prediction need not
+    be as exact as a step.
+
     One parameter at a time: what exists besides is the size of the largest and its state.
 
     Args:
@@ -48,7 +51,7 @@ def _step_of(
     # Another instance that shares all the rest (copy.copy would take part of it only).
     trial = object.__new__(type(optimizer))
     trial.__dict__.update(optimizer.__dict__)
-    trial.param_groups = [{**group, "params": [origin]}]
+    trial.param_groups = [{**group, **group.get("trial", {}), "params": [origin]}]
     copied = {k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in state.items()}
     trial.state = defaultdict(dict, {origin: copied} if copied else {})
     trial._optimizer_step_pre_hooks = OrderedDict()

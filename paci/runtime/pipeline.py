@@ -169,6 +169,11 @@ class Pipeline:
         return self._engine.transport
 
     @property
+    def busy_s(self) -> float:
+        """Seconds that the actions of this process took so far; on CUDA known once drained."""
+        return self._engine.recorder.busy_s
+
+    @property
     def num_micro_batches(self) -> int:
         """Micro-batches fed since the start of training."""
         return self._num_done + self._num_fed

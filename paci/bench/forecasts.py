@@ -1,13 +1,13 @@
-"""A stretch of a run that was traced, and what is predicted from it."""
+"""What is predicted from runs that were traced."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from paci.plan.calibrate import MeasuredState, costs_of_trace, measured_state
+from paci.plan.calibrate import costs_of_trace
 from paci.plan.cost import Slow
 from paci.plan.predict import steady_state
 from paci.schedule.action import SENDS_GRADIENT, Kind
@@ -17,28 +17,6 @@ from paci.trace import Trace
 
 # How long each forward and each backward of a stage held its message back, in order.
 HeldBack = Mapping[str, list[float]]
-
-
-class Stretch(NamedTuple):
-    """A run from an empty pipeline to an empty one.
-
-    Attributes:
-        trace: of all workers.
-        num_ends: updates at its beginning, and as many at its end, that are not in steady state.
-    """
-
-    trace: Trace
-    num_ends: int
-
-    @property
-    def state(self) -> MeasuredState:
-        """What it was like in between."""
-        return measured_state(self.trace, self.num_ends, self.num_ends)
-
-
-def settling_updates(schedule: Schedule) -> int:
-    """Updates at either end of a run during which a pipeline fills or empties."""
-    return 1 + -(-2 * schedule.channel_capacity // schedule.accumulation)
 
 
 def without_waits(trace: Trace, held_back: Mapping[int, HeldBack]) -> Trace:
@@ -66,34 +44,33 @@ def without_waits(trace: Trace, held_back: Mapping[int, HeldBack]) -> Trace:
 
 
 def add_forecasts(
-    rows: Sequence[dict[str, Any]], stretches: Sequence[Stretch | None], slow: tuple[Slow, ...] = ()
+    rows: Sequence[dict[str, Any]], traces: Sequence[Trace | None], slow: tuple[Slow, ...] = ()
 ) -> None:
-    """Say of each row that was traced how busy its workers were, and what is predicted of that and
-    of the time of an update.
+    """Say of each row that was traced how busy its workers are predicted to be, and how long an
+    update.
 
     A prediction prices the row's schedule with the times of actions, pauses and delays of messages
-    that the first flushing row's stretch shows: its workers wait, so it shows what messages take.
-    Where that has other stages or other actions, the row's own stretch is taken.
+    that the first flushing row's trace shows: its workers wait, so it shows what messages take.
+    Where that has other stages or other actions, the row's own trace is taken.
 
     Args:
         rows: which name schedule, stages and micro-batches.
-        stretches: of each row, or None.
+        traces: of each row, or None.
         slow: disturbances; those of single micro-batches do not show in medians, and are added.
     """
     single = tuple(each for each in slow if each.micro_batch is not None)
     traced = [
-        (row, make_schedule(row["schedule"], row["num_stages"], row["num_micro_batches"]), stretch)
-        for row, stretch in zip(rows, stretches, strict=True)
-        if stretch is not None
+        (row, make_schedule(row["schedule"], row["num_stages"], row["num_micro_batches"]), trace)
+        for row, trace in zip(rows, traces, strict=True)
+        if trace is not None
     ]
     flushing = next((each for each in traced if each[1].flushes), None)
-    for row, schedule, stretch in traced:
-        source, source_stretch = row, stretch
+    for row, schedule, trace in traced:
+        source, costs = row, costs_of_trace(trace)
         if flushing is not None and _is_priced_by(schedule, flushing[1]):
-            source, source_stretch = flushing[0], flushing[2]
-        costs = dataclasses.replace(costs_of_trace(source_stretch.trace), slow=single)
+            source, costs = flushing[0], costs_of_trace(flushing[2])
+        costs = dataclasses.replace(costs, slow=single)
         expected = steady_state(schedule, costs)
-        row["utilization"] = stretch.state.utilization
         row["predicted_utilization"] = expected.utilization
         row["predicted_update_s"] = expected.update_s
         row["predicted_from"] = source["schedule"]
