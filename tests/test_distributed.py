@@ -238,7 +238,7 @@ def test_ranks_that_differ_are_told(tmp_path: Path):
         ),
         "precision": ("precision", "'fp32' on rank 0", "'bf16' on rank 1"),
         "seed": ("the seed", "3 on rank 0", "4 on rank 2"),
-        "weights": ("weights", "'current' on rank 0", "'stash' on rank 1"),
+        "weights": ("weights", "'Current()' on rank 0", "'Stash()' on rank 1"),
         "too many ranks": ("at most", "workers (2)", "got 3"),
         "too many stages": ("must hand over the stages [0]", "got 2 stages"),
     }.items():

@@ -299,6 +299,15 @@ def test_a_run_is_what_the_analysis_says(name: str, n: int, a: int, policy: str)
     assert not any(map(torch.equal, before, masters(pipeline)))
 
 
+def test_two_versions_are_one_update_late_after_a_drain_too():
+    pipeline = make_pipeline(mlp(3), paci.PACI(3, 2), weights="double_buffer")
+    for batch in float_batches(4, 2):
+        run(pipeline, [batch])
+    for report in pipeline.drift().values():
+        assert report.drift == Counter({0: 8})
+        assert report.delay == Counter({0: 2, 1: 6})  # there is no version before the first
+
+
 @pytest.mark.parametrize("name", schedules())
 def test_a_run_does_the_program_and_nothing_else(name: str):
     schedule = make_schedule(name, 4, 2)
@@ -738,6 +747,29 @@ def test_two_stages_a_worker(policy: str):
 
 
 # --- evaluation -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_stage_evaluates_with_its_newest_weights_whatever_it_did_last(policy: str):
+    (module,) = mlp(1)
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    stage = Stage(0, False, module, adamw(module), make_weight_policy(policy), mse, accumulation=1)
+
+    def evaluates() -> None:
+        (found,) = stage.evaluate((x,), None)
+        with torch.no_grad():
+            expected = torch.func.functional_call(module, stage.weights.masters, (x,))
+        assert torch.equal(found, expected)
+
+    outputs = [stage.forward(j, (x,), None) for j in range(2)]
+    stage.backward(0, tuple(map(torch.ones_like, outputs[0])))
+    stage.update()
+    evaluates()
+    stage.backward(1, tuple(map(torch.ones_like, outputs[1])))  # an update after its forward
+    evaluates()
+    for j in (1, 2):  # late by nothing, and by one update
+        stage.forward(j, (x,), None)
+        evaluates()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -174,6 +174,34 @@ def test_each_gradient_is_applied_once(a: int, policy: str, precision: str):
     torch.testing.assert_close(sum(given), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("a", [1, 2, 3])
+def test_both_places_see_what_the_policy_says_for_their_micro_batch(a: int):
+    """The head runs ahead of the embedding, and needs the older of two versions less long."""
+    pipeline = tied_pipeline(paci.PaciV(4, a), weights="double_buffer")
+    owner = pipeline.stages[0]
+    shared = owner.weights.masters["layers.0.token.weight"]
+    versions = [shared.detach().clone()]
+    owner.optimizer.register_step_post_hook(lambda *_: versions.append(shared.detach().clone()))
+    seen: dict[int, list[Tensor]] = {0: [], 3: []}
+
+    def watch(stage: int) -> None:
+        def look(*_: object) -> None:
+            seen[stage].append(owner.weights.working["layers.0.token.weight"].detach().clone())
+
+        pipeline.stages[stage].module.register_forward_pre_hook(look)
+
+    for stage in seen:
+        watch(stage)
+    for batch in token_batches(7, a):
+        pipeline.step(batch)
+    pipeline.drain()
+    assert len(versions) == 8
+    for found in seen.values():
+        assert len(found) == 7 * a
+        for j, weight in enumerate(found):
+            assert torch.equal(weight, versions[max(0, j // a - 1)])
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_it_trains_and_stays_tied(policy: str, precision: str):

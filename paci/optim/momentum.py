@@ -38,7 +38,7 @@ def momentum_steps(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]
     Raises:
         ConfigError: there is no momentum, or none that is known here.
 
-    Source: PipeOptim, arXiv 2312.00839, section IV; Muon's is ours.
+    Source: PipeOptim, arXiv 2312.00839; Muon's is ours.
     """
     require_momentum(optimizer)
     for group in optimizer.param_groups:

@@ -23,7 +23,7 @@ def delay_factor(delay: float, update: int, num_updates: int) -> float:
     Raises:
         ConfigError: a value is out of range.
 
-    Source: learning-rate rescheduling (T1) of PipeMare, arXiv 1910.05124, section 3.1. There stages
+    Source: learning-rate rescheduling (T1) of PipeMare, arXiv 1910.05124. There stages
     late by less than one update would get more than the base rate; here they get the base rate.
     """
     require_count("num_updates", num_updates)

@@ -27,7 +27,7 @@ class DoubleBuffer(WeightPolicy):
 
     Memory: two working copies, of the newest version and of the one before, beside the masters.
 
-    Source: PipeDream-2BW, arXiv 2006.09503, section 3.1.
+    Source: PipeDream-2BW, arXiv 2006.09503.
     """
 
     name: ClassVar[str] = "double_buffer"

@@ -37,7 +37,7 @@ class PipeMare(WeightPolicy):
     Raises:
         ConfigError: ``decay`` is out of range.
 
-    Source: PipeMare, arXiv 1910.05124, section 3.2. There ``d`` is the stage's mean; the program
+    Source: PipeMare, arXiv 1910.05124. There ``d`` is the stage's mean; the program
     knows that of each micro-batch.
     """
 
