@@ -22,8 +22,8 @@ def trial_steps(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
     stepped, and where it lands is the step. So it holds for every optimizer whose step depends on
     the parameter through (decoupled or coupled) weight decay alone, and leaves that decay out.
 
-    A group may carry options that hold for trials only, as ``group["trial"]``: a prediction need not
-    be as exact as a step.
+    A group may carry options that hold for trials only, as ``group["trial"]``: a prediction need
+    not be as exact as a step.
 
     One parameter at a time: what exists besides is the size of the largest and its state.
 
