@@ -218,10 +218,16 @@ def _waiting_table(found: dict[str, Result]) -> list[str]:
         if name not in found:
             continue
         rows = {heading: _row(found[name], *arm) for heading, arm in arms.items()}
-        cells = [_shown(row, "asked_share", ".3f") for row in rows.values()]
+        cells = [_shares(row) for row in rows.values()]
         cells.append(_shown(rows["`Schedule1F1B`"], "time_ratio"))
         lines.append(f"| {setting} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _shares(row: Result) -> str:
+    """Time asked for over time, and in brackets, where it is known, the utilization."""
+    busy = _shown(row, "utilization", ".3f")
+    return _shown(row, "asked_share", ".3f") + (f" ({busy})" if busy else "")
 
 
 def _overhead_table(found: dict[str, Result]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _LEFT, _RIGHT = 760, 200, 90
+_WIDTH, _LEFT, _RIGHT = 760, 210, 90
 _ROW, _GAP, _GROUP = 20, 5, 34
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
 _QUIET = "#9aa3ad"
