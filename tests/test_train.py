@@ -21,6 +21,7 @@ from paci.data import Sampler, prepare
 from paci.models import build_stage, combine_digests, gpt_config, layer_digests
 from paci.schedule.registry import make_schedule
 from paci.schedule.versions import analyse
+from paci.train.report import load_model
 
 # Two optimizer steps are enough for delay to reach the weights where accumulation is 8.
 SCHEDULES = [
@@ -34,6 +35,10 @@ VARIANTS = [
     {"precision": "bf16"},
     {"weights": "stash"},
     {"weights": "recompute"},
+    {"weights": "lookahead:refresh=3"},
+    {"weights": "pipemare", "optimizer": "adamw", "rate_by_delay": 0.8, "accumulation": 1},
+    {"optimizer": "adamw"},
+    {"flush_first": 0.5},
     {"schedule": "paci:slack=1"},
     {"tokenizer": "bpe:300"},
 ]
@@ -302,6 +307,50 @@ def test_generate_depends_on_the_weights_and_its_own_options_alone(shop: Shop):
     assert greedy == {text(one, "--top-k", 1)}
     # Longer than the context, and from nothing.
     assert shop.call("generate", one, "--tokens", 50).code == 0
+
+
+def test_flushing_first_is_a_flush_as_long_as_it_lasts(shop: Shop):
+    options = {"accumulation": 4, "weights": "current", "updates": 6}
+    flush = shop.train(schedule="1f1b", **options)["weights_sha256"]
+    assert shop.train(flush_first=1.0, **options)["weights_sha256"] == flush
+    found = shop.train(flush_first=0.5, **options)
+    assert found["weights_sha256"] not in (flush, shop.train(**options)["weights_sha256"])
+    late = [sum(n for k, n in s["delay"].items() if k != "0") for s in found["drift"]]
+    assert late == [6, 4, 2, 0]  # of three updates' gradients, the first of which are punctual
+
+
+def test_the_default_weights_look_ahead_where_gradients_are_late(shop: Shop):
+    for schedule, weights in (("paci", "lookahead"), ("1f1b", "current")):
+        digests = {
+            shop.train(schedule=schedule, accumulation=4, **more)["weights_sha256"]
+            for more in ({}, {"weights": weights})
+        }
+        assert len(digests) == 1
+
+
+def test_evaluate_is_the_mean_over_every_token(shop: Shop):
+    out, text = shop.new(), shop.folder / "other.txt"
+    shop.train(out=out)
+    text.write_text("a stage of the pipeline waits for nothing\n" * 40)
+    done = shop.call("evaluate", out, "--data", text, "--json")
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    model, config, tokenizer = load_model(out)
+    tokens = [*tokenizer.encode(text.read_text()).tolist(), tokenizer.end_of_text]
+    num_windows = (len(tokens) - 1) // config.context
+    total = 0.0
+    model.eval()
+    for k in range(num_windows):
+        window = torch.tensor(tokens[k * config.context : (k + 1) * config.context + 1])
+        with torch.no_grad():
+            logits = model(window[None, :-1])[0]
+        total += float(F.cross_entropy(logits.double(), window[1:], reduction="sum"))
+    assert found["num_tokens"] == num_windows * config.context
+    assert found["loss"] == pytest.approx(total / found["num_tokens"], rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    few = shop.call("evaluate", out, "--data", text, "--batches", 1)
+    assert few.code == 0
+    assert few.out.startswith("loss ")
 
 
 def test_options_come_from_a_file_and_the_command_line_wins(shop: Shop):
