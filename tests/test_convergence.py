@@ -67,6 +67,10 @@ def test_a_sweep_is_kept_and_goes_on(
     assert main([*one[:-1], "0,1"]) == 0
     told = capsys.readouterr()
     assert "4 runs, 1 of them" in told.err
+    assert main([*one[:-1], "0,1,2", "--most", "0", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert "6 runs, 4 of them" in shown.err
+    assert len(json.loads(shown.out)["rows"]) == 4
     assert "| naive | muon | current |" in told.out
     again = read_runs(store)
     assert len(again) == 4

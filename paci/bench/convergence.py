@@ -56,6 +56,7 @@ class Convergence(Question):
             besides (``held_out_loss``); none by default.
         evaluations: of a run, evenly spread; each drains the pipeline.
         extra: further options of every run, as ``KEY=VALUE`` separated by spaces.
+        most: runs to make at most; 0 for a table of those that are in the store.
         jobs: runs at a time; 0 for as many as there are cores.
         store: a file of JSON lines, one a run; runs that are in it are not made again,
             unless they failed.
@@ -79,6 +80,7 @@ class Convergence(Question):
     held_out: str = ""
     evaluations: int = 12
     extra: str = ""
+    most: int = 100_000
     jobs: int = 0
     store: str = "results/convergence/runs.jsonl"
 
@@ -105,6 +107,7 @@ class Convergence(Question):
         for name in ("updates", "batch_size", "layers", "width", "context", "evaluations"):
             require_count(name, getattr(self, name))
         require_count("jobs", self.jobs, least=0)
+        require_count("most", self.most, least=0)
         for name in self.methods.split():
             find_method(name)
 
@@ -119,6 +122,7 @@ class Convergence(Question):
         result = "held_out_loss" if self.held_out else "val_loss"
         missing = [run for run in wanted if result not in known.get(_key(run), {})]
         say(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them in {store}")
+        missing = missing[: self.most]
         store.parent.mkdir(parents=True, exist_ok=True)
         started, interrupted = time.perf_counter(), False
         children: set[subprocess.Popen[str]] = set()
