@@ -310,10 +310,10 @@ def test_generate_depends_on_the_weights_and_its_own_options_alone(shop: Shop):
 
 
 def test_flushing_first_is_a_flush_as_long_as_it_lasts(shop: Shop):
-    options = {"accumulation": 4, "weights": "current", "updates": 6}
+    options = {"accumulation": 4, "weights": "current", "updates": 6, "flush_first": 0.0}
     flush = shop.train(schedule="1f1b", **options)["weights_sha256"]
-    assert shop.train(flush_first=1.0, **options)["weights_sha256"] == flush
-    found = shop.train(flush_first=0.5, **options)
+    assert shop.train(**options | {"flush_first": 1.0})["weights_sha256"] == flush
+    found = shop.train(**options | {"flush_first": 0.5})
     assert found["weights_sha256"] not in (flush, shop.train(**options)["weights_sha256"])
     late = [sum(n for k, n in s["delay"].items() if k != "0") for s in found["drift"]]
     assert late == [6, 4, 2, 0]  # of three updates' gradients, the first of which are punctual

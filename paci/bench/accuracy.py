@@ -30,7 +30,8 @@ class TimeToAccuracy(Question):
     """How long to a loss, beside the fastest synchronous schedules.
 
     PACI makes its updates with as many micro-batches as it accumulates; its rivals train the same
-    batch, at the best learning rate of each.
+    batch, at the best learning rate of each. Updates that a method flushes at first take a flush's
+    time. What looking ahead costs in arithmetic is not in these times: ``paci bench race`` has it.
 
     Args:
         runs: store of ``paci bench convergence``; empty for times alone.
@@ -103,6 +104,10 @@ class TimeToAccuracy(Question):
         """PACI's row, then those of its rivals."""
         ours, theirs = needed or (None, None)
         own = paces.of("paci", m)
+        if ours is not None:
+            share = ours.share_flushed
+            mean = share * paces.of("1f1b", m).over_ideal + (1 - share) * own.over_ideal
+            own = own._replace(over_ideal=mean)
         yield self._row(m, "paci", m, own, own, ours, ours)
         cuts = list(_cuts(m, batch_size))
         rivals = [("1f1b", m, ""), (*paces.fastest(("1f1b",), cuts), "fastest 1f1b")]

@@ -174,6 +174,7 @@ class Convergence(Question):
         options = {
             "schedule": "paci",
             "optimizer": optimizer,
+            "flush_first": 0.0,
             **method.options,
             "stages": stages,
             "accumulation": a // divided,

@@ -30,7 +30,14 @@ _NESTEROV = {"beta1": 0.99, "beta2": 0.999}  # of the paper
 METHODS: dict[str, Method] = {
     "flush": Method("1F1B with a flush: no delay", {"schedule": "1f1b", "weights": "current"}),
     "paci": Method("the newest weights (2606.07881)", {"weights": "current"}),
-    "lookahead": Method("ahead by the known delay (ours)", {"weights": "lookahead"}),
+    "lookahead": Method(
+        "ahead by the known delay, after a tenth of flushes (ours)",
+        {"weights": "lookahead", "flush_first": 0.1},
+    ),
+    "lookahead-only": Method("ahead by the known delay from the start", {"weights": "lookahead"}),
+    "flush-first": Method(
+        "the newest weights, after a tenth of flushes", {"weights": "current", "flush_first": 0.1}
+    ),
     "flush-ahead": Method(
         "flush that looks ahead too", {"schedule": "1f1b", "weights": "lookahead"}
     ),

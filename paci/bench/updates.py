@@ -34,6 +34,7 @@ class Needed:
         final_loss: validation loss of the last update, the mean over seeds.
         target_loss: the loss in question.
         updates: to that loss, a number a seed.
+        flushed: how many of them, of each seed, the pipeline empties after (``flush_first``).
     """
 
     method: str
@@ -43,6 +44,12 @@ class Needed:
     final_loss: float
     target_loss: float
     updates: tuple[float, ...]
+    flushed: tuple[float, ...]
+
+    @property
+    def share_flushed(self) -> float:
+        """Of all updates."""
+        return sum(self.flushed) / sum(self.updates)
 
     @property
     def mean_updates(self) -> float:
@@ -173,6 +180,10 @@ def _needed(rows: Sequence[Row], target: float) -> Needed:
         statistics.fmean(row["val_loss"] for row in rows),
         target,
         tuple(updates),
+        tuple(
+            min(each, float(row.get("flush_first", 0.0)) * row["updates"])
+            for row, each in zip(rows, updates, strict=True)
+        ),
     )
 
 

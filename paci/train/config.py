@@ -72,7 +72,7 @@ class TrainConfig(BaseModel):
     )
 
     flush_first: Fraction = option(
-        0.0, "pipeline", "share of the updates, from the first, that the pipeline empties after"
+        0.1, "pipeline", "share of the updates, from the first, that the pipeline empties after"
     )
 
     updates: Count = option(400, "optimization", "optimizer steps")
