@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from paci.bench.questions import QUESTIONS
 from paci.bench.record import table
 from paci.view.rows import Bar, bar_rows
+from paci.view.sweep import sweep_picture
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -69,19 +70,22 @@ def results() -> dict[str, Result]:
     for path in sorted(RESULTS.rglob("*.json")):
         name = path.parent.name if path.parent != RESULTS else path.stem
         result = json.loads(path.read_text(encoding="utf-8"))
-        if result["bench"] in _columns():
+        if result["bench"] in _QUESTIONS:
             found[name] = result
     return found
 
 
-def _columns() -> dict[str, Any]:
-    return {question.name: question.columns for question in QUESTIONS}
+# Benchmarks whose tables stand in convergence.md.
+_OF_LEARNING = ("convergence", "time-to-accuracy", "race")
+_QUESTIONS = {question.name: question for question in QUESTIONS}
 
 
 def page(folder: Path) -> None:
     """``benchmarks.md``: the tables of the results that are committed."""
     lines = [_PAGE]
     for name, result in results().items():
+        if result["bench"] in _OF_LEARNING:
+            continue
         machine, versions = result["machine"], result["versions"]
         rows = result["rows"]
         note = ""
@@ -94,7 +98,8 @@ def page(folder: Path) -> None:
             f"{versions['torch']}, {result['date']}.{note}",
             "",
         ]
-        lines += [table(rows, _columns()[result["bench"]]), ""]
+        question = _QUESTIONS[result["bench"]]
+        lines += [table(question.summarize(rows), question.columns), ""]
     (folder / "benchmarks.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
@@ -260,10 +265,30 @@ TABLES: dict[str, Callable[[dict[str, Result]], list[str]]] = {
 
 def readme(path: Path) -> None:
     """Write the README to ``path``, with what stands between its markers made anew."""
-    text, found = (ROOT / "README.md").read_text(encoding="utf-8"), results()
-    for name, make in TABLES.items():
+    found = results()
+    tables = {name: make(found) for name, make in TABLES.items()}
+    _fill(ROOT / "README.md", path, tables)
+
+
+def convergence(folder: Path) -> None:
+    """Write ``convergence.md`` and the pictures of the sweeps in it likewise."""
+    tables: dict[str, list[str]] = {}
+    for name, result in results().items():
+        if result["bench"] in _OF_LEARNING:
+            question = _QUESTIONS[result["bench"]]
+            shown = table(question.summarize(result["rows"]), question.columns)
+            tables[name] = ["```bash", result["command"], "```", "", shown]
+        if result["bench"] == "convergence":
+            sweep_picture(result["rows"], folder / "images" / f"{name}.svg")
+    _fill(ROOT / "docs" / "convergence.md", folder / "convergence.md", tables)
+
+
+def _fill(source: Path, target: Path, tables: Mapping[str, Sequence[str]]) -> None:
+    """Copy a page, with each table between its markers made anew."""
+    text = source.read_text(encoding="utf-8")
+    for name, lines in tables.items():
         between = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        made = "\n".join(make(found))
+        made = "\n".join(lines)
         text, num = between.subn(lambda m, made=made: f"{m[1]}\n{made}\n\n{m[2]}", text)
-        assert num == 1, f"README.md must have one pair of markers for the table {name}"
-    path.write_text(text, encoding="utf-8")
+        assert num == 1, f"{source.name} must have one pair of markers for the table {name}"
+    target.write_text(text, encoding="utf-8")

@@ -71,4 +71,5 @@ if __name__ == "__main__":
     tables(target)
     figures.page(target)
     figures.pictures(target)
+    figures.convergence(target)
     figures.readme(target.parent / "README.md")

@@ -13,7 +13,7 @@ import numpy as np
 
 from paci.models import gpt_config
 from paci.models.estimate import estimate_profile
-from paci.plan.cost import Costs, Link, StageCost
+from paci.plan.cost import Costs, Link
 from paci.plan.predict import steady_state
 from paci.plan.search import search
 from paci.plan.vectorized import simulate_vectorized
@@ -106,8 +106,7 @@ def paper() -> None:
         rows = [steady_state(OneFOneBFlush(8, num), Costs.even(8, 1.0, 2.0)).update_s]
         for name in names:
             schedule = torch_schedule(name, 8, num)
-            costs = Costs((StageCost(0.5, 1.0, 0.5, 0.5),) * schedule.num_stages)
-            rows.append(steady_state(schedule, costs).update_s)
+            rows.append(steady_state(schedule, Costs.by_worker(schedule, 1.0, 2.0)).update_s)
         rows.append(steady_state(PACI(8, num), Costs.even(8, 1.0, 2.0)).update_s)
         _write(f"| {num} | " + " | ".join(f"{each / (3 * num):.2f}" for each in rows) + " |")
 

@@ -1,13 +1,15 @@
-"""Find the members of a family: every concrete class of a package's modules, by its name."""
+"""Find the members of a family: every concrete class of a package's modules, by its name; and
+read the options of one from text."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from paci.errors import ConfigError
 
@@ -46,3 +48,66 @@ def members(modules: Iterable[ModuleType], family: type[Family]) -> dict[str, ty
                 )
             found[name] = member
     return dict(sorted(found.items()))
+
+
+def read_options(member: type, kind: str, text: str, num_fixed: int = 0) -> dict[str, object]:
+    """Read ``OPTION=VALUE,...`` as keyword arguments of a dataclass, by the types of its defaults.
+
+    Several numbers for one option are separated by ``/``.
+
+    Args:
+        member: a dataclass with a class attribute ``name``.
+        kind: what errors call it.
+        text: may be empty.
+        num_fixed: leading fields that are no options.
+
+    Raises:
+        ConfigError: no such option, or a value of another type.
+    """
+    name = member.name  # type: ignore[attr-defined]
+    own = {field.name: field for field in _options_of(member, kind)[num_fixed:]}
+    for field in own.values():
+        if type(field.default).__name__ not in _READERS:
+            raise ConfigError(
+                f"an option of a {kind} must have a default that is a bool, int, float, str or "
+                f"tuple of floats, got none for {field.name} of {member.__name__}; give it one"
+            )
+    options: dict[str, object] = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if key not in own or not equals:
+            allowed = ", ".join(f"{each}=..." for each in own) or "none"
+            raise ConfigError(
+                f"an option of {kind} {name!r} must be one of {allowed}, got {item!r}; "
+                f"write {name}:OPTION=VALUE or leave it out"
+            )
+        default: Any = own[key].default
+        word = type(default).__name__
+        try:
+            options[key] = _READERS[word](value)
+        except (ValueError, KeyError):
+            wanted = "numbers" if word == "tuple" else word
+            like = "/".join(map(str, default)) if word == "tuple" else default
+            raise ConfigError(
+                f"option {key} of {kind} {name!r} must be {wanted}, got {value!r}; "
+                f"write it like its default, {key}={like}"
+            ) from None
+    return options
+
+
+_READERS: dict[str, Callable[[str], object]] = {
+    "bool": {"true": True, "True": True, "false": False, "False": False}.__getitem__,
+    "int": int,
+    "float": float,
+    "str": str,
+    "tuple": lambda text: tuple(map(float, text.split("/"))),
+}
+
+
+def _options_of(member: type, kind: str) -> list[dataclasses.Field[Any]]:
+    if not dataclasses.is_dataclass(member):
+        raise ConfigError(
+            f"a {kind} must be a dataclass, got {member.__name__} in {member.__module__}, "
+            f"which is none; decorate it with @dataclass"
+        )
+    return [field for field in dataclasses.fields(member) if field.init]

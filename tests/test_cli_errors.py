@@ -299,6 +299,19 @@ def test_generate_refuses_in_one_line(
     require_refusal(shop.call("generate", finished, *options), *words)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data", "nowhere"], ("nowhere",)),
+        (["--data", "stdlib", "--batches", 0], ("batches", "at least 1", "0")),
+    ],
+)
+def test_evaluate_refuses_in_one_line(
+    shop: Shop, finished: Path, options: list[object], words: tuple[str, ...]
+):
+    require_refusal(shop.call("evaluate", finished, *options), *words)
+
+
 def test_generate_needs_a_run(shop: Shop, finished: Path):
     require_refusal(shop.call("generate", shop.folder / "nothing"), "checkpoint", "nothing")
     out = shop.new()

@@ -18,7 +18,7 @@ from distributed_helpers import __file__ as helpers_file
 
 import paci
 from paci.runtime.failures import SOMEBODY, Complaint, first_failure
-from paci.runtime.weights.registry import weight_policies
+from paci.runtime.weights.registry import prepare_weight_policies, weight_policies
 from paci.runtime.world import hosted_stages
 from paci.schedule.check import check
 from paci.schedule.registry import schedules
@@ -43,17 +43,28 @@ def registered(accumulation: int) -> list[paci.Schedule]:
     return found
 
 
+def goes(policy: str, schedule: paci.Schedule) -> bool:
+    """Whether the two have a meaning together."""
+    try:
+        return bool(prepare_weight_policies(policy, schedule))
+    except paci.ConfigError:
+        return False
+
+
 def matrix() -> dict[str, Run]:
     runs = {}
     for a, num_steps in STEPS.items():
         for schedule, policy in itertools.product(registered(a), POLICIES):
-            runs[f"{schedule.name}-{a}-{policy}"] = Run(schedule, steps(num_steps), policy)
+            if goes(policy, schedule):
+                runs[f"{schedule.name}-{a}-{policy}"] = Run(schedule, steps(num_steps), policy)
         for slack in (1, 2):
             runs[f"slack-{slack}-{a}"] = Run(paci.PACI(N, a, slack), steps(num_steps))
     for policy in POLICIES:
-        runs[f"bf16-{policy}"] = Run(paci.PACI(N, 2), steps(6), policy, "bf16")
-        runs[f"vee-{policy}"] = Run(Vee(N, 2), steps(8), policy)
-        runs[f"boundary-{policy}"] = Run(paci.PACI(N, 2), steps(6), policy, model="many")
+        late = next(s for s in (paci.PACI(N, 2), paci.PACI(N, 3)) if goes(policy, s))
+        runs[f"bf16-{policy}"] = Run(late, steps(6), policy, "bf16")
+        vee = next(s for s in (Vee(N, 2), Vee(N, 8)) if goes(policy, s))
+        runs[f"vee-{policy}"] = Run(vee, steps(8), policy)
+        runs[f"boundary-{policy}"] = Run(late, steps(6), policy, model="many")
     runs["boundary-bf16"] = Run(paci.GPipe(N, 2), steps(6), "current", "bf16", "many")
     runs["boundary-vee"] = Run(Vee(N, 1), steps(8), model="many")
     return runs
@@ -73,6 +84,9 @@ def stretches() -> dict[str, Run]:
         runs[f"questions-{a}"] = Run(paci.PACI(N, a), tuple(itertools.chain(*busy)))
     runs["questions-flush"] = Run(paci.OneFOneBFlush(N, 2), tuple(itertools.chain(*busy)), "stash")
     runs["questions-recompute"] = Run(paci.PACI(N, 2), tuple(itertools.chain(*busy)), "recompute")
+    for policy in ("double_buffer", "pipemare", "predict"):  # which go on from state of their own
+        schedule = paci.PACI(N, 3)
+        runs[f"questions-{policy}"] = Run(schedule, tuple(itertools.chain(*busy)), policy)
     runs["questions-vee"] = Run(Vee(N, 2), tuple(itertools.chain(*busy)))
     runs["no-step"] = Run(paci.PACI(N, 2), (("evaluate", 3), ("drain", 0), ("drift", 0)))
     for tags in (1, 3):
@@ -224,7 +238,7 @@ def test_ranks_that_differ_are_told(tmp_path: Path):
         ),
         "precision": ("precision", "'fp32' on rank 0", "'bf16' on rank 1"),
         "seed": ("the seed", "3 on rank 0", "4 on rank 2"),
-        "weights": ("weights", "'current' on rank 0", "'stash' on rank 1"),
+        "weights": ("weights", "'Current()' on rank 0", "'Stash()' on rank 1"),
         "too many ranks": ("at most", "workers (2)", "got 3"),
         "too many stages": ("must hand over the stages [0]", "got 2 stages"),
     }.items():

@@ -38,7 +38,16 @@ class Autocast(nn.Module):
 
 def make_stage(module: nn.Module, precision: str, policy: str = "current") -> Stage:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-    return Stage(1, False, module, optimizer, make_weight_policy(policy), None, precision=precision)
+    return Stage(
+        1,
+        False,
+        module,
+        optimizer,
+        make_weight_policy(policy),
+        None,
+        accumulation=3,
+        precision=precision,
+    )
 
 
 def make_pipeline(precision: str = "bf16", policy: str = "current", lr: float = 1e-2, a: int = 2):
@@ -252,10 +261,15 @@ def test_a_bf16_pipeline_trains_like_fp32(policy: str):
         assert abs(low - high) < 0.1
 
 
-def test_evaluation_uses_the_working_weights():
-    pipeline = make_pipeline()
+@pytest.mark.parametrize("policy", POLICIES)
+def test_evaluation_uses_the_working_weights(policy: str):
+    pipeline = make_pipeline(policy=policy)
+    pipeline.step(token_batch())
     pipeline.step(token_batch())
     loss = pipeline.evaluate([token_batch()])
+    for stage in pipeline.stages.values():  # those of the newest version
+        for name, weight in stage.module.named_parameters():
+            assert torch.equal(weight, stage.weights.masters[name].to(BF16))
     tokens, targets = token_batch()
     model = nn.Sequential(*(stage.module for stage in pipeline.stages.values()))
     logits = model(tokens)

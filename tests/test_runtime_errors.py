@@ -27,7 +27,7 @@ def linears(num: int = N, width: int = 4) -> list[nn.Module]:
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1)
+    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.5)
 
 
 def pipeline(modules: list[nn.Module] | None = None, **changes: Any) -> paci.Pipeline:

@@ -21,6 +21,7 @@ from paci.data import Sampler, prepare
 from paci.models import build_stage, combine_digests, gpt_config, layer_digests
 from paci.schedule.registry import make_schedule
 from paci.schedule.versions import analyse
+from paci.train.report import load_model
 
 # Two optimizer steps are enough for delay to reach the weights where accumulation is 8.
 SCHEDULES = [
@@ -34,6 +35,10 @@ VARIANTS = [
     {"precision": "bf16"},
     {"weights": "stash"},
     {"weights": "recompute"},
+    {"weights": "lookahead:refresh=3"},
+    {"weights": "pipemare", "optimizer": "adamw", "rate_by_delay": 0.8, "accumulation": 1},
+    {"optimizer": "adamw"},
+    {"flush_first": 0.5},
     {"schedule": "paci:slack=1"},
     {"tokenizer": "bpe:300"},
 ]
@@ -110,10 +115,12 @@ def test_the_seed_decides_and_the_cut_does_not(shop: Shop):
     assert len({shop.train(stages=n, **options)["weights_sha256"] for n in (1, 2, 4)}) == 3
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "nadam"])
 def test_without_asynchrony_the_pipeline_is_a_plain_training_loop(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ):
     options = {
+        "optimizer": optimizer,
         "schedule": "1f1b",
         "accumulation": 4,
         "dropout": 0.0,
@@ -127,7 +134,7 @@ def test_without_asynchrony_the_pipeline_is_a_plain_training_loop(
     found = shop.train(**options, out=out, log_every=1)
     monkeypatch.setenv("PACI_CACHE", shop.env["PACI_CACHE"])
     for num_parts, is_exact in ((4, True), (1, False)):
-        model, losses, rates = plain_loop(shop.corpus, num_parts)
+        model, losses, rates = plain_loop(shop.corpus, num_parts, optimizer)
         logged = [row for row in cli.rows(out) if "loss" in row]
         if is_exact:
             digests = layer_digests(dict(model.named_parameters()))
@@ -137,7 +144,9 @@ def test_without_asynchrony_the_pipeline_is_a_plain_training_loop(
         assert [row["learning_rate"] for row in logged] == pytest.approx(rates, rel=1e-12)
 
 
-def plain_loop(corpus: Path, num_parts: int) -> tuple[torch.nn.Module, list[float], list[float]]:
+def plain_loop(
+    corpus: Path, num_parts: int, optimizer: str
+) -> tuple[torch.nn.Module, list[float], list[float]]:
     """What the run above does, on one device; also the losses, and the rates after each update."""
     data = prepare(str(corpus), "bytes")
     config = gpt_config(
@@ -149,17 +158,31 @@ def plain_loop(corpus: Path, num_parts: int) -> tuple[torch.nn.Module, list[floa
         width=32,
     )
     model = build_stage(config, config.layer_range, seed=5)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
+    inside = [
+        p for n, p in model.named_parameters() if p.dim() > 1 and ("attention" in n or "mlp" in n)
+    ]
+    chosen = {id(p) for p in inside}
     others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=3e-3,
-        betas=(0.9, 0.95),
-    )
+    ends = [p for p in model.parameters() if p.dim() > 1 and id(p) not in chosen]
+    groups = [
+        {"params": ends + inside, "weight_decay": 0.1},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    parts_of: list[torch.optim.Optimizer]
+    if optimizer == "muon":
+        groups[0]["params"] = ends
+        muon = torch.optim.Muon(
+            inside, lr=3e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
+        parts_of = [muon, torch.optim.AdamW(groups, betas=(0.9, 0.95))]
+    elif optimizer == "adamw":
+        parts_of = [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
+    else:
+        parts_of = [torch.optim.NAdam(groups, betas=(0.9, 0.95), decoupled_weight_decay=True)]
     sampler = Sampler(data.train, context=32, batch_size=16, seed=5)
     losses, rates = [], []
     for update in range(20):
-        for group in optimizer.param_groups:
+        for group in (group for part in parts_of for group in part.param_groups):
             group["lr"] = learning_rate(update)
         inputs, targets = (torch.from_numpy(part) for part in sampler.batch(update))
         parts = zip(inputs.chunk(num_parts), targets.chunk(num_parts), strict=True)
@@ -170,8 +193,9 @@ def plain_loop(corpus: Path, num_parts: int) -> tuple[torch.nn.Module, list[floa
             loss = loss / targets.numel()
             loss.backward()
             total += loss.detach()
-        optimizer.step()
-        optimizer.zero_grad()
+        for part in parts_of:
+            part.step()
+        model.zero_grad()
         losses.append(total.item())
         rates.append(learning_rate(update + 1))
     return model, losses, rates
@@ -283,6 +307,50 @@ def test_generate_depends_on_the_weights_and_its_own_options_alone(shop: Shop):
     assert greedy == {text(one, "--top-k", 1)}
     # Longer than the context, and from nothing.
     assert shop.call("generate", one, "--tokens", 50).code == 0
+
+
+def test_flushing_first_is_a_flush_as_long_as_it_lasts(shop: Shop):
+    options = {"accumulation": 4, "weights": "current", "updates": 6}
+    flush = shop.train(schedule="1f1b", **options)["weights_sha256"]
+    assert shop.train(flush_first=1.0, **options)["weights_sha256"] == flush
+    found = shop.train(flush_first=0.5, **options)
+    assert found["weights_sha256"] not in (flush, shop.train(**options)["weights_sha256"])
+    late = [sum(n for k, n in s["delay"].items() if k != "0") for s in found["drift"]]
+    assert late == [6, 4, 2, 0]  # of three updates' gradients, the first of which are punctual
+
+
+def test_the_default_weights_look_ahead_where_gradients_are_late(shop: Shop):
+    for schedule, weights in (("paci", "lookahead"), ("1f1b", "current")):
+        digests = {
+            shop.train(schedule=schedule, accumulation=4, **more)["weights_sha256"]
+            for more in ({}, {"weights": weights})
+        }
+        assert len(digests) == 1
+
+
+def test_evaluate_is_the_mean_over_every_token(shop: Shop):
+    out, text = shop.new(), shop.folder / "other.txt"
+    shop.train(out=out)
+    text.write_text("a stage of the pipeline waits for nothing\n" * 40)
+    done = shop.call("evaluate", out, "--data", text, "--json")
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    model, config, tokenizer = load_model(out)
+    tokens = [*tokenizer.encode(text.read_text()).tolist(), tokenizer.end_of_text]
+    num_windows = (len(tokens) - 1) // config.context
+    total = 0.0
+    model.eval()
+    for k in range(num_windows):
+        window = torch.tensor(tokens[k * config.context : (k + 1) * config.context + 1])
+        with torch.no_grad():
+            logits = model(window[None, :-1])[0]
+        total += float(F.cross_entropy(logits.double(), window[1:], reduction="sum"))
+    assert found["num_tokens"] == num_windows * config.context
+    assert found["loss"] == pytest.approx(total / found["num_tokens"], rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    few = shop.call("evaluate", out, "--data", text, "--batches", 1)
+    assert few.code == 0
+    assert few.out.startswith("loss ")
 
 
 def test_options_come_from_a_file_and_the_command_line_wins(shop: Shop):

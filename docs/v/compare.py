@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import paci
-from paci.plan.cost import Costs, StageCost
+from paci.plan.cost import Costs
 from paci.plan.predict import steady_state
 from paci.runtime.torch_schedules import torch_schedule
 from paci.schedule.check import check
@@ -25,11 +25,9 @@ WORKERS = (4, 8, 16, 32)
 
 
 def costs_of(schedule: paci.Schedule, times: tuple[float, float, float]) -> Costs:
-    """Every worker has the same work, whatever the number of its stages."""
-    share = 2 * schedule.num_workers / schedule.num_stages
-    forward, input_backward, weight_backward = (share * each for each in times)
-    stage = StageCost(forward, input_backward + weight_backward, input_backward, weight_backward)
-    return Costs((stage,) * schedule.num_stages)
+    """Two blocks on every worker, whatever the number of its stages."""
+    forward, input_backward, weight_backward = (2 * each for each in times)
+    return Costs.by_worker(schedule, forward, input_backward + weight_backward, weight_backward)
 
 
 def row(schedule: paci.Schedule, times: tuple[float, float, float], note: str = "") -> str:

@@ -9,6 +9,7 @@ import abc
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.errors import ConfigError
@@ -42,6 +43,16 @@ class Question(abc.ABC):
     @abc.abstractmethod
     def answer(self, say: Say) -> list[Row]:
         """Measure; ``say`` is told of progress."""
+
+    @classmethod
+    def summarize(cls, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows of the table, from those that are kept: by default the same."""
+        return rows
+
+    @classmethod
+    def draw(cls, rows: Sequence[Row], path: Path) -> bool:
+        """Draw the rows that are kept as a picture; False if there is none, as by default."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -154,7 +165,7 @@ def require_times(**times: float) -> None:
             raise ConfigError(f"{name} must be a time of at least 0, got {value}; pass 0 for none")
 
 
-def numbers(what: str, text: str) -> list[int]:
+def numbers(what: str, text: str, least: int = 1) -> list[int]:
     """Whole numbers from text.
 
     Raises:
@@ -164,9 +175,9 @@ def numbers(what: str, text: str) -> list[int]:
         found = [int(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < 1:
+    if not found or min(found) < least:
         raise ConfigError(
-            f"{what} must be whole numbers of at least 1, separated by commas, got {text!r}; write "
-            f"2,4,8"
+            f"{what} must be whole numbers of at least {least}, separated by commas, got {text!r}; "
+            f"write 2,4,8"
         )
     return found

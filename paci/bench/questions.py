@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from paci.bench.accuracy import TimeToAccuracy
+from paci.bench.convergence import Convergence
 from paci.bench.emulate import Emulate
 from paci.bench.memory import Memory
 from paci.bench.overhead import Overhead
 from paci.bench.question import Question
+from paci.bench.race import LossRace
 from paci.bench.throughput import Throughput
 
-QUESTIONS: tuple[type[Question], ...] = (Throughput, Emulate, Overhead, Memory)
+QUESTIONS: tuple[type[Question], ...] = (
+    Throughput,
+    Emulate,
+    Overhead,
+    Memory,
+    Convergence,
+    LossRace,
+    TimeToAccuracy,
+)

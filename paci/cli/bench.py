@@ -48,6 +48,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     command = shlex.join(["paci", *arguments])
     result = record(question.name, command, dataclasses.asdict(question), rows)
     path = save(result, Path(options.out))
-    print(json.dumps(result) if options.json else table(rows, question.columns))
-    print(f"written to {path}", file=sys.stderr)
+    print(json.dumps(result) if options.json else table(question.summarize(rows), question.columns))
+    picture = path.with_suffix(".png")
+    drawn = f" and {picture}" if question.draw(rows, picture) else ""
+    print(f"written to {path}{drawn}", file=sys.stderr)
     return 130 if is_interrupted(rows) else 0

@@ -5,6 +5,7 @@ from paci.models.gpt import (
     PRESETS,
     GPTConfig,
     gpt_config,
+    is_hidden_matrix,
     layer_costs,
     num_parameters,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "combine_digests",
     "generate",
     "gpt_config",
+    "is_hidden_matrix",
     "layer_costs",
     "layer_digests",
     "num_parameters",

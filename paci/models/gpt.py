@@ -258,6 +258,13 @@ def num_parameters(config: GPTConfig) -> int:
     return embedding + config.num_layers * block + head
 
 
+def is_hidden_matrix(name: str) -> bool:
+    """Whether the parameter of that name, ``layers.3.mlp.expansion.weight``, is a matrix inside a
+    block: what Muon is for."""
+    inside = (".attention.", ".mlp.")
+    return name.endswith(".weight") and any(part in name for part in inside)
+
+
 def layer_costs(config: GPTConfig) -> list[float]:
     """Forward multiply-adds per token of each layer, for ``paci.plan.partition.balanced_cut``.
 

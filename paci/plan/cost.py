@@ -170,6 +170,28 @@ class Costs:
         )
         return Costs((stage,) * num_stages, link or Link())
 
+    @staticmethod
+    def by_worker(
+        schedule: Schedule,
+        forward_s: float,
+        backward_s: float,
+        backward_weight_s: float | None = None,
+    ) -> Costs:
+        """The same work on every worker, shared out evenly to its stages; messages are free.
+
+        So schedules with one and with several stages a worker are priced for one model.
+
+        Args:
+            schedule: whose stages.
+            forward_s: of a micro-batch on a worker.
+            backward_s: likewise, both halves.
+            backward_weight_s: of ``backward_s``, what a split backward puts off; half if None.
+        """
+        share = schedule.num_workers / schedule.num_stages
+        weight_s = None if backward_weight_s is None else share * backward_weight_s
+        stage = StageCost(share * forward_s, share * backward_s, backward_weight_s=weight_s)
+        return Costs((stage,) * schedule.num_stages)
+
     def link_between(self, source: int, target: int) -> Link:
         """The link from worker ``source`` to worker ``target``."""
         return self.links.get((source, target), self.link)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -51,12 +51,15 @@ def build_stages(
     modules: Sequence[nn.Module],
     optimizers: Sequence[Optimizer],
     lr_schedulers: Sequence[LRScheduler | None],
-    make_policy: Callable[[], WeightPolicy],
+    policies: Sequence[WeightPolicy],
     loss: Loss,
     precision: str,
     seed: int,
 ) -> dict[int, Stage]:
     """The stages of a process, by index.
+
+    Args:
+        policies: of all stages of the pipeline.
 
     Raises:
         ConfigError: they are not those of ``held``, have not an optimizer each, or share weights
@@ -79,8 +82,9 @@ def build_stages(
             index == schedule.num_stages - 1,
             module,
             optimizer,
-            make_policy(),
+            policies[index],
             loss,
+            accumulation=schedule.accumulation,
             lr_scheduler=lr_scheduler,
             precision=precision,
             seed=seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ from paci.errors import DriftError
 from paci.schedule.action import COMPLETES_GRADIENT, SENDS_GRADIENT, Action, Kind
 from paci.schedule.base import Schedule
 from paci.schedule.versions import MicroBatchVersions, stage_versions
+
+Sees = Callable[[MicroBatchVersions], MicroBatchVersions]
 
 
 @dataclass
@@ -44,15 +47,15 @@ class DriftMeter:
     Args:
         schedule: whose program runs.
         stage: which of its stages.
-        consistent: whether backwards see the weights of their forward (``stash``), whatever the
-            stage's version has become.
+        sees: of the weight policy: what a micro-batch works with where the stage had such versions;
+            this is what the report tells.
     """
 
-    def __init__(self, schedule: Schedule, stage: int, consistent: bool) -> None:
+    def __init__(self, schedule: Schedule, stage: int, sees: Sees) -> None:
         self.report = DriftReport()
         self._schedule = schedule
         self._stage = stage
-        self._consistent = consistent
+        self._sees = sees
         self._drift_bound = schedule.drift_bound(stage)
         self._in_flight_cap = schedule.in_flight_cap(stage)
         self.start(0)
@@ -103,5 +106,6 @@ class DriftMeter:
                 f"stage {self._stage} must meet {predicted}, got {measured}; this is a bug in the "
                 f"schedule {self._schedule} or in the runtime: report it"
             )
-        self.report.drift[0 if self._consistent else measured.drift] += 1
-        self.report.delay[measured.delay] += 1
+        seen = self._sees(measured.later(self._base))
+        self.report.drift[seen.drift] += 1
+        self.report.delay[seen.delay] += 1

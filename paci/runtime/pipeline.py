@@ -26,7 +26,7 @@ from paci.runtime.recorder import Recorder
 from paci.runtime.stage import Target
 from paci.runtime.status import Status, StatusBoard, combine
 from paci.runtime.transport import Transport
-from paci.runtime.weights.registry import make_weight_policy
+from paci.runtime.weights.registry import prepare_weight_policies
 from paci.runtime.world import World
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.sequence import Cursor, Sequencer
@@ -69,7 +69,8 @@ class Pipeline:
             micro-batches hold) or any criterion that returns a mean over its micro-batch, in which
             case all micro-batches weigh the same.
         lr_scheduler: stepped after each update of its stage; one, or a list.
-        weights: name of the weight policy; the schedule's own by default.
+        weights: name of the weight policy, with options as ``lookahead:reach=2``; the schedule's
+            own by default.
         precision: ``"fp32"``, or ``"bf16"`` for one bf16 working copy of each weight beside fp32
             masters, gradients and optimizer state; buffers stay as they are. Do not use autocast
             in a stage: it keeps a copy of each weight for every micro-batch in flight.
@@ -112,9 +113,9 @@ class Pipeline:
         self.schedule = schedule
         self._loss = as_loss(loss_fn)
         self._world = World(schedule, choose_group(group, len(modules), schedule), timeout_s)
-        policy = make_weight_policy(weights or schedule.weights)
+        policies = prepare_weight_policies(weights or schedule.weights, schedule)
         self._world.agree(
-            {"the schedule": repr(schedule), "weights": policy.name, "precision": precision}
+            {"the schedule": repr(schedule), "weights": repr(policies[0]), "precision": precision}
             | {"the seed": seed, "share_memory": share_memory}
         )
         held = self._world.stages
@@ -125,7 +126,7 @@ class Pipeline:
                 modules,
                 listed(optimizer),
                 listed(lr_scheduler, len(modules)),
-                type(policy),
+                policies,
                 self._loss,
                 precision,
                 seed,
@@ -135,7 +136,7 @@ class Pipeline:
             schedule.num_stages,
             self.stages,
             self._world.connect(devices, share_memory),
-            {index: DriftMeter(schedule, index, policy.consistent) for index in held},
+            {index: DriftMeter(schedule, index, policies[index].sees) for index in held},
             Recorder(
                 schedule, devices[held[0]], self._world.position, self._world.size, trace_capacity
             ),

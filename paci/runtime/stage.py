@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -38,9 +37,10 @@ class _InFlight:
 
     inputs: Tensors
     target: Target | None
+    leaves: Tensors = ()  # the working weights that the graph ends in
+    versions: tuple[int, ...] = ()  # at the forward, of each stage that has weights used here
     needs: tuple[bool, ...] = ()  # which outputs a gradient comes back for
     outputs: Tensors = ()
-    leaves: Tensors = ()  # the working weights that the graph ends in
     ledger: Ledger = field(default_factory=Ledger)  # weight gradients that are put off
 
 
@@ -55,6 +55,7 @@ class Stage:
         optimizer: over the module's parameters; steps in place, once an update.
         policy: which weights a forward and a backward see.
         loss: used by the last stage.
+        accumulation: micro-batches of one update.
         lr_scheduler: stepped after each of the optimizer's steps.
         precision: ``"fp32"`` computes with the parameters as they are; ``"bf16"`` with one
             bf16 working copy of each, and floating-point inputs of the first stage converted.
@@ -78,6 +79,7 @@ class Stage:
         policy: WeightPolicy,
         loss: Loss,
         *,
+        accumulation: int = 1,
         lr_scheduler: LRScheduler | None = None,
         precision: str = "fp32",
         seed: int = 0,
@@ -101,8 +103,12 @@ class Stage:
         self._dtype = PRECISIONS[precision]
         lent: dict[int, StageWeights] = {p: stage.weights for p, stage in lenders.items()}
         self.weights: StageWeights = StageWeights(module, self._dtype, policy.separate, lent)
+        policy.attach(self.weights, optimizer)
+        self._accumulation = accumulation
+        # Whose weights the module computes with, this stage first.
+        self._owners: list[Stage] = [self, *dict.fromkeys(lenders.values())]
         self._borrowers: list[Stage] = []
-        for lender in set(lenders.values()):
+        for lender in self._owners[1:]:
             lender._borrowers.append(self)
         self._buffers = {b.untyped_storage().data_ptr() for b in module.buffers() if b.numel()}
         self._loss = loss
@@ -130,7 +136,10 @@ class Stage:
             is to come back; on the last stage the share of this micro-batch in the update's
             mean loss, a scalar that nothing flows back to.
         """
-        flight = _InFlight(inputs, target, leaves=self.weights.leaves)
+        for owner in self._owners:
+            owner.policy.before_forward(micro_batch // self._accumulation - owner.version)
+        versions = tuple(owner.version for owner in self._owners)
+        flight = _InFlight(inputs, target, self.weights.leaves, versions)
         outputs = self.policy.forward(lambda: self._run(micro_batch, flight))
         if self.policy.keeps_graph:
             flight.needs = tuple(output.requires_grad for output in outputs)
@@ -172,16 +181,11 @@ class Stage:
 
     def update(self) -> None:
         """Let the optimizer step on the masters, and publish them to the working weights."""
-        # Graphs in flight saved the weights that now change. Autograd would refuse their
-        # backward; that it multiplies with the new weights is what the method is about, so the
-        # version counters are kept as they were. (One by one: PyTorch 2.6 takes no tuple.)
-        with contextlib.ExitStack() as kept:
-            for weight in self.weights.working.values():
-                keeper = torch.autograd._unsafe_preserve_version_counter(weight)  # type: ignore[attr-defined]
-                kept.enter_context(keeper)
+        with self.weights.changing():
+            self.policy.before_update()
             self.optimizer.step()
             users = (self, *self._borrowers)
-            self.policy.publish(self.weights, sum(len(stage.in_flight) for stage in users))
+            self.policy.publish(sum(len(stage.in_flight) for stage in users))
         self.optimizer.zero_grad()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
@@ -189,12 +193,15 @@ class Stage:
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensors, target: Any) -> Tensors:
-        """Run forward in evaluation mode, with the working weights, keeping nothing.
+        """Run forward in evaluation mode, with the masters' values, keeping nothing.
+
+        Nothing is in flight.
 
         Returns:
             What goes to the next stage; on the last stage the summed loss and the number of
             tokens, both float64 scalars.
         """
+        self.policy.settle()
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
@@ -222,6 +229,7 @@ class Stage:
             "optimizer": _rename(self.optimizer.state_dict(), self._parameter_names()),
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
             "version": self.version,
+            "policy": self.policy.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -255,7 +263,7 @@ class Stage:
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.version = state["version"]
-        self.weights.write_in_place()
+        self.policy.load_state_dict(state["policy"])
 
     def _own(self, output: Tensor) -> Tensor:
         """``output`` to be handed on: a copy if it is a weight or a buffer, which may change
@@ -292,6 +300,8 @@ class Stage:
         self, micro_batch: int, flight: _InFlight, gradients: Tensors
     ) -> tuple[Tensors, Tensors]:
         """Where the backward starts, and with which gradients."""
+        for owner, version in zip(self._owners, flight.versions, strict=True):
+            owner.policy.before_backward(owner.version - version)
         outputs = self.policy.graph(flight.outputs, lambda: self._run(micro_batch, flight))
         if not self.policy.keeps_graph:
             flight.leaves = self.weights.leaves

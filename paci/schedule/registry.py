@@ -6,18 +6,15 @@ folder that ``PACI_SCHEDULE_PATH`` names (several are separated as in ``PATH``).
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import paci.schedule
 from paci.errors import ConfigError
-from paci.registry import members, modules_of
+from paci.registry import members, modules_of, read_options
 from paci.schedule.base import Schedule
 
 PATH_VARIABLE = "PACI_SCHEDULE_PATH"
@@ -42,7 +39,7 @@ def make_schedule(spec: str, num_stages: int, accumulation: int) -> Schedule:
         ConfigError: no such schedule or option, or a value that it refuses.
     """
     family, options = find_schedule(spec), spec.partition(":")[2]
-    return family(num_stages, accumulation, **_options(family, options))  # type: ignore[call-arg]
+    return family(num_stages, accumulation, **read_options(family, "schedule", options, 2))  # type: ignore[call-arg]
 
 
 def find_schedule(spec: str) -> type[Schedule]:
@@ -58,58 +55,6 @@ def find_schedule(spec: str) -> type[Schedule]:
             f"put its file in a folder that {PATH_VARIABLE} names"
         )
     return known[name]
-
-
-def _options(schedule: type[Schedule], text: str) -> dict[str, object]:
-    own = {field.name: field for field in _own_fields(schedule)}
-    options: dict[str, object] = {}
-    for item in filter(None, text.split(",")):
-        key, equals, value = item.partition("=")
-        if key not in own or not equals:
-            allowed = ", ".join(f"{each}=..." for each in own) or "none"
-            raise ConfigError(
-                f"an option of schedule {schedule.name!r} must be one of {allowed}, got {item!r}; "
-                f"write {schedule.name}:OPTION=VALUE or leave it out"
-            )
-        default: Any = own[key].default
-        kind = type(default).__name__
-        try:
-            options[key] = _READERS[kind](value)
-        except (ValueError, KeyError):
-            wanted = "numbers" if kind == "tuple" else kind
-            like = "/".join(map(str, default)) if kind == "tuple" else default
-            raise ConfigError(
-                f"option {key} of schedule {schedule.name!r} must be {wanted}, got {value!r}; "
-                f"write it like its default, {key}={like}"
-            ) from None
-    return options
-
-
-_READERS: dict[str, Callable[[str], object]] = {
-    "bool": {"true": True, "True": True, "false": False, "False": False}.__getitem__,
-    "int": int,
-    "float": float,
-    "str": str,
-    "tuple": lambda text: tuple(map(float, text.split("/"))),
-}
-
-
-def _own_fields(schedule: type[Schedule]) -> list[dataclasses.Field[Any]]:
-    """The options that a schedule adds to its stages and its micro-batches."""
-    family: type = schedule
-    if not dataclasses.is_dataclass(family):
-        raise ConfigError(
-            f"a schedule must be a dataclass, got {schedule.__name__} in {schedule.__module__}, "
-            f"which is none; decorate it with @dataclass(frozen=True)"
-        )
-    own = [field for field in dataclasses.fields(family) if field.init][2:]
-    for field in own:
-        if type(field.default).__name__ not in _READERS:
-            raise ConfigError(
-                f"an option of a schedule must have a default that is a bool, int, float, str or "
-                f"tuple of floats, got none for {field.name} of {schedule.__name__}; give it one"
-            )
-    return own
 
 
 def _path_modules() -> list[ModuleType]:

@@ -7,6 +7,7 @@ updates minus the one at its forward.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,14 @@ class MicroBatchVersions(NamedTuple):
     def delay(self) -> int:
         """Updates between its forward and the one that applies its gradient."""
         return self.updated - self.forward
+
+    def later(self, num_updates: int) -> MicroBatchVersions:
+        """The same, that many updates later."""
+        return self._replace(
+            forward=self.forward + num_updates,
+            backward=self.backward + num_updates,
+            updated=self.updated + num_updates,
+        )
 
 
 class VersionLog:
@@ -75,6 +84,18 @@ def stage_versions(schedule: Schedule, stage: int) -> Iterator[MicroBatchVersion
     for action in schedule.program(schedule.worker_of(stage)):
         if action.stage == stage:
             yield from log.record(action)
+
+
+def steady_update(schedule: Schedule, stage: int) -> list[MicroBatchVersions]:
+    """What the micro-batches of one update meet at ``stage`` once the pipeline is full.
+
+    Every later update meets the same, counted from its own version: with a lag of ``l`` slots, a
+    mean drift of ``l / a``.
+    """
+    a = schedule.accumulation
+    most = max(schedule.in_flight_cap(each) for each in range(schedule.num_stages))
+    num_updates = -(-(most + schedule.num_stages) // a) + 1
+    return list(itertools.islice(stage_versions(schedule, stage), num_updates * a))[-a:]
 
 
 @dataclass(frozen=True)

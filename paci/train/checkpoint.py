@@ -3,7 +3,7 @@
 ::
 
     checkpoints/update-00000200/
-        stage-00000.safetensors    weights/NAME, buffers/NAME, optimizer/NAME KEY
+        stage-00000.safetensors    weights/NAME, buffers/NAME, policy/NAME, optimizer/NAME KEY
         ...                        (metadata: optimizer groups, scheduler, version, plain values)
         manifest.json              what run this is of, and the SHA-256 of every other file
 
@@ -38,7 +38,7 @@ def save_stage(folder: Path, index: int, state: Mapping[str, Any]) -> dict[str, 
     """Write one stage's state into ``folder``; return ``{file name: SHA-256}``."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {"version": state["version"], "lr_scheduler": state["lr_scheduler"]}
-    for part in ("weights", "buffers"):
+    for part in ("weights", "buffers", "policy"):
         tensors |= {f"{part}/{name}": tensor for name, tensor in state[part].items()}
     plain["param_groups"] = state["optimizer"]["param_groups"]
     plain["optimizer"] = {}
@@ -70,7 +70,7 @@ def load_stage(folder: Path, index: int) -> dict[str, Any]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise _damaged(path, str(error)) from error
-    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "buffers": {}}
+    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "buffers": {}, "policy": {}}
     optimizer: dict[str, dict[str, Any]] = plain["optimizer"]
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")

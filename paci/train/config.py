@@ -63,26 +63,41 @@ class TrainConfig(BaseModel):
     )
     accumulation: Count = option(8, "pipeline", "micro-batches of one update")
     weights: str | None = option(
-        None, "pipeline", "weight policy: current, stash, recompute; default the schedule's own"
+        None,
+        "pipeline",
+        "weight policy; default the schedule's own, or lookahead if it never empties",
     )
     precision: Literal["fp32", "bf16"] = option(
         "fp32", "pipeline", "bf16: one bf16 working copy of each weight beside fp32 masters"
     )
 
+    flush_first: Fraction = option(
+        0.0, "pipeline", "share of the updates, from the first, that the pipeline empties after"
+    )
+
     updates: Count = option(400, "optimization", "optimizer steps")
     batch_size: Count = option(32, "optimization", "sequences of one update, in all micro-batches")
+    optimizer: Literal["muon", "adamw", "nadam"] = option(
+        "muon", "optimization", "muon: Muon for the matrices in blocks, AdamW for the rest"
+    )
     learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = option(
         1e-3, "optimization", "at its peak"
     )
     warmup: Fraction = option(0.01, "optimization", "share of the updates in linear warm-up")
+    rate_by_delay: Fraction = option(
+        0.0,
+        "optimization",
+        "share of the updates during which late stages' rates rise to the others' (PipeMare's T1)",
+    )
     final_learning_rate: Fraction = option(
         0.1, "optimization", "where the cosine ends, as a share of the peak"
     )
     weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = option(
         0.1, "optimization", "on matrices only"
     )
-    beta1: ProperFraction = option(0.9, "optimization", "AdamW's first decay rate")
-    beta2: ProperFraction = option(0.95, "optimization", "AdamW's second decay rate")
+    beta1: ProperFraction = option(0.9, "optimization", "AdamW's and NAdam's first decay rate")
+    beta2: ProperFraction = option(0.95, "optimization", "their second decay rate")
+    momentum: ProperFraction = option(0.95, "optimization", "Muon's")
     seed: Annotated[int, Field(ge=0, lt=2**64)] = option(
         0, "optimization", "of weights, data order and dropout"
     )

@@ -11,14 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from paci.data import Tokenizer, load_tokenizer
+from paci.data import Tokenizer, documents, load_tokenizer, validation_batches
 from paci.errors import CheckpointError
 from paci.models import GPTConfig, build_stage, generate
 from paci.runtime.drift import DriftReport
+from paci.runtime.loss import CrossEntropy
 from paci.schedule.action import Kind
+from paci.schedule.base import require_count
 from paci.trace import Trace
 from paci.train import checkpoint
 from paci.train.loop import Trainer
@@ -120,6 +124,35 @@ def sample_text(
         torch.Generator().manual_seed(seed),
     )
     return tokenizer.decode(tokens[1:].tolist())
+
+
+def evaluate_text(folder: Path, spec: str, num_batches: int) -> tuple[float, int]:
+    """The mean loss of a run's model over other text, and over how many tokens.
+
+    Args:
+        folder: the run's.
+        spec: as ``--data``; every document counts, and only the run's own tokenizer is used.
+        num_batches: of 16 windows, spread evenly over the text.
+
+    Raises:
+        CheckpointError: the run has no whole checkpoint.
+        DataError: the text cannot be read, or is shorter than a window.
+    """
+    require_count("batches", num_batches)
+    model, config, tokenizer = load_model(folder)
+    parts: list[npt.NDArray[np.uint16]] = []
+    for _, text in documents(spec):
+        parts += [tokenizer.encode(text), np.array([tokenizer.end_of_text], dtype=np.uint16)]
+    loss, count = torch.zeros((), dtype=torch.float64), 0
+    criterion = CrossEntropy()
+    model.eval()
+    with torch.no_grad():
+        tokens = np.concatenate(parts)
+        for inputs, targets in validation_batches(tokens, config.context, 16, num_batches):
+            wanted = torch.from_numpy(targets)
+            loss += criterion(model(torch.from_numpy(inputs)), wanted).double()
+            count += int(criterion.num_tokens(wanted))
+    return loss.item() / count, count
 
 
 def drift_table(reports: Mapping[int, DriftReport]) -> str:

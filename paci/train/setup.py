@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim import AdamW, NAdam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from paci.errors import ConfigError
@@ -19,10 +21,13 @@ from paci.models import (
     build_stages,
     combine_digests,
     gpt_config,
+    is_hidden_matrix,
     layer_costs,
     layer_digests,
     parameter_groups,
 )
+from paci.optim.muon import MuonWithAdamW, muon_groups
+from paci.optim.rates import rate_by_delay
 from paci.plan.partition import balanced_cut
 from paci.runtime.loss import CrossEntropy
 from paci.runtime.pipeline import Pipeline
@@ -57,7 +62,7 @@ def make_plan(config: TrainConfig, vocab_size: int) -> Plan:
     """
     schedule = make_schedule(config.schedule, config.num_stages, config.accumulation)
     check(schedule, num_updates=2)
-    make_weight_policy(config.weights or schedule.weights)
+    make_weight_policy(choose_weights(config, schedule))
     if config.batch_size % config.accumulation:
         raise ConfigError(
             f"batch_size must be divisible into {config.accumulation} micro-batches of one size, "
@@ -85,6 +90,16 @@ def make_plan(config: TrainConfig, vocab_size: int) -> Plan:
         **{key: value for key, value in chosen.items() if value is not None},
     )
     return Plan(schedule, model, _cut(config, model))
+
+
+def choose_weights(config: TrainConfig, schedule: Schedule) -> str:
+    """The weight policy: what is asked for, or what the schedule needs by definition, or the one
+    that bears delay best."""
+    if config.weights is not None:
+        return config.weights
+    if schedule.flushes or schedule.weights != Schedule.weights:
+        return schedule.weights
+    return "lookahead"
 
 
 def _cut(config: TrainConfig, model: GPTConfig) -> tuple[range, ...]:
@@ -151,22 +166,48 @@ def make_pipeline(config: TrainConfig, plan: Plan, device: torch.device) -> Pipe
     earlier: list[nn.Parameter] = []  # a parameter that stages share is the first one's
     optimizers = []
     for module in modules:
-        groups = parameter_groups(module, config.weight_decay, without=earlier)
-        betas = config.beta1, config.beta2
-        optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas))
+        optimizers.append(make_optimizer(config, module, earlier))
         earlier += module.parameters()
-    rate = partial(learning_rate_factor, config)
     return Pipeline(
         modules,
         plan.schedule,
         optimizers,
         CrossEntropy(),
-        lr_scheduler=[LambdaLR(optimizer, rate) for optimizer in optimizers],
-        weights=config.weights,
+        lr_scheduler=[
+            LambdaLR(optimizer, learning_rate(config, plan.schedule, stage))
+            for stage, optimizer in zip(held, optimizers, strict=True)
+        ],
+        weights=choose_weights(config, plan.schedule),
         precision=config.precision,
         seed=config.seed,
         timeout_s=config.timeout,
     )
+
+
+def make_optimizer(
+    config: TrainConfig, module: nn.Module, without: Iterable[nn.Parameter] = ()
+) -> Optimizer:
+    """The optimizer of a stage, over its parameters but those of ``without``."""
+    betas = config.beta1, config.beta2
+    if config.optimizer == "muon":
+        return MuonWithAdamW(
+            muon_groups(module, config.weight_decay, is_hidden_matrix, without),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            betas=betas,
+        )
+    groups = parameter_groups(module, config.weight_decay, without=without)
+    if config.optimizer == "nadam":
+        return NAdam(groups, lr=config.learning_rate, betas=betas, decoupled_weight_decay=True)
+    return AdamW(groups, lr=config.learning_rate, betas=betas)
+
+
+def learning_rate(config: TrainConfig, schedule: Schedule, stage: int) -> Callable[[int], float]:
+    """Share of the peak learning rate at an update of ``stage``."""
+    if not config.rate_by_delay:
+        return partial(learning_rate_factor, config)
+    by_delay = rate_by_delay(schedule, stage, max(1, round(config.rate_by_delay * config.updates)))
+    return lambda update: learning_rate_factor(config, update) * by_delay(update)
 
 
 def learning_rate_factor(config: TrainConfig, update: int) -> float:

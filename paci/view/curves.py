@@ -1,4 +1,4 @@
-"""The loss over the tokens seen, from a run's metrics; the only module here with matplotlib."""
+"""The loss over the tokens seen, from a run's metrics."""
 
 from __future__ import annotations
 
@@ -57,11 +57,7 @@ def loss_curve(
     Raises:
         ConfigError: another suffix, no row to draw, or a perplexity below 1.
     """
-    suffix = path.suffix[1:].lower()
-    if suffix not in _METADATA:
-        raise ConfigError(
-            f"a curve must be written as .svg or .png, got {path.name!r}; name the file so"
-        )
+    _suffix_of(path)
     if unigram_perplexity is not None and not 1 <= unigram_perplexity < math.inf:
         raise ConfigError(
             f"unigram_perplexity must be finite and at least 1, got {unigram_perplexity}; "
@@ -71,10 +67,29 @@ def loss_curve(
     axes = figure.add_subplot()
     _draw(axes, rows, unigram_perplexity)
     axes.set_title(title, parse_math=False)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure, the same bytes for the same figure; the file appears whole or not at all.
+
+    Raises:
+        ConfigError: the suffix of ``path`` is neither ``.svg`` nor ``.png``.
+    """
+    suffix = _suffix_of(path)
     picture = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "paci", "svg.fonttype": "path"}):
         figure.savefig(picture, format=suffix, dpi=_DOTS_PER_INCH, metadata=_METADATA[suffix])
     _write_whole(path, picture.getvalue())
+
+
+def _suffix_of(path: Path) -> str:
+    suffix = path.suffix[1:].lower()
+    if suffix not in _METADATA:
+        raise ConfigError(
+            f"a curve must be written as .svg or .png, got {path.name!r}; name the file so"
+        )
+    return suffix
 
 
 def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]], unigram_perplexity: float | None) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from paci.schedule.base import Schedule
+from paci.schedule.versions import MicroBatchVersions
 
 Tensors = tuple[Tensor, ...]
+Leaves = dict[str, nn.Parameter]  # working weights by name
 
 
 class StageWeights:
@@ -90,6 +96,19 @@ class StageWeights:
         self._places.setdefault(name, []).append((owner, attribute))
         owner.register_parameter(attribute, self.working[name])
 
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Let the working weights change inside, in place, though graphs in flight saved them.
+
+        Autograd would refuse their backward; that it multiplies with the new weights is what the
+        method is about, so the version counters are kept as they were.
+        """
+        with contextlib.ExitStack() as kept:
+            for weight in self.working.values():  # one by one: PyTorch 2.6 takes no tuple
+                keeper = torch.autograd._unsafe_preserve_version_counter(weight)  # type: ignore[attr-defined]
+                kept.enter_context(keeper)
+            yield
+
     def write_in_place(self) -> None:
         """Make the working weights equal to the masters, in the tensors that they are in.
 
@@ -102,17 +121,36 @@ class StageWeights:
                     [self.working[n] for n in names], [self.masters[n] for n in names]
                 )
 
+    def write_shifted(self, shifts: Mapping[str, Tensor], scale: float) -> None:
+        """Let working weights be ``master + scale * shift``, in the tensors that they are in.
+
+        Graphs of micro-batches in flight see the new values. Those without a shift stay.
+        """
+        with torch.no_grad(), self.changing():
+            for name, shift in shifts.items():
+                self.working[name].copy_(torch.add(self.masters[name], shift, alpha=scale))
+
     def write_fresh(self) -> None:
         """Make the working weights equal to the masters, in new tensors.
 
         Graphs of micro-batches in flight keep the old ones, which live as long as they do.
         """
+        self.use(self.fresh())
+
+    def fresh(self) -> Leaves:
+        """A set of working weights of its own, equal to the masters; in no place yet."""
+        leaves = {}
         for name in self.separate:
             master = self.masters[name]
             copy = master.detach().to(self._dtypes[name], copy=True)
-            leaf = nn.Parameter(copy, requires_grad=master.requires_grad)
+            leaves[name] = leaf = nn.Parameter(copy, requires_grad=master.requires_grad)
             if master.requires_grad:
                 leaf.register_post_accumulate_grad_hook(_adder(master))
+        return leaves
+
+    def use(self, leaves: Leaves) -> None:
+        """Let the module compute with ``leaves``, from ``fresh``; graphs in flight keep theirs."""
+        for name, leaf in leaves.items():
             self.working[name] = leaf
             for owner, attribute in self._places[name]:
                 owner.register_parameter(attribute, leaf)
@@ -161,6 +199,60 @@ class WeightPolicy(abc.ABC):
         """The outputs to go backward from: those of the forward, or of another ``run``."""
         return outputs if self.keeps_graph else run()
 
+    def prepare(self, schedule: Schedule, stage: int) -> None:  # noqa: B027 - most have no need
+        """Take from the program what this policy must know of ``stage``, before anything runs.
+
+        Raises:
+            ConfigError: with this schedule the policy has no meaning, or cannot be kept.
+        """
+
+    def sees(self, met: MicroBatchVersions) -> MicroBatchVersions:
+        """The versions whose weights a micro-batch really works with.
+
+        Args:
+            met: those that the stage had at its forward and its backward, and the one that its
+                gradient updates, counted from the start of training.
+        """
+        return met._replace(backward=met.forward) if self.consistent else met
+
+    def attach(self, weights: StageWeights, optimizer: Optimizer) -> None:
+        """Become the policy of one stage: its weights, and what updates their masters."""
+        self.weights = weights
+        self.optimizer = optimizer
+
+    def before_forward(self, delay: int) -> None:  # noqa: B027 - most policies do nothing here
+        """Let the working weights be those that the next forward is to see.
+
+        Args:
+            delay: updates that will have been applied here, since now, when the gradient of this
+                micro-batch is applied; it follows from the program, so it is known beforehand.
+        """
+
+    def before_backward(self, drift: int) -> None:  # noqa: B027 - most policies do nothing here
+        """Let the working weights be those that the next backward is to see.
+
+        Args:
+            drift: updates since the forward of this micro-batch.
+        """
+
+    def before_update(self) -> None:  # noqa: B027 - most policies do nothing here
+        """Take note of what the update that comes now will change."""
+
     @abc.abstractmethod
-    def publish(self, weights: StageWeights, num_in_flight: int) -> None:
-        """Bring an update of the masters to the working weights."""
+    def publish(self, num_in_flight: int) -> None:
+        """Bring an update of the masters to the working weights.
+
+        Args:
+            num_in_flight: micro-batches whose graphs hold working weights.
+        """
+
+    def settle(self) -> None:  # noqa: B027 - most policies do nothing here
+        """Let the working weights be the masters; nothing is in flight."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must be kept between two stretches, besides masters and optimizer."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state_dict`` gave; the masters have been loaded."""
+        self.weights.write_in_place()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
-from paci.runtime.weights.base import StageWeights, WeightPolicy
+from paci.runtime.weights.base import WeightPolicy
 
 
+@dataclass
 class Current(WeightPolicy):
     """Forward and backward use the newest weights; an update changes them in place.
 
@@ -19,6 +21,6 @@ class Current(WeightPolicy):
     name: ClassVar[str] = "current"
     summary: ClassVar[str] = "the newest weights, one copy (PACI)"
 
-    def publish(self, weights: StageWeights, num_in_flight: int) -> None:
+    def publish(self, num_in_flight: int) -> None:
         """In place."""
-        weights.write_in_place()
+        self.weights.write_in_place()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
-from paci.runtime.weights.base import StageWeights, WeightPolicy
+from paci.runtime.weights.base import WeightPolicy
 
 
+@dataclass
 class Recompute(WeightPolicy):
     """The backward starts with another forward, with the weights of the moment.
 
@@ -22,6 +24,6 @@ class Recompute(WeightPolicy):
     summary: ClassVar[str] = "the newest weights; a backward computes its forward again"
     keeps_graph: ClassVar[bool] = False
 
-    def publish(self, weights: StageWeights, num_in_flight: int) -> None:
+    def publish(self, num_in_flight: int) -> None:
         """In place."""
-        weights.write_in_place()
+        self.weights.write_in_place()

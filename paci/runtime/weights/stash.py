@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
-from paci.runtime.weights.base import StageWeights, WeightPolicy
+from paci.runtime.weights.base import WeightPolicy
 
 
+@dataclass
 class Stash(WeightPolicy):
     """A backward uses the very weights of its forward.
 
@@ -22,9 +24,9 @@ class Stash(WeightPolicy):
     separate: ClassVar[bool] = True
     consistent: ClassVar[bool] = True
 
-    def publish(self, weights: StageWeights, num_in_flight: int) -> None:
+    def publish(self, num_in_flight: int) -> None:
         """To new tensors if any micro-batch in flight still needs the old ones."""
         if num_in_flight:
-            weights.write_fresh()
+            self.weights.write_fresh()
         else:
-            weights.write_in_place()
+            self.weights.write_in_place()

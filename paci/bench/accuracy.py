@@ -1,0 +1,189 @@
+"""``paci bench time-to-accuracy``: updates to a loss times the time of an update.
+
+Updates come from training (``paci bench convergence``), times from the simulator or, where asked
+for, from stages that wait (``paci bench emulate``). A synchronous schedule changes no loss, so all
+of them take the updates of the best flush; what differs is how long theirs last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from paci.bench.methods import find_method
+from paci.bench.pace import Pace, Paces
+from paci.bench.question import Question, Row, numbers
+from paci.bench.updates import Needed, needed_updates, read_sweep
+from paci.errors import ConfigError
+from paci.schedule.base import require_count
+
+if TYPE_CHECKING:
+    from paci.bench.turns import Say
+
+_ZERO_BUBBLE = ("torch-interleaved", "torch-zero-bubble", "torch-zbv")
+
+
+@dataclass(frozen=True)
+class TimeToAccuracy(Question):
+    """How long to a loss, beside the fastest synchronous schedules.
+
+    PACI makes its updates with as many micro-batches as it accumulates; its rivals train the same
+    batch, at the best learning rate of each.
+
+    Args:
+        runs: store of ``paci bench convergence``; empty for times alone.
+        emulated: JSON files of ``paci bench emulate``, separated by spaces, whose times are taken
+            instead of simulated ones.
+        method: PACI's, of ``paci.bench.methods``.
+        flushes: methods without delay, separated by spaces; the best of them is compared with.
+        workers: of every schedule.
+        micro_batches: of an update: numbers, separated by commas.
+        batch_size: sequences of an update, where there are no runs that say it.
+    """
+
+    runs: str = "results/convergence/runs.jsonl"
+    emulated: str = ""
+    method: str = "lookahead"
+    flushes: str = "flush flush-ahead"
+    workers: int = 8
+    micro_batches: str = "1,2,4,8,16,32"
+    batch_size: int = 32
+
+    name: ClassVar[str] = "time-to-accuracy"
+    summary: ClassVar[str] = "updates to a loss, from training, times the time of an update"
+    columns: ClassVar[Mapping[str, str]] = {
+        "optimizer": "{optimizer}",
+        "micro-batches": "{num_micro_batches}",
+        "method": "{method}",
+        "schedule": "{schedule_told}",
+        "rate": "{learning_rate:g}",
+        "seeds": "{num_seeds}",
+        "final loss": "{final_loss:.4f}",
+        "target": "{target_loss:.4f}",
+        "updates to it": "{updates_told}",
+        "update / bubble-free": "{over_ideal:.3f}",
+        "times are": "{source}",
+        "update / PACI's": "{update_ratio:.2f}",
+        "time to target / PACI's": "{time_told}",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count("workers", self.workers, least=2)
+        require_count("batch_size", self.batch_size)
+        numbers("micro_batches", self.micro_batches)
+        if not self.flushes.split():
+            raise ConfigError("flushes must name one method or more, got none; write flush")
+        for name in (self.method, *self.flushes.split()):
+            if find_method(name).every_micro_batch:
+                raise ConfigError(
+                    f"a method must update once a batch to be compared, got {name}; choose another"
+                )
+
+    def answer(self, say: Say) -> list[Row]:
+        """Rows of PACI and its rivals, for each number of micro-batches and each sweep."""
+        sweep = read_sweep(Path(self.runs)) if self.runs else []
+        paces = Paces(self.workers, [Path(name) for name in self.emulated.split()])
+        rows: list[Row] = []
+        for m in numbers("micro_batches", self.micro_batches):
+            found = needed_updates(sweep, self.method, self.flushes.split(), self.workers, m)
+            say(f"{m} micro-batches: {f'compared {len(found)} times' if found else 'loss unknown'}")
+            if found:
+                for ours, theirs in found:
+                    rows += self._rows(paces, m, ours.batch_size, (ours, theirs))
+            else:
+                rows += self._rows(paces, m, self.batch_size, None)
+        return rows
+
+    def _rows(
+        self, paces: Paces, m: int, batch_size: int, needed: tuple[Needed, Needed] | None
+    ) -> Iterator[Row]:
+        """PACI's row, then those of its rivals."""
+        ours, theirs = needed or (None, None)
+        own = paces.of("paci", m)
+        yield self._row(m, "paci", m, own, own, ours, ours)
+        cuts = list(_cuts(m, batch_size))
+        rivals = [("1f1b", m, ""), (*paces.fastest(("1f1b",), cuts), "fastest 1f1b")]
+        rivals += [(name, m, "") for name in _ZERO_BUBBLE]
+        rivals += [(*paces.fastest(("1f1b", *_ZERO_BUBBLE), cuts), "fastest of all")]
+        for name, size, choice in rivals:
+            try:
+                pace = paces.of(name, size)
+            except ConfigError as error:
+                yield {
+                    "num_micro_batches": m,
+                    "method": self._method(theirs, self.flushes),
+                    "schedule": name,
+                    "problem": str(error).partition("; ")[0],
+                }
+                continue
+            yield {**self._row(m, name, size, pace, own, theirs, ours), "choice": choice}
+
+    def _method(self, needed: Needed | None, otherwise: str) -> str:
+        return needed.method if needed else otherwise.partition(" ")[0]
+
+    def _row(
+        self,
+        m: int,
+        schedule: str,
+        size: int,
+        pace: Pace,
+        own: Pace,
+        needed: Needed | None,
+        ours: Needed | None,
+    ) -> dict[str, Any]:
+        otherwise = self.method if schedule == "paci" else self.flushes
+        row: dict[str, Any] = {
+            "num_micro_batches": m,
+            "method": self._method(needed, otherwise),
+            "schedule": schedule,
+            "schedule_micro_batches": size,
+            "choice": "",
+            "over_ideal": pace.over_ideal,
+            "source": pace.source,
+            "update_ratio": pace.over_ideal / own.over_ideal,
+        }
+        if needed is None or ours is None:
+            return row
+        row |= needed.figures
+        row["time_ratio"] = row["update_ratio"] * needed.mean_updates / ours.mean_updates
+        return row
+
+    @classmethod
+    def summarize(cls, rows: Sequence[Row]) -> list[Row]:
+        """The same rows with words where a figure has a spread, or is not known."""
+        told: list[Row] = []
+        for row in rows:
+            words: dict[str, Any] = {"schedule_told": row["schedule"], **row}
+            if "over_ideal" in row:
+                if row["choice"]:
+                    size = row["schedule_micro_batches"]
+                    words["schedule_told"] = f"{row['choice']}: {row['schedule']} with {size}"
+                words["updates_told"], words["time_told"] = "loss unknown", "loss unknown"
+            if "updates" in row:
+                words["updates_told"] = f"{row['updates']:.0f} ± {row['updates_spread']:.0f}"
+                words["time_told"] = f"{row['time_ratio']:.2f}"
+            told.append(words)
+        return told
+
+    @classmethod
+    def draw(cls, rows: Sequence[Row], path: Path) -> bool:
+        """Time against PACI's over the number of micro-batches."""
+        from paci.view.versus import accuracy_picture
+
+        drawn = [row for row in rows if "over_ideal" in row]
+        if drawn:
+            accuracy_picture(drawn, path)
+        return bool(drawn)
+
+
+def _cuts(num_micro_batches: int, batch_size: int) -> Iterator[int]:
+    """Ways to cut the batch finer: twice, four times as many micro-batches, down to single
+    sequences."""
+    yield num_micro_batches
+    size = 2 * num_micro_batches
+    while size <= batch_size and batch_size % size == 0:
+        yield size
+        size *= 2

@@ -1,0 +1,31 @@
+"""Where a curve first comes down to a level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+Points = Sequence[tuple[float, float]]
+
+
+def first_reach(points: Points, level: float) -> float | None:
+    """The smallest x at which the straight lines between points are at ``level`` or below.
+
+    Args:
+        points: ``(x, y)`` in ascending order of x.
+        level: of y.
+
+    Returns:
+        None where all of it is above.
+    """
+    if points and points[0][1] <= level:
+        return points[0][0]
+    for (x, y), (next_x, next_y) in pairwise(points):
+        if next_y <= level:
+            return x + (next_x - x) * (y - level) / (y - next_y)
+    return None
+
+
+def last_shared(curves: Sequence[Points]) -> float:
+    """The lowest level that all curves reach."""
+    return max(min(y for _, y in points) for points in curves)

@@ -1,0 +1,180 @@
+"""How many updates a training takes to a loss, from the runs of a sweep."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paci.bench.convergence import summarize
+from paci.bench.methods import find_method
+from paci.bench.question import Row
+from paci.bench.reach import Points, first_reach, last_shared
+from paci.errors import ConfigError
+
+# What a line must say of its run, whatever came of it.
+_TOLD = ("method", "optimizer", "num_stages", "accumulation", "learning_rate", "seed")
+_SIZES = ("batch_size", "context", "updates")
+# Options that may differ between a method and the flush that it is compared with.
+_OWN = {"schedule", "weights", "optimizer", "stages", "accumulation", "learning_rate", "seed"}
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What a method needs to a loss, at its best learning rate.
+
+    Attributes:
+        method: which.
+        optimizer: of the training.
+        learning_rate: its best.
+        batch_size: sequences of an update.
+        final_loss: validation loss of the last update, the mean over seeds.
+        target_loss: the loss in question.
+        updates: to that loss, a number a seed.
+    """
+
+    method: str
+    optimizer: str
+    learning_rate: float
+    batch_size: int
+    final_loss: float
+    target_loss: float
+    updates: tuple[float, ...]
+
+    @property
+    def mean_updates(self) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.updates)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """For a row of a benchmark."""
+        return {
+            "optimizer": self.optimizer,
+            "learning_rate": self.learning_rate,
+            "num_seeds": len(self.updates),
+            "final_loss": self.final_loss,
+            "target_loss": self.target_loss,
+            "updates": self.mean_updates,
+            "updates_spread": (max(self.updates) - min(self.updates)) / 2,
+            "updates_by_seed": list(self.updates),
+        }
+
+
+def read_sweep(store: Path) -> list[Row]:
+    """The runs of ``paci bench convergence``: of each the last line that is whole.
+
+    Raises:
+        ConfigError: the store cannot be read, or holds no run.
+    """
+    try:
+        lines = store.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"runs must be a readable file of JSON lines, got {store}: {error}; make one with "
+            f"`paci bench convergence`, or pass --runs '' for times alone"
+        ) from error
+    found: dict[str, Row] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+            options = {**row.get("options", {})}
+            row = {"precision": "fp32", "weights": "", "mean_delay": 0.0, **options, **row}
+            kept = [row[key] for key in (*_TOLD, *_SIZES)]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # cut off, or of something else
+        found[json.dumps([kept, row["precision"], options], sort_keys=True)] = row
+    if not found:
+        raise ConfigError(
+            f"runs must hold lines of `paci bench convergence`, got none in {store}; name another "
+            f"file, or pass --runs '' for times alone"
+        )
+    return list(found.values())
+
+
+def needed_updates(
+    sweep: Sequence[Row], method: str, flushes: Sequence[str], num_stages: int, accumulation: int
+) -> list[tuple[Needed, Needed]]:
+    """What ``method`` needs, and what the best of ``flushes`` does, to where that flush ends.
+
+    Where a run of either does not come that far, the loss is the last that all of them reach. A
+    run reaches a loss where straight lines between its evaluations first do. How a flush cuts its
+    batch changes no loss, so its stages and micro-batches may be others.
+
+    Args:
+        sweep: of ``read_sweep``.
+        method: with delay.
+        flushes: without.
+        num_stages: of ``method``.
+        accumulation: likewise.
+
+    Returns:
+        A pair for each setting (data, model, batch, length, optimizer) that has runs of both.
+    """
+    settings: dict[str, list[Row]] = {}
+    methods = (method, *flushes)
+    for row in sweep:
+        if row["method"] in methods:
+            settings.setdefault(_setting(row, methods), []).append(row)
+    found = []
+    for rows in settings.values():
+        shape = {"num_stages": num_stages, "accumulation": accumulation}
+        ours = _best([row for row in rows if row["method"] == method and _is(row, shape)])
+        theirs = _best([row for row in rows if row["method"] in flushes])
+        if ours and theirs:
+            found.append(_to_the_same(ours, theirs))
+    return found
+
+
+def _setting(row: Row, methods: Sequence[str]) -> str:
+    """What runs must share to be compared."""
+    own = _OWN.union(*(find_method(name).options for name in methods))
+    shared = {key: value for key, value in row.get("options", {}).items() if key not in own}
+    shared |= {key: row[key] for key in (*_SIZES, "optimizer", "precision")}
+    return json.dumps(shared, sort_keys=True)
+
+
+def _is(row: Row, shape: Mapping[str, Any]) -> bool:
+    return all(row[key] == value for key, value in shape.items())
+
+
+def _best(rows: Sequence[Row]) -> list[Row]:
+    """The runs at the learning rate with the lowest mean loss, of all methods and shapes in
+    ``rows``; more seeds before a lower loss. Empty if every learning rate has a run that failed."""
+    found = summarize(rows)
+    if not found:
+        return []
+    best = min(found, key=lambda each: (-each["num_seeds"], each["val_loss"]))
+    keys = ("method", "num_stages", "accumulation", "learning_rate")
+    return [row for row in rows if _is(row, {key: best[key] for key in keys})]
+
+
+def _to_the_same(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[Needed, Needed]:
+    flush_ends_at = statistics.fmean(row["val_loss"] for row in theirs)
+    target = max(flush_ends_at, last_shared([_curve(row) for row in (*ours, *theirs)]))
+    return _needed(ours, target), _needed(theirs, target)
+
+
+def _needed(rows: Sequence[Row], target: float) -> Needed:
+    updates = []
+    for row in rows:
+        reached = first_reach(_curve(row), target)
+        assert reached is not None, "the target is one that every run reaches"
+        updates.append(reached / (row["batch_size"] * row["context"]))
+    first = rows[0]
+    return Needed(
+        first["method"],
+        first["optimizer"],
+        first["learning_rate"],
+        first["batch_size"],
+        statistics.fmean(row["val_loss"] for row in rows),
+        target,
+        tuple(updates),
+    )
+
+
+def _curve(row: Row) -> Points:
+    return [(tokens, loss) for tokens, loss in row["curve"]]

@@ -1,0 +1,1 @@
+"""What delay asks of an optimizer."""

@@ -1,0 +1,122 @@
+"""Muon for the matrices inside a model, AdamW for everything else, as one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from paci.errors import ConfigError
+
+
+class MuonWithAdamW(Optimizer):
+    """PyTorch's Muon and PyTorch's AdamW over the groups that name them.
+
+    A stage has one optimizer, and Muon takes matrices only. Both parts step on the groups and on
+    the state of this one, so learning-rate schedulers and checkpoints see a plain optimizer.
+
+    Args:
+        groups: as of any optimizer, with one key more: ``algorithm``, ``"muon"`` (parameters of
+            two dimensions) or ``"adamw"``.
+        lr: of groups that say none. Muon's updates are scaled to the size of AdamW's
+            (``adjust_lr_fn="match_rms_adamw"``), so that one rate serves both.
+        momentum: Muon's; Nesterov's form.
+        betas: AdamW's.
+        trial_ns_steps: Newton-Schulz iterations of Muon in a trial (``paci.optim.trial``); 5 in a
+            real step.
+        weight_decay: decoupled; of groups that say none.
+
+    Raises:
+        ConfigError: a group names no algorithm.
+
+    Source: Muon, Keller Jordan 2024; scaled as in arXiv 2502.16982.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        trial_ns_steps: int = 2,
+    ) -> None:
+        given = [dict(group) for group in groups]
+        for group in given:
+            if group.get("algorithm") not in _PARTS:
+                raise ConfigError(
+                    f"each group must have an algorithm of {', '.join(_PARTS)}, got "
+                    f"{group.get('algorithm')!r}; set group['algorithm']"
+                )
+            group.setdefault("lr", lr)
+            group.setdefault("weight_decay", weight_decay)
+            if group["algorithm"] == "muon":
+                group.setdefault("trial", {"ns_steps": trial_ns_steps})
+        own: dict[str, dict[str, Any]] = {
+            "muon": {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"},
+            "adamw": {"betas": betas},
+        }
+        self._parts = {
+            name: kind([{**g} for g in given if g["algorithm"] == name], **own[name])
+            for name, kind in _PARTS.items()
+            if any(g["algorithm"] == name for g in given)
+        }
+        whole = [group for part in self._parts.values() for group in part.param_groups]
+        super().__init__(whole, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step both parts; the closure, if any, is called once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for name, part in self._parts.items():
+            # This optimizer's, whatever has been loaded into them since.
+            part.param_groups = [g for g in self.param_groups if g["algorithm"] == name]
+            part.state = self.state
+            part.step()
+        return loss
+
+
+_PARTS: dict[str, type[Optimizer]] = {"muon": Muon, "adamw": AdamW}
+
+
+def muon_groups(
+    module: nn.Module,
+    weight_decay: float,
+    is_hidden: Callable[[str], bool],
+    without: Iterable[nn.Parameter] = (),
+) -> list[dict[str, Any]]:
+    """Groups for ``MuonWithAdamW``: Muon for the hidden matrices, AdamW for the rest.
+
+    Args:
+        module: any module; a shared parameter appears once.
+        weight_decay: at least 0, for parameters of two dimensions or more; others get 0.
+        is_hidden: says by its name whether a parameter is inside the model (not of an embedding
+            or the output layer).
+        without: parameters that another optimizer has.
+
+    Returns:
+        Groups in the module's order; none is empty.
+
+    Raises:
+        ConfigError: ``weight_decay`` is negative or not a number.
+    """
+    if not weight_decay >= 0:
+        raise ConfigError(f"weight_decay must be at least 0, got {weight_decay}; use 0 for none")
+    left_out = {id(parameter) for parameter in without}
+    chosen: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if id(parameter) in left_out:
+            continue
+        hidden = parameter.dim() == 2 and is_hidden(name)
+        key = "muon" if hidden else "adamw", weight_decay if parameter.dim() >= 2 else 0.0
+        chosen.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "algorithm": algorithm, "weight_decay": decay}
+        for (algorithm, decay), parameters in chosen.items()
+    ]

@@ -1,0 +1,95 @@
+"""``lookahead``: forwards see the weights that their gradients will update, as far as known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from paci.errors import ConfigError
+from paci.optim.trial import trial_steps
+from paci.runtime.weights.base import StageWeights, WeightPolicy
+from paci.schedule.base import require_count
+
+
+@dataclass
+class Lookahead(WeightPolicy):
+    """A micro-batch that will be late by ``d`` updates looks ``d`` updates ahead:
+
+        working = master + (reach * d + beyond) * step
+
+    ``d`` follows from the program, so it is known before the forward; ``step`` is what the
+    optimizer would do now, with its momentum and with what this update's micro-batches have added
+    to the gradient so far (``paci.optim.trial``). Backwards use the working weights as they stand,
+    as under ``current``.
+
+    Memory: one working copy beside the masters, which in mixed precision is there anyway. Time:
+    the optimizer's arithmetic once more for every ``refresh`` backwards.
+
+    Args:
+        reach: how far to go, in steps for each update of delay; at least 0.
+        beyond: how far to go besides, in steps, whether late or not; at least 0. It works as
+            Nesterov's momentum does, also under a schedule that flushes; 0 leaves such a schedule
+            as it is.
+        refresh: backwards after which a forward looks anew.
+
+    Raises:
+        ConfigError: a value is out of range.
+
+    Source: ours. SpecTrain (1809.02839), XPipe (1911.04610) and PipeOptim (2312.00839) predict
+    from momentum alone, go back to the old weights for the backward, and keep both.
+    """
+
+    reach: float = 1.25
+    beyond: float = 0.5
+    refresh: int = 1
+
+    name: ClassVar[str] = "lookahead"
+    summary: ClassVar[str] = "ahead of the newest weights by the known delay, one working copy"
+    separate: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_count("refresh", self.refresh)
+        for name, value in (("reach", self.reach), ("beyond", self.beyond)):
+            if not 0 <= value < math.inf:
+                raise ConfigError(
+                    f"{name} must be at least 0 and finite, got {value}; pass a number of steps"
+                )
+
+    def attach(self, weights: StageWeights, optimizer: torch.optim.Optimizer) -> None:
+        """Start at the masters."""
+        super().attach(weights, optimizer)
+        self._names = {id(master): name for name, master in weights.masters.items()}
+        self._ahead = 0.0  # steps from the masters to the working weights
+        self._age = 0  # backwards since they were written
+
+    def before_forward(self, delay: int) -> None:
+        """Look ahead, anew if that is to be farther or enough backwards have passed."""
+        ahead = self.reach * delay + self.beyond
+        if ahead != self._ahead or (ahead and self._age >= self.refresh):
+            self._write(ahead)
+
+    def before_backward(self, drift: int) -> None:
+        """Count it."""
+        self._age += 1
+
+    def publish(self, num_in_flight: int) -> None:
+        """The masters, in place."""
+        self._write(0.0)
+
+    def settle(self) -> None:
+        """The masters, in place."""
+        if self._ahead:
+            self._write(0.0)
+
+    @torch.no_grad()
+    def _write(self, ahead: float) -> None:
+        self._ahead, self._age = ahead, 0
+        with self.weights.changing():
+            self.weights.write_in_place()
+            if ahead:
+                for master, step in trial_steps(self.optimizer):
+                    there = step.mul_(ahead).add_(master)
+                    self.weights.working[self._names[id(master)]].copy_(there)

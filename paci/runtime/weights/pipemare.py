@@ -1,0 +1,113 @@
+"""``pipemare``: backwards see what the weights of their forward are estimated to have been."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from paci.errors import ConfigError
+from paci.runtime.weights.base import StageWeights, WeightPolicy
+from paci.schedule.base import Schedule
+from paci.schedule.versions import steady_update
+
+
+@dataclass
+class PipeMare(WeightPolicy):
+    """A forward sees the newest weights; a backward that comes ``d`` updates later sees
+
+        W(t) - d * delta(t),    delta(t + 1) = gamma * delta(t) + (1 - gamma) * (W(t + 1) - W(t))
+
+    with ``delta(0) = 0`` and ``gamma = decay ** (1 / mean d)``, the mean of the stage in a full
+    pipeline: the discrepancy correction (T2) of PipeMare. Its learning rate by delay (T1) is
+    ``paci.optim.rates``; its synchronous warm-up (T3) is a pipeline that is drained after each
+    update, which makes any PACI a flush.
+
+    Memory: a working copy, and ``delta`` in the masters' dtype, beside the masters; while an update
+    runs, the masters of before. Stages that are never inconsistent keep no ``delta``.
+
+    Args:
+        decay: what is left of a change after a mean drift (``D``); at least 0, below 1.
+
+    Raises:
+        ConfigError: ``decay`` is out of range.
+
+    Source: PipeMare, arXiv 1910.05124. There ``d`` is the stage's mean; the program
+    knows that of each micro-batch.
+    """
+
+    decay: float = 0.135
+
+    name: ClassVar[str] = "pipemare"
+    summary: ClassVar[str] = "forward: the newest; backward: corrected by past changes (PipeMare)"
+    separate: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ConfigError(
+                f"decay must be at least 0 and below 1, got {self.decay}; pass 0.135, as the paper"
+            )
+        self._mean_drift = 1.0
+
+    def prepare(self, schedule: Schedule, stage: int) -> None:
+        """Learn how many updates a backward is behind its forward, on average."""
+        self._mean_drift = statistics.fmean(met.drift for met in steady_update(schedule, stage))
+
+    def attach(self, weights: StageWeights, optimizer: Optimizer) -> None:
+        """Start at the masters, which have not changed yet."""
+        super().attach(weights, optimizer)
+        self._behind = 0
+        self._before: dict[str, Tensor] = {}  # masters, during an update
+        self._deltas: dict[str, Tensor] = {}
+        if self._mean_drift:
+            trained = {n: w for n, w in weights.masters.items() if w.requires_grad}
+            self._deltas = {name: torch.zeros_like(w.detach()) for name, w in trained.items()}
+
+    def before_forward(self, delay: int) -> None:
+        """The newest."""
+        self._write(0)
+
+    def before_backward(self, drift: int) -> None:
+        """As many mean changes back as there were updates since the forward."""
+        self._write(drift)
+
+    def before_update(self) -> None:
+        """Remember what will change."""
+        masters = self.weights.masters
+        self._before = {name: masters[name].detach().clone() for name in self._deltas}
+
+    def publish(self, num_in_flight: int) -> None:
+        """In place; the change goes into the mean."""
+        if self._deltas:
+            share = 1 - self.decay ** (1 / self._mean_drift)
+            for name, delta in self._deltas.items():
+                change = self.weights.masters[name].detach() - self._before[name]
+                delta.lerp_(change, share)
+        self._before = {}
+        self._behind = 0
+        self.weights.write_in_place()
+
+    def settle(self) -> None:
+        """The newest."""
+        self._write(0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The mean changes."""
+        return self._deltas
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the mean changes over."""
+        for name, delta in self._deltas.items():
+            delta.copy_(state[name])
+        self._behind = 0
+        super().load_state_dict(state)
+
+    def _write(self, behind: int) -> None:
+        if behind != self._behind:
+            self._behind = behind
+            self.weights.write_shifted(self._deltas, -behind)

@@ -1,0 +1,126 @@
+"""What a sweep of training runs found: loss over tokens, over learning rates, over delay."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from paci.errors import ConfigError
+from paci.view.curves import save_figure
+
+Row = Mapping[str, Any]
+_COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vP*X"
+
+
+def sweep_picture(rows: Sequence[Row], path: Path) -> None:
+    """Draw three panels over the runs of ``paci bench convergence``.
+
+    Loss over tokens at each method's best learning rate, the mean over seeds with their range;
+    final loss over the learning rate; final loss, at the best learning rate, over the mean delay of
+    the stages' gradients.
+
+    Args:
+        rows: of runs; those without a ``val_loss`` are left out.
+        path: a ``.png`` or ``.svg`` file.
+
+    Raises:
+        ConfigError: no run has a loss, or the suffix is another.
+    """
+    kept = [row for row in rows if "val_loss" in row]
+    if not kept:
+        raise ConfigError(f"a sweep needs a run with a loss to be drawn, got none of {len(rows)}")
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    names = list(dict.fromkeys(_label(row) for row in kept))
+    looks = {
+        name: {"color": colour, "marker": marker, "markersize": 4}
+        for name, colour, marker in zip(
+            names, itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False
+        )
+    }
+    _over_tokens(left, kept, looks)
+    _over_rates(middle, kept, looks)
+    _over_delay(right, kept, looks)
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylabel("validation loss (nats per token)")
+    left.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def _label(row: Row) -> str:
+    return f"{row['method'].partition(':')[0]}, {row['optimizer']}"
+
+
+def _by(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((_label(row), *(row[key] for key in keys)), []).append(row)
+    return groups
+
+
+def _mean(group: Sequence[Row]) -> float:
+    return statistics.fmean(row["val_loss"] for row in group)
+
+
+def _best(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """The runs of the best learning rate for each method and value of ``keys``."""
+    best: dict[tuple[Any, ...], list[Row]] = {}
+    for (*setting, _), group in _by(rows, *keys, "learning_rate").items():
+        key = tuple(setting)
+        if key not in best or _mean(group) < _mean(best[key]):
+            best[key] = group
+    return best
+
+
+def _commonest(rows: Sequence[Row]) -> list[Row]:
+    """The runs of the setting (stages, accumulation, precision) that most runs share."""
+    keys = ("num_stages", "accumulation", "precision")
+    settings = [tuple(row[key] for key in keys) for row in rows]
+    most = statistics.mode(settings)
+    return [row for row, setting in zip(rows, settings, strict=True) if setting == most]
+
+
+def _over_tokens(axes: Axes, rows: Sequence[Row], looks: Mapping[str, Any]) -> None:
+    for (name,), group in _best(_commonest(rows)).items():
+        curves = [dict(map(tuple, row["curve"])) for row in group]
+        tokens = sorted(set.intersection(*(set(curve) for curve in curves)))
+        losses = [[curve[t] for curve in curves] for t in tokens]
+        means = [statistics.fmean(each) for each in losses]
+        label = f"{name}, rate {group[0]['learning_rate']:g}"
+        axes.plot([t / 1e6 for t in tokens], means, label=label, linewidth=1.3, **looks[name])
+        lows, highs = [min(each) for each in losses], [max(each) for each in losses]
+        axes.fill_between(
+            [t / 1e6 for t in tokens], lows, highs, color=looks[name]["color"], alpha=0.15
+        )
+    lowest = min(row["val_loss"] for row in rows)
+    axes.set_ylim(lowest - 0.03, lowest + 0.9)
+    axes.set_xlabel("tokens (millions)")
+
+
+def _over_rates(axes: Axes, rows: Sequence[Row], looks: Mapping[str, Any]) -> None:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for (name, rate), group in _by(_commonest(rows), "learning_rate").items():
+        lines.setdefault(name, []).append((rate, _mean(group)))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), linewidth=1.0, **looks[name])
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("peak learning rate")
+
+
+def _over_delay(axes: Axes, rows: Sequence[Row], looks: Mapping[str, Any]) -> None:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for (name, *_), group in _best(rows, "num_stages", "accumulation", "precision").items():
+        delay = statistics.fmean(row["mean_delay"] for row in group)
+        lines.setdefault(name, []).append((delay, _mean(group)))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), linewidth=0, **looks[name])
+    axes.set_xlabel("mean delay of a gradient (updates)")

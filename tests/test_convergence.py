@@ -1,0 +1,162 @@
+"""Sweeps: a small one whole, what is kept of it, and what a table makes of rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paci.bench.convergence import Convergence, read_runs, summarize
+from paci.bench.methods import METHODS
+from paci.cli.app import main
+from paci.errors import ConfigError
+from paci.runtime.weights.registry import make_weight_policy
+from paci.schedule.registry import find_schedule
+from paci.view.sweep import sweep_picture
+
+SMALL: dict[str, Any] = {
+    "learning_rates": "0.004",
+    "stages": "3",
+    "accumulations": "2",
+    "updates": 4,
+    "batch_size": 4,
+    "layers": 2,
+    "width": 32,
+    "context": 16,
+    "evaluations": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for k in range(12):
+        (folder / f"{k}.txt").write_text(f"{k} plus {k} is {2 * k}.\n" * 40)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PACI_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_sweep_is_kept_and_goes_on(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+):
+    store = tmp_path / "runs.jsonl"
+    options = {**SMALL, "data": text, "store": store, "out": tmp_path, "held_out": text}
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    one = ["bench", "convergence", *words, "--methods", "flush naive", "--seeds", "0"]
+    assert main([*one, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    flush, naive = result["rows"]
+    assert (flush["method"], flush["schedule"], flush["accumulation"]) == ("flush", "1f1b", 2)
+    assert (naive["method"], naive["schedule"], naive["accumulation"]) == ("naive", "paci", 1)
+    assert flush["tokens"] == naive["tokens"] == 4 * 4 * 16
+    assert flush["mean_delay"] == 0 < naive["mean_delay"]
+    assert [tokens for tokens, _ in flush["curve"]] == [128, 256]
+    assert flush["curve"][-1][1] == flush["val_loss"]
+    assert flush["held_out_loss"] > 0
+
+    # A line that a crash cut off is made again, what is whole is not, and more is added.
+    lines = store.read_text().splitlines()
+    store.write_text(lines[0] + "\n" + lines[1][:50] + "\n")
+    assert main([*one[:-1], "0,1"]) == 0
+    told = capsys.readouterr()
+    assert "4 runs, 1 of them" in told.err
+    assert "| naive | muon | current |" in told.out
+    again = read_runs(store)
+    assert len(again) == 4
+    kept = {row["weights_sha256"] for row in again.values()}
+    assert {row["weights_sha256"] for row in result["rows"]} < kept
+    sweep_picture(list(again.values()), tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_run_that_fails_says_so_and_the_rest_goes_on(tmp_path: Path, text: Path):
+    sweep = Convergence(
+        methods="flush paci:none",
+        seeds="0",
+        data=str(text),
+        store=str(tmp_path / "runs.jsonl"),
+        **SMALL,
+    )
+    said: list[str] = []
+    flush, failed = sweep.answer(said.append)
+    assert "val_loss" in flush
+    assert "a weight policy must be one of" in failed["problem"]
+    assert len(summarize([flush, failed])) == 1
+    # It is tried again, for what failed may have been the machine.
+    sweep.answer(said.append)
+    assert "2 runs, 1 of them" in said[-2]
+
+
+def row(method: str, rate: float, seed: int, loss: float, **more: Any) -> dict[str, Any]:
+    return {
+        "method": method,
+        "optimizer": "muon",
+        "weights": "current",
+        "precision": "fp32",
+        "num_stages": 8,
+        "accumulation": 8,
+        "learning_rate": rate,
+        "seed": seed,
+        "tokens": 100,
+        "val_loss": loss,
+        "mean_delay": 0.0,
+        "curve": [[50, loss + 1], [100, loss]],
+        **more,
+    }
+
+
+def test_each_method_stands_at_its_own_best_rate():
+    rows = [
+        row("flush", 0.1, 0, 2.1),
+        row("flush", 0.1, 1, 1.9),
+        row("flush", 0.2, 0, 1.8),
+        row("flush", 0.2, 1, 2.6),
+        row("paci", 0.1, 0, 3.0),
+        row("paci", 0.2, 0, 2.2, accumulation=8),
+        row("paci", 0.2, 0, 2.4, accumulation=4),
+    ]
+    failed = row("paci", 0.4, 0, 0.0)
+    del failed["val_loss"]
+    flush, paci, fewer = summarize([*rows, {**failed, "problem": "not finite"}])
+    assert (flush["learning_rate"], flush["num_seeds"]) == (0.1, 2)
+    assert flush["val_loss"] == pytest.approx(2.0)
+    assert flush["spread"] == pytest.approx(0.1)
+    assert (paci["learning_rate"], paci["accumulation"]) == (0.2, 8)
+    assert paci["against_flush"] == pytest.approx(0.1)
+    assert fewer["against_flush"] == pytest.approx(0.2)  # the cut of the batch changes no flush
+
+
+def test_methods_name_what_there_is():
+    for method in METHODS.values():
+        find_schedule(method.options.get("schedule", "paci"))
+        make_weight_policy(method.options["weights"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"methods": "flush best"}, "a method must be one of flush"),
+        ({"learning_rates": "0.1,x"}, "learning_rates must be numbers above 0"),
+        ({"learning_rates": "-1"}, "learning_rates must be numbers above 0"),
+        ({"seeds": "a"}, "seeds must be whole numbers of at least 0"),
+        ({"accumulations": "3"}, "batch_size must be divisible into 3 micro-batches, got 32"),
+        ({"updates": 0}, "updates must be a whole number of at least 1"),
+        ({"store": "."}, "store must be a readable file of JSON lines"),
+    ],
+)
+def test_bad_requests_are_refused(options: dict[str, Any], said: str):
+    with pytest.raises(ConfigError, match=said):
+        Convergence(**options).answer(lambda line: None)
+
+
+def test_a_sweep_without_a_loss_is_not_drawn(tmp_path: Path):
+    with pytest.raises(ConfigError, match="got none of 0"):
+        sweep_picture([], tmp_path / "x.png")
