@@ -20,6 +20,7 @@ from paci.bench.workloads import GPTWork
 from paci.cli.app import main
 from paci.models import GPTConfig, build_stages
 from paci.runtime.memory import MemoryMeter, num_bytes
+from paci.runtime.weights.registry import weight_policies
 from paci.schedule.base import Schedule
 from paci.schedule.versions import peak_versions
 
@@ -150,6 +151,13 @@ def test_stash_keeps_a_copy_for_every_version(rows, num_workers: int):
         assert kinds(more, "activation", "receive") == kinds(less, "activation", "receive")
 
 
+def test_two_buffers_are_two(rows):
+    double = of(rows, schedule="paci", weights="double_buffer", precision="fp32", num_workers=4)
+    for row in double:
+        assert row["working_weight_bytes"] == 2 * row["gradient_bytes"]
+        assert row["master_bytes"] == row["gradient_bytes"]
+
+
 def test_autocast_keeps_a_copy_for_every_micro_batch(rows):
     auto = of(rows, precision="autocast", num_workers=4)
     plain = of(rows, schedule="paci", weights="current", precision="fp32", num_workers=4)
@@ -162,7 +170,8 @@ def test_autocast_keeps_a_copy_for_every_micro_batch(rows):
 
 
 def test_what_is_predicted_is_found(rows):
-    assert len(rows) == (4 + 4 + 1) * (2 + 4)
+    # Both schedules, and the first with each further policy, in two precisions; and autocast.
+    assert len(rows) == (2 * (1 + len(weight_policies())) + 1) * (2 + 4)
     for row in rows:
         assert kinds(row) == [row[f"predicted_{name}_bytes"] for name in KINDS]
         assert row["total_bytes"] == row["predicted_total_bytes"] == sum(kinds(row))
