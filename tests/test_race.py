@@ -24,8 +24,8 @@ from paci.view.versus import accuracy_picture, race_picture
 SMALL: dict[str, Any] = {
     "micro_batches": "2",
     "seeds": "3",
-    "updates": 4,
-    "evaluate_every": 1,
+    "updates": 20,  # of which the first two are flushed
+    "evaluate_every": 5,
     "eval_batches": 3,
     "batch_size": 8,
     "layers": 2,
@@ -61,7 +61,7 @@ def trained(
     same = ("updates", "eval_batches", "batch_size", "layers", "width", "context", "learning_rate")
     options = {key: SMALL[key] for key in same}
     options |= {"data": text, "heads": 1, "stages": 2, "accumulation": 2, "seed": 3}
-    options |= {"eval_every": 1, "checkpoint_every": 4, "sample_tokens": 0, "out": folder, **own}
+    options |= {"eval_every": 5, "checkpoint_every": 20, "sample_tokens": 0, "out": folder, **own}
     assert main(["train", *words(options)]) == 0
     capsys.readouterr()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -87,8 +87,8 @@ def test_a_race_trains_as_the_trainer_does_and_torch_as_a_flush(
     assert losses[0] != losses[1]
     for row in (ours, flush, rival):
         points = row["curve"]
-        assert [point["update"] for point in points] == [0, 1, 2, 3, 4]
-        assert [point["tokens"] for point in points] == [0, 128, 256, 384, 512]
+        assert [point["update"] for point in points] == [0, 5, 10, 15, 20]
+        assert [point["tokens"] for point in points] == [0, 640, 1280, 1920, 2560]
         times = [point["elapsed_s"] for point in points]
         assert times[0] == 0
         assert times == sorted(set(times))
@@ -104,7 +104,7 @@ def marks(told: list[Any]) -> Any:
         for each in run_workers(*args, **options):
             yield each
             told.append(each.value)
-            if each.value.update == 2 and each.value.place == 0 and each.value.val_loss:
+            if each.value.update == 10 and each.value.place == 0 and each.value.val_loss:
                 raise KeyboardInterrupt
 
     return run
@@ -118,8 +118,8 @@ def test_an_interruption_keeps_what_there_is(
     assert main(["bench", "race", *words(options)]) == 130
     told = capsys.readouterr()
     ours, flush, end = json.loads((tmp_path / "race.json").read_text())["rows"]
-    assert [point["update"] for point in ours["curve"]] == [0, 1, 2]
-    assert [point["update"] for point in flush["curve"]] == [0, 1]
+    assert [point["update"] for point in ours["curve"]] == [0, 5, 10]
+    assert [point["update"] for point in flush["curve"]] == [0, 5]
     assert ours["target_loss"] == max(ours["val_loss"], flush["val_loss"])
     assert end == {"problem": "interrupted", "interrupted": True}
     assert "what was measured is kept" in told.err
@@ -130,7 +130,7 @@ def test_a_racer_that_breaks_is_named(text: Path, monkeypatch: pytest.MonkeyPatc
     def broken(*args: Any, **options: Any) -> Any:
         for told in run_workers(*args, **options):
             yield told
-            if told.value.place == 1 and told.value.update == 1:
+            if told.value.place == 1 and told.value.update == 5:
                 raise WorkerError("it broke")
 
     monkeypatch.setattr(workers, "run_workers", broken)

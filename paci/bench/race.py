@@ -50,10 +50,10 @@ class LossRace(Question):
 
     micro_batches: str = "2"
     seeds: str = "0"
-    updates: int = 220
-    evaluate_every: int = 20
-    eval_batches: int = 8
-    batch_size: int = 128
+    updates: int = 400
+    evaluate_every: int = 25
+    eval_batches: int = 16
+    batch_size: int = 64
     layers: int = 8
     width: int = 64
     context: int = 64

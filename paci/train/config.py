@@ -125,6 +125,10 @@ class TrainConfig(BaseModel):
         0, "machine", "rendezvous port of --workers; 0 picks a free one"
     )
 
+    def flushes_after(self, update: int) -> bool:
+        """Whether the pipeline empties after an update, counted from 1, for ``flush_first``."""
+        return update <= self.flush_first * self.updates
+
     def trajectory(self) -> dict[str, Any]:
         """The options that shape the weights: a run can be resumed only with the same ones."""
         own = {key: value for key, value in self.model_dump().items() if key not in NEUTRAL}

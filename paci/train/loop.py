@@ -91,7 +91,7 @@ class Trainer:
             result = self.pipeline.step(self._batch(self.update))
             self.update += 1
             stops = [n for n in (config.eval_every, config.checkpoint_every) if self._due(n)]
-            if stops or self.update <= config.flush_first * config.updates:
+            if stops or config.flushes_after(self.update):
                 self.pipeline.drain()
             self.train_s += time.perf_counter() - started
             if self._due(config.log_every):
