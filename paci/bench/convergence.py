@@ -226,7 +226,7 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
         if any("val_loss" not in row for row in group):
             continue
         setting = key[:-1]
-        if setting not in best or _mean_loss(group) < _mean_loss(best[setting]):
+        if setting not in best or _rank(group) < _rank(best[setting]):
             best[setting] = group
     flushes = {
         _beside(group[0]): _mean_loss(group)
@@ -268,6 +268,11 @@ def _grouped(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple[Any, ...], 
         if row["method"]:
             groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return groups
+
+
+def _rank(group: Sequence[Row]) -> tuple[int, float]:
+    """Smaller is better. One seed may be lucky: a rate that has more of them goes before."""
+    return -len(group), _mean_loss(group)
 
 
 def _mean_loss(group: Sequence[Row]) -> float:

@@ -31,7 +31,7 @@ from paci.optim.rates import rate_by_delay
 from paci.plan.partition import balanced_cut
 from paci.runtime.loss import CrossEntropy
 from paci.runtime.pipeline import Pipeline
-from paci.runtime.weights.registry import make_weight_policy
+from paci.runtime.weights.registry import prepare_weight_policies
 from paci.runtime.world import hosted_stages
 from paci.schedule.base import Schedule
 from paci.schedule.check import check
@@ -62,7 +62,7 @@ def make_plan(config: TrainConfig, vocab_size: int) -> Plan:
     """
     schedule = make_schedule(config.schedule, config.num_stages, config.accumulation)
     check(schedule, num_updates=2)
-    make_weight_policy(choose_weights(config, schedule))
+    prepare_weight_policies(choose_weights(config, schedule), schedule)
     if config.batch_size % config.accumulation:
         raise ConfigError(
             f"batch_size must be divisible into {config.accumulation} micro-batches of one size, "

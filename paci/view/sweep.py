@@ -76,7 +76,7 @@ def _best(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
     best: dict[tuple[Any, ...], list[Row]] = {}
     for (*setting, _), group in _by(rows, *keys, "learning_rate").items():
         key = tuple(setting)
-        if key not in best or _mean(group) < _mean(best[key]):
+        if key not in best or (-len(group), _mean(group)) < (-len(best[key]), _mean(best[key])):
             best[key] = group
     return best
 
