@@ -76,6 +76,7 @@ def results() -> dict[str, Result]:
 
 
 # Benchmarks whose tables stand in convergence.md.
+_SWEEPS_DRAWN = ("convergence-muon",)
 _OF_LEARNING = ("convergence", "time-to-accuracy", "race")
 _QUESTIONS = {question.name: question for question in QUESTIONS}
 
@@ -278,7 +279,7 @@ def convergence(folder: Path) -> None:
             question = _QUESTIONS[result["bench"]]
             shown = table(question.summarize(result["rows"]), question.columns)
             tables[name] = ["```bash", result["command"], "```", "", shown]
-        if result["bench"] == "convergence":
+        if name in _SWEEPS_DRAWN:
             sweep_picture(result["rows"], folder / "images" / f"{name}.svg")
     _fill(ROOT / "docs" / "convergence.md", folder / "convergence.md", tables)
 
