@@ -356,7 +356,8 @@ def test_ranks_that_differ_are_all_refused(shop: Shop):
 def test_a_loss_that_is_not_finite_ends_the_run(shop: Shop, how: str, log_every: int):
     """Also where it is not looked at: the last sound checkpoint is never replaced."""
     out = shop.new()
-    explosive = {"learning_rate": 1e30, "checkpoint_every": 1, "keep_checkpoints": 1}
+    explosive = {"optimizer": "adamw", "learning_rate": 1e30, "checkpoint_every": 1}
+    explosive |= {"keep_checkpoints": 1}
     arguments = shop.options(out=out, log_every=log_every, **explosive)
     if how == "command":
         with shop.command(*arguments, "--workers", 2) as command:
