@@ -357,7 +357,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(shop: Shop, how: str, log_every:
     """Also where it is not looked at: the last sound checkpoint is never replaced."""
     out = shop.new()
     explosive = {"optimizer": "adamw", "learning_rate": 1e30, "checkpoint_every": 1}
-    explosive |= {"keep_checkpoints": 1}
+    explosive |= {"keep_checkpoints": 1, "weights": "current"}
     arguments = shop.options(out=out, log_every=log_every, **explosive)
     if how == "command":
         with shop.command(*arguments, "--workers", 2) as command:
