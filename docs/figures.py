@@ -53,8 +53,8 @@ cannot show.
 - Bytes are counted on the CPU, each storage once; *receive* is set aside for messages and
   touched only as far as it is used. [Decision 40](decisions/0040-memory.md) says what counts.
 
-While `throughput-*`, `emulate-8`, `emulate-16` and `overhead` ran, other work on the machine was held up
-as far as was known of it; beside the other emulations programs of lower priority ran.
+While `throughput-*`, `emulate-8`, `emulate-16` and `overhead` ran, other work on the machine was
+held up as far as was known of it; beside the other emulations programs of lower priority ran.
 
 ![two real stages](images/bench-throughput.svg)
 
