@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paci.bench.convergence import Convergence
 from paci.bench.questions import QUESTIONS
 from paci.bench.record import table
 from paci.view.rows import Bar, bar_rows
-from paci.view.sweep import sweep_picture
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -280,7 +280,7 @@ def convergence(folder: Path) -> None:
             shown = table(question.summarize(result["rows"]), question.columns)
             tables[name] = ["```bash", result["command"], "```", "", shown]
         if name in _SWEEPS_DRAWN:
-            sweep_picture(result["rows"], folder / "images" / f"{name}.svg")
+            Convergence.draw(result["rows"], folder / "images" / f"{name}.svg")
     _fill(ROOT / "docs" / "convergence.md", folder / "convergence.md", tables)
 
 

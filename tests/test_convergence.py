@@ -76,7 +76,7 @@ def test_a_sweep_is_kept_and_goes_on(
     assert len(again) == 4
     kept = {row["weights_sha256"] for row in again.values()}
     assert {row["weights_sha256"] for row in result["rows"]} < kept
-    sweep_picture(list(again.values()), tmp_path / "sweep.png")
+    assert Convergence.draw(list(again.values()), tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -163,4 +163,5 @@ def test_bad_requests_are_refused(options: dict[str, Any], said: str):
 
 def test_a_sweep_without_a_loss_is_not_drawn(tmp_path: Path):
     with pytest.raises(ConfigError, match="got none of 0"):
-        sweep_picture([], tmp_path / "x.png")
+        sweep_picture([], [], tmp_path / "x.png")
+    assert not Convergence.draw([], tmp_path / "x.png")

@@ -14,8 +14,9 @@ from torch.optim import SGD, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
 import paci
+from paci.models import muon_groups
 from paci.optim.momentum import momentum_steps, require_momentum
-from paci.optim.muon import MuonWithAdamW, muon_groups
+from paci.optim.muon import MuonWithAdamW
 from paci.optim.rates import delay_factor, rate_by_delay
 from paci.schedule.registry import make_schedule, schedules
 from paci.schedule.versions import stage_versions, steady_update

@@ -13,8 +13,8 @@ from torch.optim import SGD, AdamW, Muon, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
 from paci.errors import ConfigError
-from paci.models import GPTConfig, build_stage, is_hidden_matrix
-from paci.optim.muon import MuonWithAdamW, muon_groups
+from paci.models import GPTConfig, build_stage, is_hidden_matrix, muon_groups
+from paci.optim.muon import MuonWithAdamW
 from paci.optim.trial import trial_steps
 
 

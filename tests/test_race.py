@@ -13,7 +13,7 @@ import pytest
 from paci.bench import workers
 from paci.bench.accuracy import TimeToAccuracy
 from paci.bench.pace import Paces
-from paci.bench.race import LossRace
+from paci.bench.race import Race
 from paci.bench.racers import Mark
 from paci.bench.reach import first_reach, last_shared
 from paci.bench.workers import Told, run_workers
@@ -134,7 +134,7 @@ def test_a_racer_that_breaks_is_named(text: Path, monkeypatch: pytest.MonkeyPatc
                 raise WorkerError("it broke")
 
     monkeypatch.setattr(workers, "run_workers", broken)
-    question = LossRace(**{**SMALL, "data": str(text), "rivals": ""})
+    question = Race(**{**SMALL, "data": str(text), "rivals": ""})
     ours, flush = question.answer(quiet)
     assert flush["problem"] == "it broke"
     assert len(flush["curve"]) == 2
@@ -155,7 +155,7 @@ def test_a_racer_that_diverges_is_left_behind(text: Path, monkeypatch: pytest.Mo
         for place in (0, 1)
     ]
     monkeypatch.setattr(workers, "run_workers", lambda *args, **options: iter(told))
-    ours, flush = LossRace(**{**SMALL, "data": str(text), "rivals": ""}).answer(quiet)
+    ours, flush = Race(**{**SMALL, "data": str(text), "rivals": ""}).answer(quiet)
     assert flush["problem"].startswith("the loss must be finite, got nan at update 1")
     assert [point["val_loss"] for point in flush["curve"]] == [5.0]
     assert (ours["target_loss"], ours["seconds_to_loss"], ours["time_ratio"]) == (3.0, 4.0, 1.0)

@@ -23,11 +23,20 @@ from typing import Any
 import torch
 from matplotlib import pyplot
 from torch import nn
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import paci
 from paci.data import Sampler, prepare, validation_batches
-from paci.models import GPTConfig, build_stage, layer_costs, parameter_groups
+from paci.models import (
+    GPTConfig,
+    build_stage,
+    is_hidden_matrix,
+    layer_costs,
+    muon_groups,
+    parameter_groups,
+)
+from paci.optim.muon import MuonWithAdamW
 from paci.plan.partition import balanced_cut
 
 RESULTS = Path(__file__).parent / "curves.jsonl"
@@ -42,45 +51,18 @@ SCHEDULES: dict[str, Callable[[], paci.Schedule]] = {
 }
 
 
-class Several:
-    """Optimizers, or their schedulers, that act as one."""
-
-    def __init__(self, parts: list[Any]) -> None:
-        self.parts = parts
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Those of all parts."""
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self) -> None:
-        """Step all parts."""
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self) -> None:
-        """Clear all gradients."""
-        for part in self.parts:
-            part.zero_grad()
-
-
-def optimizer_of(name: str, module: nn.Module) -> Several:
+def optimizer_of(name: str, module: nn.Module) -> Optimizer:
     """AdamW for all; or Muon for the matrices inside blocks and AdamW for the rest."""
-    rate, betas = RATES[name], (0.9, 0.95)
+    betas = (0.9, 0.95)
     if name == "adamw":
-        groups = parameter_groups(module, 0.1)
-        return Several([torch.optim.AdamW(groups, lr=rate, betas=betas)])
-    inside = [
-        p for n, p in module.named_parameters() if p.dim() == 2 and ("mlp" in n or "attention" in n)
-    ]
-    chosen = {id(p) for p in inside}
-    rest = [p for p in module.parameters() if id(p) not in chosen]
-    parts: list[Any] = []
-    if inside:
-        parts.append(torch.optim.Muon(inside, lr=rate, weight_decay=0.1))
-    if rest:
-        parts.append(torch.optim.AdamW(rest, lr=RATES["adamw"], betas=betas, weight_decay=0.0))
-    return Several(parts)
+        return AdamW(parameter_groups(module, 0.1), lr=RATES[name], betas=betas)
+    groups = muon_groups(module, 0.1, is_hidden_matrix)
+    for group in groups:
+        if group["algorithm"] == "muon":
+            group |= {"lr": RATES["muon"], "adjust_lr_fn": "original"}
+        else:
+            group |= {"lr": RATES["adamw"], "weight_decay": 0.0}
+    return MuonWithAdamW(groups, betas=betas)
 
 
 def factor(update: int) -> float:
@@ -97,7 +79,7 @@ def run(schedule: paci.Schedule, optimizer: str, seed: int) -> dict[str, Any]:
     cut = balanced_cut([1.0] * len(layer_costs(model)), schedule.num_stages)
     modules = [build_stage(model, part, seed) for part in cut]
     optimizers = [optimizer_of(optimizer, module) for module in modules]
-    rates = [Several([LambdaLR(each, factor) for each in o.parts]) for o in optimizers]
+    rates = [LambdaLR(each, factor) for each in optimizers]
     pipeline = paci.Pipeline(
         modules, schedule, optimizers, paci.CrossEntropy(), lr_scheduler=rates, seed=seed
     )

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.bench.methods import find_method
-from paci.bench.question import Question, Row, numbers
+from paci.bench.question import Question, Row, is_interrupted, numbers
 from paci.errors import ConfigError
 from paci.schedule.base import require_count
 
@@ -209,6 +209,16 @@ class Convergence(Question):
         """A row for each method in each setting, at the best of its learning rates."""
         return summarize(rows)
 
+    @classmethod
+    def draw(cls, rows: Sequence[Row], path: Path) -> bool:
+        """Loss over tokens, learning rates and delay."""
+        from paci.view.sweep import sweep_picture
+
+        best = best_runs(rows)
+        if best:
+            sweep_picture(rows, best, path)
+        return bool(best)
+
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
     """Over seeds, at each method's own best learning rate, beside flush in the same setting.
@@ -221,20 +231,12 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
         ``num_seeds``, ``mean_delay`` (over stages) and ``against_flush``, the relative distance to
         the flush of the same optimizer, stages, precision and number of sequences.
     """
-    best: dict[tuple[Any, ...], list[Row]] = {}
-    for key, group in _grouped(rows, (*_SETTING, "learning_rate")).items():
-        if any("val_loss" not in row for row in group):
-            continue
-        setting = key[:-1]
-        if setting not in best or _rank(group) < _rank(best[setting]):
-            best[setting] = group
+    best = best_runs(rows)
     flushes = {
-        _beside(group[0]): _mean_loss(group)
-        for group in best.values()
-        if group[0]["method"] == "flush"
+        _beside(group[0]): _mean_loss(group) for group in best if group[0]["method"] == "flush"
     }
     found: list[Row] = []
-    for group in best.values():
+    for group in best:
         losses = [row["val_loss"] for row in group]
         row = {key: group[0][key] for key in (*_SETTING, "weights", "learning_rate")}
         row |= {
@@ -249,8 +251,24 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
         if flush is not None:
             row["against_flush"] = row["val_loss"] / flush - 1
         found.append(row)
-    interrupted = [row for row in rows if row.get("problem") == "interrupted"]
+    interrupted = [row for row in rows if is_interrupted([row])]
     return found + interrupted
+
+
+def best_runs(rows: Sequence[Row]) -> list[list[Row]]:
+    """The runs of each method in each setting at the best of its learning rates, a list each.
+
+    Args:
+        rows: as of ``summarize``.
+    """
+    best: dict[tuple[Any, ...], list[Row]] = {}
+    for key, group in _grouped(rows, (*_SETTING, "learning_rate")).items():
+        if any("val_loss" not in row for row in group):
+            continue
+        setting = key[:-1]
+        if setting not in best or _rank(group) < _rank(best[setting]):
+            best[setting] = group
+    return list(best.values())
 
 
 _SETTING = ("optimizer", "precision", "num_stages", "accumulation", "method")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.bench.forecasts import add_forecasts
-from paci.bench.question import Race, Row, compared, require_times
+from paci.bench.question import Row, Timing, compared, require_times
 from paci.errors import ConfigError
 from paci.plan.cost import Costs, Link, Slow, StageCost
 from paci.plan.predict import steady_state
@@ -22,7 +22,7 @@ _NUM_TRACED = 6  # updates
 
 
 @dataclass(frozen=True)
-class Emulate(Race):
+class Emulate(Timing):
     """Stages that wait instead of computing, so that many workers fit on few cores.
 
     Args:

@@ -30,10 +30,6 @@ from paci.schedule.sequence import Cursor
 from paci.schedule.versions import peak_versions
 
 _AUTOCAST = torch.bfloat16
-# What policies keep that their attributes do not say: working copies, whatever is in use; and, at
-# stages that are late, further sets of the masters' size (a predicted step, a mean change).
-_COPIES = {"double_buffer": 2}
-_FURTHER = {"pipemare": 1, "predict": 1}
 
 
 @dataclass(frozen=True)
@@ -250,11 +246,10 @@ class _Expected:
         versions = peak_versions(schedule, stage, num_updates(schedule))
         parameters = list(self._module.parameters())
         working_bytes = sum(p.numel() * (self._dtype or p.dtype).itemsize for p in parameters)
-        copies = _COPIES.get(policy.name, versions if policy.consistent else 1)
-        further = _FURTHER.get(policy.name, 0) if versions > 1 else 0
+        num_working, num_full = policy.num_copies(versions)
         return MemoryBytes(
-            copies * working_bytes
-            + further * self._full_bytes
+            num_working * working_bytes
+            + num_full * self._full_bytes
             + schedule.in_flight_cap(stage) * self._kept.cast_bytes,
             self._full_bytes if self._dtype or policy.separate else 0,
             self._full_bytes,

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from paci.bench.question import Race, Row, compared, is_interrupted, numbers
+from paci.bench.question import Row, Timing, compared, is_interrupted, numbers
 
 if TYPE_CHECKING:
     from paci.bench.turns import Say
 
 
 @dataclass(frozen=True)
-class Overhead(Race):
+class Overhead(Timing):
     """What the runtime itself costs: stages that compute nothing.
 
     Args:

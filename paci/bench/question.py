@@ -56,7 +56,7 @@ class Question(abc.ABC):
 
 
 @dataclass(frozen=True)
-class Race(Question):
+class Timing(Question):
     """A benchmark of time: arms take turns.
 
     Args:

@@ -8,7 +8,7 @@ from paci.bench.emulate import Emulate
 from paci.bench.memory import Memory
 from paci.bench.overhead import Overhead
 from paci.bench.question import Question
-from paci.bench.race import LossRace
+from paci.bench.race import Race
 from paci.bench.throughput import Throughput
 
 QUESTIONS: tuple[type[Question], ...] = (
@@ -17,6 +17,6 @@ QUESTIONS: tuple[type[Question], ...] = (
     Overhead,
     Memory,
     Convergence,
-    LossRace,
+    Race,
     TimeToAccuracy,
 )

@@ -24,7 +24,7 @@ _RIVALS = ("Schedule1F1B", "ScheduleGPipe")
 
 
 @dataclass(frozen=True)
-class LossRace(Question):
+class Race(Question):
     """The same GPT, text, batches and optimizer through several runtimes: who learns faster?
 
     Two workers, one core and one thread each. Racers take turns of ``evaluate_every`` updates, so

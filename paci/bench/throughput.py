@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from paci.bench.forecasts import add_forecasts
-from paci.bench.question import Race, Row, add_limit, compared, is_interrupted, numbers
+from paci.bench.question import Row, Timing, add_limit, compared, is_interrupted, numbers
 from paci.schedule.base import require_count
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Throughput(Race):
+class Throughput(Timing):
     """Real stages of a GPT on two workers, one core and one thread each.
 
     Args:

@@ -15,6 +15,7 @@ from paci.models.layers import (
     build_stages,
     combine_digests,
     layer_digests,
+    muon_groups,
     parameter_groups,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "is_hidden_matrix",
     "layer_costs",
     "layer_digests",
+    "muon_groups",
     "num_parameters",
     "parameter_groups",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,6 +158,39 @@ def parameter_groups(
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def muon_groups(
+    module: nn.Module,
+    weight_decay: float,
+    is_hidden: Callable[[str], bool],
+    without: Iterable[nn.Parameter] = (),
+) -> list[dict[str, Any]]:
+    """The ``parameter_groups``, each shared out for ``paci.optim.muon``: Muon for the hidden
+    matrices, AdamW for the rest.
+
+    Args:
+        module: likewise.
+        weight_decay: likewise.
+        is_hidden: says by its name whether a parameter is inside the model (not of an embedding
+            or the output layer).
+        without: likewise.
+
+    Returns:
+        Groups with a key ``algorithm``, ``"muon"`` or ``"adamw"``; none is empty.
+
+    Raises:
+        ConfigError: likewise.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups: list[dict[str, Any]] = []
+    for group in parameter_groups(module, weight_decay, without):
+        shares: dict[str, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            hidden = p.dim() == 2 and is_hidden(names[id(p)])
+            shares.setdefault("muon" if hidden else "adamw", []).append(p)
+        groups += [{**group, "params": own, "algorithm": name} for name, own in shares.items()]
+    return groups
 
 
 def layer_digests(tensors: Mapping[str, Tensor]) -> dict[int, str]:

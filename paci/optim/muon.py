@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from paci.errors import ConfigError
@@ -83,40 +82,3 @@ class MuonWithAdamW(Optimizer):
 
 
 _PARTS: dict[str, type[Optimizer]] = {"muon": Muon, "adamw": AdamW}
-
-
-def muon_groups(
-    module: nn.Module,
-    weight_decay: float,
-    is_hidden: Callable[[str], bool],
-    without: Iterable[nn.Parameter] = (),
-) -> list[dict[str, Any]]:
-    """Groups for ``MuonWithAdamW``: Muon for the hidden matrices, AdamW for the rest.
-
-    Args:
-        module: any module; a shared parameter appears once.
-        weight_decay: at least 0, for parameters of two dimensions or more; others get 0.
-        is_hidden: says by its name whether a parameter is inside the model (not of an embedding
-            or the output layer).
-        without: parameters that another optimizer has.
-
-    Returns:
-        Groups in the module's order; none is empty.
-
-    Raises:
-        ConfigError: ``weight_decay`` is negative or not a number.
-    """
-    if not weight_decay >= 0:
-        raise ConfigError(f"weight_decay must be at least 0, got {weight_decay}; use 0 for none")
-    left_out = {id(parameter) for parameter in without}
-    chosen: dict[tuple[str, float], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if id(parameter) in left_out:
-            continue
-        hidden = parameter.dim() == 2 and is_hidden(name)
-        key = "muon" if hidden else "adamw", weight_decay if parameter.dim() >= 2 else 0.0
-        chosen.setdefault(key, []).append(parameter)
-    return [
-        {"params": parameters, "algorithm": algorithm, "weight_decay": decay}
-        for (algorithm, decay), parameters in chosen.items()
-    ]

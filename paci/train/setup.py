@@ -24,9 +24,10 @@ from paci.models import (
     is_hidden_matrix,
     layer_costs,
     layer_digests,
+    muon_groups,
     parameter_groups,
 )
-from paci.optim.muon import MuonWithAdamW, muon_groups
+from paci.optim.muon import MuonWithAdamW
 from paci.optim.rates import rate_by_delay
 from paci.plan.partition import balanced_cut
 from paci.runtime.loss import CrossEntropy

@@ -19,15 +19,16 @@ _COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#
 _MARKERS = "osD^vP*X"
 
 
-def sweep_picture(rows: Sequence[Row], path: Path) -> None:
+def sweep_picture(rows: Sequence[Row], best: Sequence[Sequence[Row]], path: Path) -> None:
     """Draw three panels over the runs of ``paci bench convergence``.
 
-    Loss over tokens at each method's best learning rate, the mean over seeds with their range;
-    final loss over the learning rate; final loss, at the best learning rate, over the mean delay of
-    the stages' gradients.
+    Loss over tokens of the best runs, the mean over seeds with their range; final loss over the
+    learning rate; final loss of the best runs over the mean delay of the stages' gradients. The
+    first two are of the setting (stages, accumulation, precision) that most runs share.
 
     Args:
         rows: of runs; those without a ``val_loss`` are left out.
+        best: of each method in each setting, the runs at its best learning rate.
         path: a ``.png`` or ``.svg`` file.
 
     Raises:
@@ -45,9 +46,9 @@ def sweep_picture(rows: Sequence[Row], path: Path) -> None:
             names, itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False
         )
     }
-    _over_tokens(left, kept, looks)
+    _over_tokens(left, best, kept, looks)
     _over_rates(middle, kept, looks)
-    _over_delay(right, kept, looks)
+    _over_delay(right, best, looks)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -60,25 +61,8 @@ def _label(row: Row) -> str:
     return f"{row['method'].partition(':')[0]}, {row['optimizer']}"
 
 
-def _by(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((_label(row), *(row[key] for key in keys)), []).append(row)
-    return groups
-
-
 def _mean(group: Sequence[Row]) -> float:
     return statistics.fmean(row["val_loss"] for row in group)
-
-
-def _best(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    """The runs of the best learning rate for each method and value of ``keys``."""
-    best: dict[tuple[Any, ...], list[Row]] = {}
-    for (*setting, _), group in _by(rows, *keys, "learning_rate").items():
-        key = tuple(setting)
-        if key not in best or (-len(group), _mean(group)) < (-len(best[key]), _mean(best[key])):
-            best[key] = group
-    return best
 
 
 def _commonest(rows: Sequence[Row]) -> list[Row]:
@@ -89,8 +73,12 @@ def _commonest(rows: Sequence[Row]) -> list[Row]:
     return [row for row, setting in zip(rows, settings, strict=True) if setting == most]
 
 
-def _over_tokens(axes: Axes, rows: Sequence[Row], looks: Mapping[str, Any]) -> None:
-    for (name,), group in _best(_commonest(rows)).items():
+def _over_tokens(
+    axes: Axes, best: Sequence[Sequence[Row]], rows: Sequence[Row], looks: Mapping[str, Any]
+) -> None:
+    shown = _commonest(rows)
+    for group in (each for each in best if each[0] in shown):
+        name = _label(group[0])
         curves = [dict(map(tuple, row["curve"])) for row in group]
         tokens = sorted(set.intersection(*(set(curve) for curve in curves)))
         losses = [[curve[t] for curve in curves] for t in tokens]
@@ -108,7 +96,10 @@ def _over_tokens(axes: Axes, rows: Sequence[Row], looks: Mapping[str, Any]) -> N
 
 def _over_rates(axes: Axes, rows: Sequence[Row], looks: Mapping[str, Any]) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
-    for (name, rate), group in _by(_commonest(rows), "learning_rate").items():
+    by_rate: dict[tuple[str, float], list[Row]] = {}
+    for row in _commonest(rows):
+        by_rate.setdefault((_label(row), row["learning_rate"]), []).append(row)
+    for (name, rate), group in by_rate.items():
         lines.setdefault(name, []).append((rate, _mean(group)))
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), linewidth=1.0, **looks[name])
@@ -116,11 +107,11 @@ def _over_rates(axes: Axes, rows: Sequence[Row], looks: Mapping[str, Any]) -> No
     axes.set_xlabel("peak learning rate")
 
 
-def _over_delay(axes: Axes, rows: Sequence[Row], looks: Mapping[str, Any]) -> None:
+def _over_delay(axes: Axes, best: Sequence[Sequence[Row]], looks: Mapping[str, Any]) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
-    for (name, *_), group in _best(rows, "num_stages", "accumulation", "precision").items():
+    for group in best:
         delay = statistics.fmean(row["mean_delay"] for row in group)
-        lines.setdefault(name, []).append((delay, _mean(group)))
+        lines.setdefault(_label(group[0]), []).append((delay, _mean(group)))
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), linewidth=0, **looks[name])
     axes.set_xlabel("mean delay of a gradient (updates)")

@@ -96,6 +96,10 @@ class StageWeights:
         self._places.setdefault(name, []).append((owner, attribute))
         owner.register_parameter(attribute, self.working[name])
 
+    def name_of(self, master: Tensor) -> str:
+        """The name of one of the masters."""
+        return self._names[id(master)]
+
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Let the working weights change inside, in place, though graphs in flight saved them.
@@ -214,6 +218,15 @@ class WeightPolicy(abc.ABC):
                 gradient updates, counted from the start of training.
         """
         return met._replace(backward=met.forward) if self.consistent else met
+
+    def num_copies(self, num_versions: int) -> tuple[int, int]:
+        """Copies of the weights that are kept: working ones, and others in the masters' dtype.
+
+        Args:
+            num_versions: most that are in use at a time: the newest, and those that micro-batches
+                in flight met at their forward.
+        """
+        return num_versions if self.consistent else 1, 0
 
     def attach(self, weights: StageWeights, optimizer: Optimizer) -> None:
         """Become the policy of one stage: its weights, and what updates their masters."""

@@ -55,6 +55,10 @@ class DoubleBuffer(WeightPolicy):
         version = max(0, met.updated - 1)
         return met._replace(forward=version, backward=version)
 
+    def num_copies(self, num_versions: int) -> tuple[int, int]:
+        """Two versions."""
+        return 2, 0
+
     def attach(self, weights: StageWeights, optimizer: Optimizer) -> None:
         """Start with two buffers of one content."""
         super().attach(weights, optimizer)

@@ -61,7 +61,6 @@ class Lookahead(WeightPolicy):
     def attach(self, weights: StageWeights, optimizer: torch.optim.Optimizer) -> None:
         """Start at the masters."""
         super().attach(weights, optimizer)
-        self._names = {id(master): name for name, master in weights.masters.items()}
         self._ahead = 0.0  # steps from the masters to the working weights
         self._age = 0  # backwards since they were written
 
@@ -92,4 +91,4 @@ class Lookahead(WeightPolicy):
             if ahead:
                 for master, step in trial_steps(self.optimizer):
                     there = step.mul_(ahead).add_(master)
-                    self.weights.working[self._names[id(master)]].copy_(there)
+                    self.weights.working[self.weights.name_of(master)].copy_(there)

@@ -58,6 +58,10 @@ class PipeMare(WeightPolicy):
         """Learn how many updates a backward is behind its forward, on average."""
         self._mean_drift = statistics.fmean(met.drift for met in steady_update(schedule, stage))
 
+    def num_copies(self, num_versions: int) -> tuple[int, int]:
+        """One, and a mean change where anything is late."""
+        return 1, int(num_versions > 1)
+
     def attach(self, weights: StageWeights, optimizer: Optimizer) -> None:
         """Start at the masters, which have not changed yet."""
         super().attach(weights, optimizer)

@@ -38,11 +38,14 @@ class Predict(WeightPolicy):
     summary: ClassVar[str] = "forward: as momentum predicts; backward: the newest (PipeOptim)"
     separate: ClassVar[bool] = True
 
+    def num_copies(self, num_versions: int) -> tuple[int, int]:
+        """One, and a step where anything is late."""
+        return 1, int(num_versions > 1)
+
     def attach(self, weights: StageWeights, optimizer: Optimizer) -> None:
         """Start at the masters."""
         super().attach(weights, optimizer)
         require_momentum(optimizer)
-        self._names = {id(master): name for name, master in weights.masters.items()}
         self._steps: dict[str, Tensor] | None = None  # of this version, once they are asked for
         self._ahead = 0  # of the masters, in updates
 
@@ -73,5 +76,5 @@ class Predict(WeightPolicy):
         self._ahead = ahead
         if self._steps is None:
             found = momentum_steps(self.optimizer)
-            self._steps = {self._names[id(master)]: step for master, step in found}
+            self._steps = {self.weights.name_of(master): step for master, step in found}
         self.weights.write_shifted(self._steps, ahead)
