@@ -219,8 +219,13 @@ def run_of(method: str, seed: int, rate: float, *losses: float, **own: Any) -> d
         "context": 10,
         "updates": 10,
         "elapsed_s": 1.0,
+        "precision": "fp32",
+        "mean_delay": 0.0,
         **own,
     }
+    names = ("optimizer", "accumulation", "learning_rate", "seed", "batch_size", "updates")
+    row["options"] = {name: row[name] for name in names}
+    row["options"] |= {"stages": row["num_stages"], "flush_first": row.pop("flush_first", 0.0)}
     if not losses:
         return {**row, "problem": "the loss must be finite"}
     curve = [list(point) for point in zip((100, 200, 400), losses, strict=True)]
@@ -294,6 +299,23 @@ def test_where_flush_ends_is_the_target_if_all_come_that_far(tmp_path: Path):
     more = TimeToAccuracy(runs=store, workers=2, micro_batches="2").answer(quiet)
     assert (more[1]["method"], more[1]["target_loss"]) == ("flush-ahead", 1.4)
     assert more[1]["schedule"] == "1f1b"
+
+
+def test_updates_that_are_flushed_take_a_flush_s_time(tmp_path: Path):
+    runs = [run_of("flush", 0, 0.1, 4.0, 3.0, 2.0)]
+    runs += [run_of("lookahead", 0, 0.1, 4.0, 3.0, 2.0, flush_first=0.4)]
+    store = write_runs(tmp_path / "runs.jsonl", runs)
+    ours, flush = TimeToAccuracy(runs=store, workers=2, micro_batches="2").answer(quiet)[:2]
+    # All ten updates, four of which take one and a half times as long.
+    assert ours["over_ideal"] == pytest.approx(1.2)
+    assert flush["time_ratio"] == pytest.approx(1.5 / 1.2)
+    runs[1] = run_of("lookahead", 0, 0.1, 2.0, 1.9, 1.8, flush_first=0.4)
+    store = write_runs(tmp_path / "early.jsonl", runs)
+    ours, flush = TimeToAccuracy(runs=store, workers=2, micro_batches="2").answer(quiet)[:2]
+    # After two and a half updates it is there, and all of them were flushed.
+    assert ours["updates"] == 2.5
+    assert ours["over_ideal"] == pytest.approx(1.5)
+    assert flush["time_ratio"] == pytest.approx(4)
 
 
 def test_paces_are_those_of_the_closed_forms():

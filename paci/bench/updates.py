@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paci.bench.convergence import summarize
+from paci.bench.convergence import read_runs, summarize
 from paci.bench.methods import find_method
 from paci.bench.question import Row
 from paci.bench.reach import Points, first_reach, last_shared
 from paci.errors import ConfigError
 
-# What a line must say of its run, whatever came of it.
-_TOLD = ("method", "optimizer", "num_stages", "accumulation", "learning_rate", "seed")
 _SIZES = ("batch_size", "context", "updates")
 # Options that may differ between a method and the flush that it is compared with.
 _OWN = {"schedule", "weights", "optimizer", "stages", "accumulation", "learning_rate", "seed"}
@@ -72,34 +70,23 @@ class Needed:
 
 
 def read_sweep(store: Path) -> list[Row]:
-    """The runs of ``paci bench convergence``: of each the last line that is whole.
+    """The runs of ``paci bench convergence``, each with its options among its figures.
 
     Raises:
         ConfigError: the store cannot be read, or holds no run.
     """
-    try:
-        lines = store.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    if not store.is_file():
         raise ConfigError(
-            f"runs must be a readable file of JSON lines, got {store}: {error}; make one with "
-            f"`paci bench convergence`, or pass --runs '' for times alone"
-        ) from error
-    found: dict[str, Row] = {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-            options = {**row.get("options", {})}
-            row = {"precision": "fp32", "weights": "", "mean_delay": 0.0, **options, **row}
-            kept = [row[key] for key in (*_TOLD, *_SIZES)]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # cut off, or of something else
-        found[json.dumps([kept, row["precision"], options], sort_keys=True)] = row
+            f"runs must be a readable file of JSON lines, got {store}; make one with `paci bench "
+            f"convergence`, or pass --runs '' for times alone"
+        )
+    found: list[Row] = [{**row["options"], **row} for row in read_runs(store).values()]
     if not found:
         raise ConfigError(
             f"runs must hold lines of `paci bench convergence`, got none in {store}; name another "
             f"file, or pass --runs '' for times alone"
         )
-    return list(found.values())
+    return found
 
 
 def needed_updates(
@@ -139,7 +126,7 @@ def needed_updates(
 def _setting(row: Row, methods: Sequence[str]) -> str:
     """What runs must share to be compared."""
     own = _OWN.union(*(find_method(name).options for name in methods))
-    shared = {key: value for key, value in row.get("options", {}).items() if key not in own}
+    shared = {key: value for key, value in row["options"].items() if key not in own}
     shared |= {key: row[key] for key in (*_SIZES, "optimizer", "precision")}
     return json.dumps(shared, sort_keys=True)
 
@@ -181,7 +168,7 @@ def _needed(rows: Sequence[Row], target: float) -> Needed:
         target,
         tuple(updates),
         tuple(
-            min(each, float(row.get("flush_first", 0.0)) * row["updates"])
+            min(each, row["flush_first"] * row["updates"])
             for row, each in zip(rows, updates, strict=True)
         ),
     )
