@@ -37,12 +37,14 @@ def pace(schedule: Schedule, time: Callable[[Action], float], latency: float = 0
     as fast as they can; no code of ours but the program."""
     n, last = schedule.num_workers, schedule.num_stages - 1
     num = 6 * schedule.num_stages + 30
+    enough = 2 * num  # a worker is ahead of another by all that are in flight, latency and all
     programs = [schedule.program(w) for w in range(n)]
     waiting = [next(program) for program in programs]
     free, done = [0.0] * n, {}
     while (I, 0, num) not in done:
+        so_far = len(done)
         for w in range(n):
-            while waiting[w].micro_batch <= num + schedule.num_stages:
+            while waiting[w].micro_batch <= enough:
                 kind, s, j = waiting[w]
                 if kind is F and s > 0:
                     before = (F, s - 1, j)
@@ -58,6 +60,7 @@ def pace(schedule: Schedule, time: Callable[[Action], float], latency: float = 0
                     ready = done[before] + (latency if hop else 0.0)
                 free[w] = done[kind, s, j] = max(free[w], ready) + time(waiting[w])
                 waiting[w] = next(programs[w])
+        assert len(done) > so_far, f"the programs wait for one another at {waiting}"
     return (done[I, 0, num] - done[I, 0, num // 2]) / (num - num // 2)
 
 
