@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from paci.cli.app import main
 from paci.errors import ConfigError, ScheduleError
 from paci.plan.calibrate import costs_of_trace, measured_state
-from paci.plan.cost import Costs, Link, StageCost
+from paci.plan.cost import Costs, Link, Slow, StageCost
 from paci.plan.given import GivenSchedule
 from paci.plan.predict import steady_state
 from paci.plan.profile import load_profile
@@ -24,6 +25,7 @@ from paci.runtime.torch_schedules import TORCH_SCHEDULES, torch_schedule
 from paci.schedule.check import check
 from paci.schedule.one_f_one_b import OneFOneBFlush
 from paci.schedule.paci import PACI
+from paci.schedule.paci_v import PaciV
 from paci.schedule.registry import make_schedule
 from paci.trace import Trace
 
@@ -165,6 +167,21 @@ def test_jitter_is_seen_and_a_link_can_be_given():
     assert found.link.latency_s == 7.0
     with pytest.raises(ConfigError, match="3 forwards or more of each stage"):
         costs_of_trace(simulate(PACI(2, 1), Costs.even(2, 1.0, 1.0), 1))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_what_is_known_to_be_slow_is_no_jitter(micro_batch: int | None):
+    """Two stages a worker, which share what it loses."""
+    slow = (Slow(1, 0.5, micro_batch),)
+    schedule = PaciV(4, 4)
+    costs = dataclasses.replace(Costs.even(4, 1.0, 2.0), slow=slow)
+    found = costs_of_trace(simulate(schedule, costs, 8), Link(), slow=slow, accumulation=4)
+    assert found.slow == slow
+    assert found.jitter == pytest.approx(0.0, abs=1e-12)
+    for stage in found.stages:
+        assert (stage.forward_s, stage.backward_s) == (pytest.approx(1.0), pytest.approx(2.0))
+    blind = costs_of_trace(simulate(schedule, costs, 8), Link())
+    assert (blind.jitter == pytest.approx(0.0, abs=1e-12)) == (micro_batch is None)
 
 
 @pytest.mark.parametrize("spec", ["paci", "1f1b", "paci:slack=1"])

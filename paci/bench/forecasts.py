@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,9 +55,8 @@ def add_forecasts(
     Args:
         rows: which name schedule, stages and micro-batches.
         traces: of each row, or None.
-        slow: disturbances; those of single micro-batches do not show in medians, and are added.
+        slow: disturbances that the runs had.
     """
-    single = tuple(each for each in slow if each.micro_batch is not None)
     traced = [
         (row, make_schedule(row["schedule"], row["num_stages"], row["num_micro_batches"]), trace)
         for row, trace in zip(rows, traces, strict=True)
@@ -66,10 +64,10 @@ def add_forecasts(
     ]
     flushing = next((each for each in traced if each[1].flushes), None)
     for row, schedule, trace in traced:
-        source, costs = row, costs_of_trace(trace)
+        source, shown = row, trace
         if flushing is not None and _is_priced_by(schedule, flushing[1]):
-            source, costs = flushing[0], costs_of_trace(flushing[2])
-        costs = dataclasses.replace(costs, slow=single)
+            source, _, shown = flushing
+        costs = costs_of_trace(shown, slow=slow, accumulation=row["num_micro_batches"])
         expected = steady_state(schedule, costs)
         row["predicted_utilization"] = expected.utilization
         row["predicted_update_s"] = expected.update_s

@@ -9,17 +9,24 @@ import itertools
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from paci.errors import ConfigError
-from paci.plan.cost import Costs, Link, StageCost
-from paci.schedule.action import Action, Kind, Message, consumes, produces
+from paci.plan.cost import Costs, Link, Slow, StageCost
+from paci.schedule.action import SENDS_GRADIENT, Action, Kind, Message, consumes, produces
 from paci.trace import Event, Trace
 
 _LEAST_ACTIONS = 3
 
 
-def costs_of_trace(trace: Trace, link: Link | None = None, seed: int = 0) -> Costs:
+def costs_of_trace(
+    trace: Trace,
+    link: Link | None = None,
+    seed: int = 0,
+    slow: Sequence[Slow] = (),
+    accumulation: int = 1,
+) -> Costs:
     """The costs of a run: per stage and kind the median time of an action.
 
     Jitter is the root mean square of what actions differ from their median, as a share of it.
@@ -32,13 +39,18 @@ def costs_of_trace(trace: Trace, link: Link | None = None, seed: int = 0) -> Cos
         trace: of a run of some updates.
         link: between its workers, instead of the latency that the trace shows.
         seed: of the simulations to come.
+        slow: disturbances that are known: what they add is not taken for jitter, nor for the time
+            of an action, but is in the costs as it is given.
+        accumulation: micro-batches of an update, which tell where a disturbance comes again.
 
     Raises:
         ConfigError: a stage has too few actions to tell its costs.
     """
+    extra_s = _extra(trace, slow, accumulation)
     times: defaultdict[tuple[int, Kind], list[float]] = defaultdict(list)
     for event in trace.events:
-        times[event.stage, event.kind].append(event.end_s - event.start_s)
+        known_s = extra_s(event)
+        times[event.stage, event.kind].append(max(event.end_s - event.start_s - known_s, 0.0))
     medians = {key: statistics.median(values) for key, values in times.items()}
     stages = sorted({stage for stage, _ in times})
     for stage in stages:
@@ -62,6 +74,7 @@ def costs_of_trace(trace: Trace, link: Link | None = None, seed: int = 0) -> Cos
         jitter=jitter,
         seed=seed,
         overhead_s=statistics.median(pauses) if pauses else 0.0,
+        slow=tuple(slow),
     )
 
 
@@ -108,6 +121,25 @@ def measured_state(trace: Trace, num_fill: int, num_drain: int) -> MeasuredState
     for stage, times in windows.items():
         span_s[worker_of[stage]] = max(span_s[worker_of[stage]], times[-1] - times[0])
     return MeasuredState(statistics.median(between), busy_s / sum(span_s.values()))
+
+
+def _extra(trace: Trace, slow: Sequence[Slow], accumulation: int) -> Callable[[Event], float]:
+    """What disturbances add to an action; stages of a worker share it."""
+    stages_of: defaultdict[int, set[int]] = defaultdict(set)
+    for event in trace.events:
+        stages_of[event.worker].add(event.stage)
+
+    def extra_s(event: Event) -> float:
+        if event.kind is not Kind.FORWARD and event.kind not in SENDS_GRADIENT:
+            return 0.0
+        found_s = sum(
+            each.extra_s
+            for each in slow
+            if each.worker == event.worker and each.hits(event.micro_batch, accumulation)
+        )
+        return found_s / len(stages_of[event.worker])
+
+    return extra_s
 
 
 def _stage_cost(stage: int, medians: dict[tuple[int, Kind], float]) -> StageCost:

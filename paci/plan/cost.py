@@ -127,6 +127,10 @@ class Slow:
         if self.micro_batch is not None:
             require_count("micro_batch", self.micro_batch, least=0)
 
+    def hits(self, micro_batch: int, accumulation: int) -> bool:
+        """Whether a micro-batch, counted from the run's first, takes longer."""
+        return self.micro_batch is None or micro_batch % accumulation == self.micro_batch
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -268,11 +272,11 @@ class Draws:
                 f"{slow.worker}; count workers from 0"
             )
         stages = list(schedule.placement[slow.worker])
-        first, step = slow.micro_batch, schedule.accumulation
-        chosen = slice(None) if first is None else slice(first, None, step)
         for kind in (Kind.FORWARD, *SENDS_GRADIENT):
             self.seconds[kind] = self.seconds[kind].copy()
-            self.seconds[kind][stages, chosen] += slow.extra_s / len(stages)
+            for j in range(self.seconds[kind].shape[1]):
+                if slow.hits(j, schedule.accumulation):
+                    self.seconds[kind][stages, j] += slow.extra_s / len(stages)
         self.vary = True
 
     def _add_links(self, payload: Payload, worker_of: list[int], num: int, place: int) -> None:
