@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from paci.schedule.one_f_one_b import OneFOneBFlush
     from paci.schedule.paci import PACI
     from paci.schedule.paci_v import PaciV
+    from paci.train.report import load_model
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ _HOMES = {
     "StepResult": "paci.runtime.pipeline",
     "WorkerError": "paci.errors",
     "hosted_stages": "paci.runtime.world",
+    "load_model": "paci.train.report",
 }
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "WorkerError",
     "__version__",
     "hosted_stages",
+    "load_model",
 ]
 
 

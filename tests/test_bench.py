@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 
 from paci.bench import footprint, turns
 from paci.bench.arms import Arm
+from paci.bench.convergence import Convergence
 from paci.bench.emulated import EmulatedWork
 from paci.bench.forecasts import without_waits
 from paci.bench.overhead import bare_s
 from paci.bench.question import compared
+from paci.bench.questions import QUESTIONS
 from paci.bench.record import table
 from paci.bench.turns import take_turns
 from paci.bench.workers import run_workers
@@ -299,3 +302,11 @@ def test_a_table_says_what_did_not_run():
 def test_an_arm_needs_its_workers():
     with pytest.raises(ConfigError, match="must be one of"):
         Arm("paci", "nothing", 2).num_stages(2)
+
+
+def test_every_option_says_what_it_is():
+    for question in QUESTIONS:
+        texts = question.help()
+        for field in dataclasses.fields(question):
+            assert len(texts[field.name]) > 8, (question.name, field.name)
+    assert "longest time of a run" in Convergence.help()["timeout"]  # its own, not its base's

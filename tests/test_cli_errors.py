@@ -222,7 +222,7 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(
     require_refusal(refused(**other, width=64), "width", "32", "64")
     require_refusal(refused(**other, seed=1), "seed", "0", "1")
     require_refusal(refused(**other, stages=2), "stages", "4", "2")
-    require_refusal(refused(**other, learning_rate=0.5), "learning_rate", "0.001", "0.5")
+    require_refusal(refused(**other, learning_rate=0.5), "learning_rate", "0.008", "0.5")
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
@@ -310,6 +310,16 @@ def test_evaluate_refuses_in_one_line(
     shop: Shop, finished: Path, options: list[object], words: tuple[str, ...]
 ):
     require_refusal(shop.call("evaluate", finished, *options), *words)
+
+
+def test_export_refuses_in_one_line(shop: Shop, finished: Path):
+    there = shop.folder / "there.safetensors"
+    there.write_text("kept")
+    require_refusal(shop.call("export", finished, there), "there", str(there))
+    assert there.read_text() == "kept"
+    require_refusal(shop.call("export", shop.folder / "nothing", shop.folder / "x"), "checkpoint")
+    nowhere = shop.folder / "no" / "x.safetensors"
+    require_refusal(shop.call("export", finished, nowhere), "folder", str(nowhere))
 
 
 def test_generate_needs_a_run(shop: Shop, finished: Path):

@@ -194,3 +194,9 @@ def test_bad_requests_are_refused():
         muon_groups(model(), -1, is_hidden_matrix)
     with pytest.raises(ValueError, match="2D"):
         MuonWithAdamW([{"params": list(model().parameters()), "algorithm": "muon"}])
+
+
+def test_a_pytorch_without_muon_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ConfigError, match=r"muon needs PyTorch 2\.9 or newer, got .*adamw"):
+        MuonWithAdamW(groups(model()))

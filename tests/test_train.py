@@ -16,9 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cli_helpers import Shop
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from paci.data import Sampler, prepare
-from paci.models import build_stage, combine_digests, gpt_config, layer_digests
+from paci.models import GPTConfig, build_stage, combine_digests, gpt_config, layer_digests
 from paci.schedule.registry import make_schedule
 from paci.schedule.versions import analyse
 from paci.train.report import load_model
@@ -353,6 +355,33 @@ def test_evaluate_is_the_mean_over_every_token(shop: Shop):
     assert few.out.startswith("loss ")
 
 
+def test_export_is_the_whole_model_by_name(shop: Shop):
+    """However it was cut, and with a matrix that two layers share."""
+    for more in ({"stages": 3}, {"tie_embeddings": True, "schedule": "paci-v", "stages": 2}):
+        out = shop.new()
+        shop.train(out=out, **more)
+        file = shop.folder / f"{out.name}.safetensors"
+        done = shop.call("export", out, file)
+        assert done.code == 0, done.err
+        model, config, _ = load_model(out)
+        found = load_file(file)
+        expected = dict(model.named_parameters())
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+        with safe_open(file, "pt") as opened:
+            assert GPTConfig(**json.loads(opened.metadata()["config"])) == config
+        assert not list(shop.folder.glob(".*.safetensors"))
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("muon", 8e-3), ("adamw", 1e-3), ("nadam", 1e-3)])
+def test_the_default_learning_rate_is_the_optimizers(shop: Shop, optimizer: str, rate: float):
+    digests = {
+        shop.train(optimizer=optimizer, **more)["weights_sha256"]
+        for more in ({}, {"learning_rate": rate})
+    }
+    assert len(digests) == 1
+
+
 def test_options_come_from_a_file_and_the_command_line_wins(shop: Shop):
     file = shop.folder / "options.toml"
     base = {**cli.SMALL, "data": str(shop.corpus), "updates": 3, "learning_rate": 1, "seed": 7}
@@ -365,7 +394,10 @@ def test_options_come_from_a_file_and_the_command_line_wins(shop: Shop):
     assert done.code == 0, done.err
     found = cli.summary(out)
     assert (found["updates"], found["options"]["learning_rate"]) == (2, 1e-3)
-    assert found["weights_sha256"] == shop.train(updates=2, seed=7)["weights_sha256"]
+    assert (
+        found["weights_sha256"]
+        == shop.train(updates=2, seed=7, learning_rate=1e-3)["weights_sha256"]
+    )
 
 
 def test_a_schedule_in_one_file_is_picked_up_everywhere(shop: Shop):

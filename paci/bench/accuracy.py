@@ -37,10 +37,10 @@ class TimeToAccuracy(Question):
         runs: store of ``paci bench convergence``; empty for times alone.
         emulated: JSON files of ``paci bench emulate``, separated by spaces, whose times are taken
             instead of simulated ones.
-        method: PACI's, of ``paci.bench.methods``.
+        method: PACI's, a name out of docs/convergence.md.
         flushes: methods without delay, separated by spaces; the best of them is compared with.
-        workers: of every schedule.
-        micro_batches: of an update: numbers, separated by commas.
+        workers: that every schedule has.
+        micro_batches: numbers of them in an update, separated by commas.
         batch_size: sequences of an update, where there are no runs that say it.
     """
 

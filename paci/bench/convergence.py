@@ -39,7 +39,7 @@ class Convergence(Question):
     """A sweep; its fields are the options of the command line.
 
     Args:
-        methods: separated by spaces; see ``paci.bench.methods``.
+        methods: names out of docs/convergence.md, separated by spaces.
         optimizers: of ``paci train``, separated by spaces.
         learning_rates: at their peak, separated by commas.
         seeds: of weights and data, separated by commas.
@@ -48,15 +48,15 @@ class Convergence(Question):
         updates: of a run; methods that update after every micro-batch make more, at equal tokens.
         batch_size: sequences of an update.
         layers: blocks of the GPT.
-        width: of its residual stream.
+        width: of the GPT's residual stream.
         context: tokens of a sequence.
-        data: as of ``paci train``.
-        precision: likewise.
+        data: text, as of ``paci train``.
+        precision: fp32 or bf16.
         held_out: text, as of ``paci train``, on which each run's last checkpoint is evaluated
             besides (``held_out_loss``); none by default.
-        evaluations: of a run, evenly spread; each drains the pipeline.
+        evaluations: number in a run, evenly spread; each drains the pipeline.
         extra: further options of every run, as ``KEY=VALUE`` separated by spaces.
-        most: runs to make at most; 0 for a table of those that are in the store.
+        most: runs to make at most; 0 trains nothing and shows those that are in the store.
         jobs: runs at a time; 0 for as many as there are cores.
         store: a file of JSON lines, one a run; runs that are in it are not made again,
             unless they failed.

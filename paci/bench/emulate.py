@@ -27,16 +27,16 @@ class Emulate(Timing):
 
     Args:
         workers: processes.
-        micro_batches: of an update; 0 for as many as workers.
-        forward_ms: of what a worker holds.
-        backward_ms: likewise, both halves.
-        weight_share: of a backward, what a split one puts off.
-        message_bytes: from stage to stage.
-        latency_ms: that a message takes longer than the machine's own transport.
-        slow_worker: ``W:MS``, the forwards and backwards of worker W take MS longer each.
-        slow_micro_batch: ``J:W:MS``, those of micro-batch J of every update do.
+        micro_batches: of one update; 0 for as many as workers.
+        forward_ms: time of a forward of all that a worker holds.
+        backward_ms: time of its backward, both halves.
+        weight_share: share of a backward that a split one puts off.
+        message_bytes: size of what goes from stage to stage.
+        latency_ms: time that a message takes beyond that of the machine's own transport.
+        slow_worker: ``W:MS``: the forwards and backwards of worker W take MS longer each.
+        slow_micro_batch: ``J:W:MS``: those of micro-batch J of every update do, at worker W.
         schedules: ours, separated by spaces.
-        rivals: torch's, likewise.
+        rivals: those of torch.distributed.pipelining, separated by spaces.
     """
 
     workers: int = 8

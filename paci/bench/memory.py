@@ -23,13 +23,13 @@ class Memory(Question):
 
     Args:
         workers: numbers of processes, separated by commas.
-        micro_batches: of an update; 0 for as many as workers.
+        micro_batches: of one update; 0 for as many as workers.
         schedules: ours, separated by spaces, each with the weight policy that belongs to it.
         weights: further policies for the first schedule, separated by spaces; ``all`` for every
             one that there is.
         precisions: ``fp32`` and ``bf16``; ``autocast`` for fp32 weights under autocast to bf16.
         layers: blocks of the GPT.
-        width: of its residual stream.
+        width: of the GPT's residual stream.
         sequences: of a micro-batch.
         context: tokens of a sequence.
         seed: of weights and tokens.

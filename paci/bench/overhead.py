@@ -20,7 +20,7 @@ class Overhead(Timing):
 
     Args:
         workers: numbers of processes, separated by commas.
-        micro_batches: of an update.
+        micro_batches: of one update.
     """
 
     turns: int = 5

@@ -6,6 +6,8 @@ Torch is imported only to answer: the command line asks what there is to ask wit
 from __future__ import annotations
 
 import abc
+import inspect
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,18 @@ class Question(abc.ABC):
     summary: ClassVar[str]
     columns: ClassVar[Mapping[str, str]]
 
+    @classmethod
+    def help(cls) -> dict[str, str]:
+        """What each field is, as the docstrings say."""
+        found: dict[str, str] = {}
+        for each in reversed(cls.__mro__):
+            _, _, args = inspect.cleandoc(each.__doc__ or "").partition("\nArgs:\n")
+            args, _, _ = args.partition("\n\n")
+            for part in re.split(r"\n {4}(?=\S)", "\n" + args)[1:]:
+                name, _, text = part.partition(":")
+                found[name] = " ".join(text.split()).rstrip(".").replace("``", "")
+        return found
+
     def __post_init__(self) -> None:
         require_times(timeout=self.timeout)
 
@@ -60,8 +74,8 @@ class Timing(Question):
     """A benchmark of time: arms take turns.
 
     Args:
-        turns: of every arm.
-        updates: timed in a turn.
+        turns: times that every arm is measured, A B A B.
+        updates: those timed in each turn.
     """
 
     turns: int = 3

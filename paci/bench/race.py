@@ -31,21 +31,21 @@ class Race(Question):
     that what else the machine does falls on all alike; evaluations are not on their clocks.
 
     Args:
-        micro_batches: of an update: numbers, separated by commas; a race for each.
+        micro_batches: numbers of them in an update, separated by commas; a race for each.
         seeds: of weights and batches, separated by commas; a race for each.
-        updates: of every racer.
+        updates: that every racer makes.
         evaluate_every: updates between evaluations.
         eval_batches: micro-batches of held-out text in an evaluation.
         batch_size: sequences of an update.
         layers: blocks of the GPT.
-        width: of its residual stream.
+        width: of the GPT's residual stream.
         context: tokens of a sequence.
-        data: as of ``paci train``.
-        optimizer: likewise.
-        learning_rate: likewise, at its peak.
+        data: text, as of ``paci train``.
+        optimizer: of ``paci train``.
+        learning_rate: at its peak.
         weights: policy of our schedules that never empty; the trainer's own choice if empty.
         schedules: ours, separated by spaces; the first is what others are compared with.
-        rivals: torch's, likewise.
+        rivals: those of torch.distributed.pipelining, separated by spaces.
     """
 
     micro_batches: str = "2"

@@ -19,9 +19,9 @@ class Throughput(Timing):
     """Real stages of a GPT on two workers, one core and one thread each.
 
     Args:
-        micro_batches: of an update: numbers, separated by commas.
+        micro_batches: numbers of them in an update, separated by commas.
         layers: blocks of the GPT.
-        width: of its residual stream.
+        width: of the GPT's residual stream.
         sequences: of a micro-batch.
         context: tokens of a sequence.
         seed: of weights and tokens.

@@ -9,10 +9,21 @@ import sys
 from collections.abc import Sequence
 
 from paci import __version__
-from paci.cli import bench, evaluate, generate, plan, profile, report, schedules, train, view
+from paci.cli import (
+    bench,
+    evaluate,
+    export,
+    generate,
+    plan,
+    profile,
+    report,
+    schedules,
+    train,
+    view,
+)
 from paci.errors import ConfigError, PaciError
 
-_COMMANDS = (train, plan, profile, view, report, generate, evaluate, schedules, bench)
+_COMMANDS = (train, plan, profile, view, report, generate, evaluate, export, schedules, bench)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -23,15 +23,19 @@ def add_parser(commands: Any) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="QUESTION", required=True)
     for question in QUESTIONS:
         verb = verbs.add_parser(question.name, help=question.summary, description=question.summary)
+        texts = question.help()
         for field in dataclasses.fields(question):
             flag = "--" + field.name.replace("_", "-")
             kind = type(field.default)
             word = {int: "N", float: "X"}.get(kind, "TEXT")
-            verb.add_argument(
-                flag, type=kind, default=field.default, metavar=word, help=f"({field.default})"
-            )
+            text = texts.get(field.name, "").replace("%", "%%")
+            text += "" if field.default == "" else f" ({field.default})"
+            verb.add_argument(flag, type=kind, default=field.default, metavar=word, help=text)
         verb.add_argument(
-            "--out", default="results", metavar="FOLDER", help="of the JSON (results)"
+            "--out",
+            default="results",
+            metavar="FOLDER",
+            help="for the JSON and a picture (results)",
         )
         verb.add_argument("--json", action="store_true", help="print JSON instead of a table")
         verb.set_defaults(run=run, question=question)

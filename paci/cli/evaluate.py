@@ -19,7 +19,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("folder", metavar="RUN", help="run folder that `paci train` made")
     parser.add_argument("--data", required=True, metavar="TEXT", help="as of `paci train`")
     parser.add_argument(
-        "--batches", type=int, default=50, metavar="N", help="of 16 windows, spread evenly (50)"
+        "--batches",
+        type=int,
+        default=50,
+        metavar="N",
+        help="batches, of 16 windows each, spread evenly over the text (50)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

@@ -16,12 +16,24 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("folder", metavar="RUN", help="run folder that `paci train` made")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text to go on from")
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="how many (200)")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="X", help="0 always takes the likeliest"
+        "--tokens", type=int, default=200, metavar="N", help="tokens to write (200)"
     )
-    parser.add_argument("--top-k", type=int, default=50, metavar="N", help="of the N likeliest")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="of the draws; 0 always takes the most likely token (0.8)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=50,
+        metavar="N",
+        help="draw from the N most likely tokens only (50)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (0)")
     parser.set_defaults(run=run)
 
 

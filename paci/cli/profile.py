@@ -36,7 +36,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="for medians (5)")
     parser.add_argument("--every", action="store_true", help="measure each block, not only one")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="links between (1)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes whose links are measured too (1: none)",
+    )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (1)")
     parser.set_defaults(run=run)

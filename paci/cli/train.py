@@ -15,7 +15,7 @@ _GROUPS = {
     "model": "model",
     "data": "data",
     "pipeline": "pipeline",
-    "optimization": "optimization (AdamW, linear warm-up, cosine)",
+    "optimization": "optimization (linear warm-up, then a cosine)",
     "run": "run",
     "machine": "machine",
 }
@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
         description="Train a GPT through a pipeline, in one process or in many. The weights it "
         "ends with depend on the options alone, not on the number of processes.",
         epilog="On one host: paci train --workers 2 --stages 2. On several: torchrun ... -m paci "
-        "train --workers N ... on each.",
+        "train ... on each, without --workers.",
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file of options (batch_size = 64)")
     groups = {key: parser.add_argument_group(title) for key, title in _GROUPS.items()}

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.optim import AdamW, Muon, Optimizer
+import torch.optim
+from torch.optim import AdamW, Optimizer
 
 from paci.errors import ConfigError
 
@@ -29,7 +30,7 @@ class MuonWithAdamW(Optimizer):
         weight_decay: decoupled; of groups that say none.
 
     Raises:
-        ConfigError: a group names no algorithm.
+        ConfigError: a group names no algorithm, or this PyTorch has no Muon.
 
     Source: Muon, Keller Jordan 2024; scaled as in arXiv 2502.16982.
     """
@@ -43,11 +44,12 @@ class MuonWithAdamW(Optimizer):
         weight_decay: float = 0.1,
         trial_ns_steps: int = 2,
     ) -> None:
+        kinds = {"muon": _muon(), "adamw": AdamW}
         given = [dict(group) for group in groups]
         for group in given:
-            if group.get("algorithm") not in _PARTS:
+            if group.get("algorithm") not in kinds:
                 raise ConfigError(
-                    f"each group must have an algorithm of {', '.join(_PARTS)}, got "
+                    f"each group must have an algorithm of {', '.join(kinds)}, got "
                     f"{group.get('algorithm')!r}; set group['algorithm']"
                 )
             group.setdefault("lr", lr)
@@ -60,7 +62,7 @@ class MuonWithAdamW(Optimizer):
         }
         self._parts = {
             name: kind([{**g} for g in given if g["algorithm"] == name], **own[name])
-            for name, kind in _PARTS.items()
+            for name, kind in kinds.items()
             if any(g["algorithm"] == name for g in given)
         }
         whole = [group for part in self._parts.values() for group in part.param_groups]
@@ -81,4 +83,11 @@ class MuonWithAdamW(Optimizer):
         return loss
 
 
-_PARTS: dict[str, type[Optimizer]] = {"muon": Muon, "adamw": AdamW}
+def _muon() -> type[Optimizer]:
+    try:
+        return torch.optim.Muon
+    except AttributeError:
+        raise ConfigError(
+            f"the optimizer muon needs PyTorch 2.9 or newer, got {torch.__version__}; upgrade, or "
+            f"choose adamw (paci train --optimizer adamw)"
+        ) from None

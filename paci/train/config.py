@@ -72,7 +72,7 @@ class TrainConfig(BaseModel):
     )
 
     flush_first: Fraction = option(
-        0.1, "pipeline", "share of the updates, from the first, that the pipeline empties after"
+        0.1, "pipeline", "share of the updates, at the start, that each empty the pipeline"
     )
 
     updates: Count = option(400, "optimization", "optimizer steps")
@@ -80,14 +80,15 @@ class TrainConfig(BaseModel):
     optimizer: Literal["muon", "adamw", "nadam"] = option(
         "muon", "optimization", "muon: Muon for the matrices in blocks, AdamW for the rest"
     )
-    learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = option(
-        1e-3, "optimization", "at its peak"
+    learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = option(
+        None, "optimization", "at its peak; default 0.008 with muon, 0.001 with the others"
     )
     warmup: Fraction = option(0.01, "optimization", "share of the updates in linear warm-up")
     rate_by_delay: Fraction = option(
         0.0,
         "optimization",
-        "share of the updates during which late stages' rates rise to the others' (PipeMare's T1)",
+        "share of the updates during which the rates of the first stages, whose gradients are "
+        "latest, rise to the others' (PipeMare's T1)",
     )
     final_learning_rate: Fraction = option(
         0.1, "optimization", "where the cosine ends, as a share of the peak"
@@ -132,7 +133,14 @@ class TrainConfig(BaseModel):
     def trajectory(self) -> dict[str, Any]:
         """The options that shape the weights: a run can be resumed only with the same ones."""
         own = {key: value for key, value in self.model_dump().items() if key not in NEUTRAL}
-        return own | {"stages": self.num_stages}
+        return own | {"stages": self.num_stages, "learning_rate": self.peak_learning_rate}
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """What was asked for, or what suits the optimizer on models of some million parameters."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 8e-3 if self.optimizer == "muon" else 1e-3
 
     @property
     def num_stages(self) -> int:

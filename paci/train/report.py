@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from paci.data import Tokenizer, documents, load_tokenizer, validation_batches
-from paci.errors import CheckpointError
+from paci.errors import CheckpointError, ConfigError
 from paci.models import GPTConfig, build_stage, generate
 from paci.runtime.drift import DriftReport
 from paci.runtime.loss import CrossEntropy
@@ -106,6 +108,33 @@ def load_model(folder: Path) -> tuple[nn.Module, GPTConfig, Tokenizer]:
         for name, parameter in own.items():
             parameter.copy_(weights[name])
     return model, config, load_tokenizer(folder / "tokenizer")
+
+
+def export(folder: Path, file: Path) -> int:
+    """Write the whole model of a run's newest checkpoint as one safetensors file.
+
+    Args:
+        folder: the run's.
+        file: to write; in fp32, names as in the whole model's ``named_parameters()`` (a tied matrix
+            once), the model's configuration as JSON under ``config`` in the metadata.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        ConfigError: the file is there already, or its folder is not.
+        CheckpointError: the run has no whole checkpoint.
+    """
+    if file.exists():
+        raise ConfigError(f"the file must not be there yet, got {file}; name another, or remove it")
+    if not file.parent.is_dir():
+        raise ConfigError(f"the file must be in a folder that is there, got {file}; make it first")
+    model, config, _ = load_model(folder)
+    weights = {name: each.detach().contiguous() for name, each in model.named_parameters()}
+    partial = file.with_name(f".{file.name}")
+    save_file(weights, partial, {"config": json.dumps(dataclasses.asdict(config))})
+    partial.replace(file)
+    return sum(each.numel() for each in weights.values())
 
 
 def sample_text(

@@ -193,14 +193,14 @@ def make_optimizer(
     if config.optimizer == "muon":
         return MuonWithAdamW(
             muon_groups(module, config.weight_decay, is_hidden_matrix, without),
-            lr=config.learning_rate,
+            lr=config.peak_learning_rate,
             momentum=config.momentum,
             betas=betas,
         )
     groups = parameter_groups(module, config.weight_decay, without=without)
     if config.optimizer == "nadam":
-        return NAdam(groups, lr=config.learning_rate, betas=betas, decoupled_weight_decay=True)
-    return AdamW(groups, lr=config.learning_rate, betas=betas)
+        return NAdam(groups, lr=config.peak_learning_rate, betas=betas, decoupled_weight_decay=True)
+    return AdamW(groups, lr=config.peak_learning_rate, betas=betas)
 
 
 def learning_rate(config: TrainConfig, schedule: Schedule, stage: int) -> Callable[[int], float]:
