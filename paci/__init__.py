@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from paci.schedule.one_f_one_b import OneFOneBFlush
     from paci.schedule.paci import PACI
     from paci.schedule.paci_v import PaciV
-    from paci.train.report import load_model
 
 __version__ = "0.1.0"
 
@@ -46,7 +45,6 @@ _HOMES = {
     "StepResult": "paci.runtime.pipeline",
     "WorkerError": "paci.errors",
     "hosted_stages": "paci.runtime.world",
-    "load_model": "paci.train.report",
 }
 
 __all__ = [
@@ -68,7 +66,6 @@ __all__ = [
     "WorkerError",
     "__version__",
     "hosted_stages",
-    "load_model",
 ]
 
 

@@ -286,8 +286,12 @@ def digest(folder: Path) -> str:
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of ``metrics.jsonl`` without what depends on time."""
     clock = {"elapsed_s", "tokens_per_s", "utilization", "max_drift"}
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+    return [{k: v for k, v in row.items() if k not in clock} for row in timed_rows(folder)]
+
+
+def timed_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def checkpoints(folder: Path) -> list[str]:

@@ -133,13 +133,14 @@ def test_every_kind_of_run_goes_on(shop: Shop, options: dict[str, Any]):
     require_equal(out, expected)
 
 
-def test_resuming_a_finished_run_changes_nothing(shop: Shop, undisturbed: Path):
+def test_a_finished_run_is_left_as_it_is(shop: Shop, undisturbed: Path):
     out = copy(undisturbed, shop.new())
-    found = shop.train(out=out, resume=True, **PLAN)
-    assert found["val_loss"] == cli.summary(undisturbed)["val_loss"]
-    assert cli.digest(out) == cli.digest(undisturbed)
-    losses = [row for row in cli.rows(out) if "loss" in row]
-    assert losses == [row for row in cli.rows(undisturbed) if "loss" in row]
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = shop.call("train", "--resume", "--out", out)
+    assert (done.code, done.err) == (0, "")
+    assert "has all its 8 updates" in done.out
+    for path, content in before.items():
+        assert path.name == "options.json" or path.read_bytes() == content, path
 
 
 # --- sudden ends --------------------------------------------------------------------------------
@@ -287,3 +288,47 @@ def test_a_line_of_metrics_that_was_cut_off_is_written_again(shop: Shop, undistu
     metrics.write_text(metrics.read_text().rstrip("\n") + '\n{"update": 3, "lo')
     shop.train(out=out, resume=True, **PLAN)
     require_equal(out, undisturbed)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(shop: Shop, undisturbed: Path):
+    out = shop.new()
+    soon = {"GATE_WORKER": "2", "GATE_AFTER": str(out / "metrics.jsonl")}
+    done = shop.call(*shop.options(out=out, **PLAN), env=soon)
+    assert done.code == 130
+    assert not (out / "checkpoints").exists()
+    done = shop.call("train", "--out", out)
+    assert "pass --resume" in done.error
+    done = shop.call("train", "--resume", "--out", out)
+    assert (done.code, done.err) == (0, "")
+    assert "no checkpoint yet" in done.out
+    require_equal(out, undisturbed)
+
+
+def test_a_folder_without_a_run_is_not_resumed(shop: Shop):
+    out = shop.new()
+    out.mkdir()
+    assert "must have a checkpoint" in shop.call(*shop.options(out=out, resume=True, **PLAN)).error
+
+
+def test_time_goes_on_where_it_was(shop: Shop):
+    """Elapsed seconds never fall, and what counts from the resumption says so."""
+    out = shop.new()
+    interrupted(shop, out)
+    rows = cli.timed_rows(out)
+    shop.call("train", "--resume", "--out", out)
+    times = [row["elapsed_s"] for row in cli.timed_rows(out) if "elapsed_s" in row]
+    assert times == sorted(times)
+    assert times[3] > max(row["elapsed_s"] for row in rows if row["update"] == 3)
+    assert cli.summary(out)["resumed_at"] == 3
+
+
+def test_losses_that_a_drain_makes_known_are_told(shop: Shop):
+    """On a long V the last stage is behind: its losses come with the drains of the first updates,
+    and later with the step after."""
+    more = {"schedule": "paci-v", "stages": 8, "layers": 6, "accumulation": 8, "updates": 10}
+    out = shop.new()
+    shop.train(out=out, log_every=1, eval_every=5, flush_first=0.3, **more)
+    told = [row["update"] for row in cli.rows(out) if "loss" in row]
+    assert told[:3] == [1, 2, 3]
+    assert told[-1] == 10
+    assert sorted(set(told)) == told

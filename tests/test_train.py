@@ -267,7 +267,7 @@ def test_what_a_run_leaves_behind(shop: Shop):
     assert trace
     text = (out / "sample.txt").read_text(encoding="utf-8")
     assert text
-    shown = done.out.partition("a sample of its text:\n")[2].partition("\nvalidation")[0]
+    shown = done.out.partition("a sample of its text, in sample.txt:\n")[2].removesuffix("\n")
     assert len(shown) == len(text)
     assert all(c.isprintable() or c in "\n\t" for c in shown)  # a terminal is left as it was
     assert all(a in (b, "\ufffd") for a, b in zip(shown, text, strict=True))

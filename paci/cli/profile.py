@@ -96,10 +96,12 @@ def _measured(options: argparse.Namespace) -> Profile | None:
         return _measured_layers(options, device)
     end_with_launcher()
     connect(config, device)
-    profile = _measured_layers(options, device) if dist.get_rank() == 0 else None
-    links = measure_links(device)
+    links, rank = measure_links(device), dist.get_rank()
     dist.destroy_process_group()
-    return None if profile is None else profile.model_copy(update={"links": links})
+    if rank > 0:
+        return None
+    profile = _measured_layers(options, device)  # with nobody waiting: it may take long
+    return profile.model_copy(update={"links": links})
 
 
 def _measured_layers(options: argparse.Namespace, device: torch.device) -> Profile:

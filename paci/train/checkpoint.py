@@ -119,6 +119,11 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
+def is_there(root: Path) -> bool:
+    """Whether there is a complete checkpoint."""
+    return bool(_complete(root))
+
+
 def newest(root: Path) -> Path:
     """The newest complete checkpoint.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from torch import Tensor
 from paci.data import Corpus, Sampler, validation_batches
 from paci.errors import PaciError
 from paci.models import num_parameters
-from paci.runtime.pipeline import StepResult
 from paci.train import checkpoint
 from paci.train.config import TrainConfig
-from paci.train.metrics import Metrics, format_duration
+from paci.train.metrics import METRICS_FILE, Metrics, format_duration
 from paci.train.setup import Plan, make_pipeline, weights_digest
 
 Batch = tuple[Tensor, Tensor]
@@ -37,6 +36,13 @@ class Trainer:
         device: of this process.
         folder: the run's; exists.
         say: takes a line of progress.
+
+    Attributes:
+        update: how many have been made.
+        resumed_at: how many of them another process made.
+        val_loss: of the newest evaluation.
+        train_s: seconds since then, evaluations and checkpoints left out.
+        say: the same, on the process that reports; nothing on others.
     """
 
     def __init__(
@@ -56,12 +62,13 @@ class Trainer:
         self.val_loss = math.nan
         self.update = 0
         self.train_s = 0.0
-        self._say = say if self.pipeline.holds_last else _ignore
+        self.say = say if self.pipeline.holds_last else _ignore
         self._sampler = Sampler(corpus.train, config.context, config.batch_size, config.seed)
         self._about = describe(config, plan, corpus)
         if config.resume:
             self._resume()
-        self._resumed_at = self.update
+        self.resumed_at = self.update
+        self._loss_of = self.update  # the update that the newest known loss is of
         self._metrics = (
             Metrics(folder, self.update, config.tensorboard) if self.pipeline.holds_last else None
         )
@@ -75,27 +82,28 @@ class Trainer:
     def tokens_per_s(self) -> float:
         """Targets trained on per second since the start or the resumption, evaluations and
         checkpoints left out."""
-        num_tokens = (self.update - self._resumed_at) * self.tokens_per_update
+        num_tokens = (self.update - self.resumed_at) * self.tokens_per_update
         return num_tokens / self.train_s if self.train_s else 0.0
 
     def run(self) -> None:
         """Train to the last update, evaluating and keeping checkpoints on the way."""
         config = self.config
-        self._say(
+        self.say(
             f"GPT of {num_parameters(self.plan.model):,} parameters, layers by stage "
             f"{[len(layers) for layers in self.plan.cut]}, {self.plan.schedule}, "
             f"{config.workers} {'process' if config.workers == 1 else 'processes'}"
         )
         started = time.perf_counter()
         while self.update < config.updates:
-            result = self.pipeline.step(self._batch(self.update))
+            losses = self.pipeline.step(self._batch(self.update)).losses
             self.update += 1
             stops = [n for n in (config.eval_every, config.checkpoint_every) if self._due(n)]
             if stops or config.flushes_after(self.update):
-                self.pipeline.drain()
+                losses += self.pipeline.drain().losses
             self.train_s += time.perf_counter() - started
+            self._loss_of += len(losses)
             if self._due(config.log_every):
-                self._log(result)
+                self._log(losses)
             if self._due(config.eval_every):
                 self._evaluate()
             if self._due(config.checkpoint_every):
@@ -128,29 +136,31 @@ class Trainer:
     def _row(self) -> dict[str, Any]:
         return {"update": self.update, "tokens": self.update * self.tokens_per_update}
 
-    def _log(self, result: StepResult) -> None:
+    def _log(self, losses: Sequence[Tensor]) -> None:
+        """Write a row of the newest loss: of an earlier update, where the last stage is behind."""
         status = self.pipeline.live()
-        if result.loss is None or self._metrics is None:
+        if not losses or self._metrics is None:
             return
-        loss = result.loss.item()
+        loss = losses[-1].item()
         if not math.isfinite(loss):
             raise PaciError(
-                f"the loss must be finite, got {loss} at update {self.update}; start again "
+                f"the loss must be finite, got {loss} at update {self._loss_of}; start again "
                 f"with a lower learning rate"
             )
         row = {
-            **self._row(),
+            "update": self._loss_of,
+            "tokens": self._loss_of * self.tokens_per_update,
             "loss": loss,
             "learning_rate": self._learning_rate(),
-            "elapsed_s": round(self.train_s, 3),
+            "elapsed_s": round(self._metrics.elapsed_s + self.train_s, 3),
             "tokens_per_s": round(self.tokens_per_s, 1),
             "utilization": round(status.utilization, 4),
             "max_drift": status.max_drift,
         }
         self._metrics.write(row)
-        left_s = self.train_s / (self.update - self._resumed_at)
+        left_s = self.train_s / (self.update - self.resumed_at)
         left_s *= self.config.updates - self.update
-        self._say(
+        self.say(
             f"update {self.update:>{len(str(self.config.updates))}}/{self.config.updates}  "
             f"loss {loss:.4f}  {self.tokens_per_s:>9,.0f} tokens/s  "
             f"utilization {status.utilization:4.0%}  drift <= {status.max_drift}  "
@@ -164,7 +174,7 @@ class Trainer:
     def _evaluate(self) -> None:
         self.val_loss = self.pipeline.evaluate(self._validation())
         perplexity = math.exp(min(self.val_loss, 700.0))
-        self._say(
+        self.say(
             f"update {self.update:>{len(str(self.config.updates))}}/{self.config.updates}  "
             f"validation loss {self.val_loss:.4f}, perplexity {perplexity:.2f}"
         )
@@ -200,13 +210,17 @@ class Trainer:
                     )
 
     def _resume(self) -> None:
-        folder, manifest = find_checkpoint(self.folder, self._about, verify=False)
+        found = find_checkpoint(self.folder, self._about, verify=False)
+        if found is None:
+            self.say(f"no checkpoint yet in {self.folder}: from the start again")
+            return
+        folder, manifest = found
         stages = {index: checkpoint.load_stage(folder, index) for index in self.pipeline.stages}
         self.pipeline.load_state_dict(
             {"stages": stages, "num_micro_batches": manifest["num_micro_batches"]}
         )
         self.update = manifest["update"]
-        self._say(f"resumed from {folder} at update {self.update}")
+        self.say(f"resumed from {folder} at update {self.update}")
 
     def digest(self) -> str:
         """See ``weights_digest``."""
@@ -224,8 +238,9 @@ def describe(config: TrainConfig, plan: Plan, corpus: Corpus) -> dict[str, Any]:
 
 def find_checkpoint(
     folder: Path, about: Mapping[str, Any], verify: bool
-) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of the run in ``folder``, and its manifest.
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of the run in ``folder``, and its manifest; None if the run ended
+    before its first.
 
     Args:
         folder: the run's.
@@ -233,8 +248,10 @@ def find_checkpoint(
         verify: whether to hold every file against its digest.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or of another run.
+        CheckpointError: there is no run, or its checkpoint is damaged or of another run.
     """
+    if (folder / METRICS_FILE).exists() and not checkpoint.is_there(folder / "checkpoints"):
+        return None
     newest = checkpoint.newest(folder / "checkpoints")
     manifest = checkpoint.read_manifest(newest)
     checkpoint.require_same(newest, manifest["options"], about["options"])

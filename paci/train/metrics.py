@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from paci.errors import ConfigError
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
@@ -20,18 +23,22 @@ class Metrics:
             them again.
         tensorboard: also write events.
 
+    Attributes:
+        elapsed_s: seconds of training that the rows tell of which were there.
+
     Raises:
         ConfigError: TensorBoard is asked for and not installed.
     """
 
     def __init__(self, folder: Path, from_update: int, tensorboard: bool) -> None:
-        self._path = folder / "metrics.jsonl"
+        self._board = _board(folder, from_update) if tensorboard else None
+        self._path = folder / METRICS_FILE
         kept = [row for row in read_metrics(self._path) if row["update"] <= from_update]
+        self.elapsed_s = max((row.get("elapsed_s", 0.0) for row in kept), default=0.0)
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(partial, self._path)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = _board(folder, from_update) if tensorboard else None
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row and flush it."""
@@ -62,14 +69,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _board(folder: Path, from_update: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
+def require_tensorboard() -> None:
+    """Raise ``ConfigError`` unless TensorBoard is installed."""
+    if importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
             "tensorboard must be installed to write its events, got no such package; pip install "
             "'paci[tensorboard]', or leave --tensorboard out"
-        ) from error
+        )
+
+
+def _board(folder: Path, from_update: int) -> Any:
+    require_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(folder / "tensorboard", purge_step=from_update + 1)
 
 

@@ -28,22 +28,27 @@ from paci.schedule.base import require_count
 from paci.trace import Trace
 from paci.train import checkpoint
 from paci.train.loop import Trainer
-from paci.train.metrics import read_metrics
+from paci.train.metrics import METRICS_FILE, read_metrics
 from paci.view.curves import loss_curve
 from paci.view.timeline import timeline_svg, window
 
+SUMMARY_FILE = "summary.json"
 # Updates that the timeline picture shows.
 _SHOWN_UPDATES = 3
 
 
 def summarize(trainer: Trainer) -> dict[str, Any]:
-    """What ``summary.json`` holds. All processes must call it; it drains the pipeline."""
+    """What ``summary.json`` holds. All processes must call it; it drains the pipeline.
+
+    Times, utilization and drift are those since ``resumed_at``.
+    """
     drift = trainer.pipeline.drift()
     return {
         "val_loss": trainer.val_loss,
         "val_perplexity": math.exp(min(trainer.val_loss, 700.0)),
         "unigram_perplexity": trainer.corpus.unigram_perplexity(),
         "updates": trainer.update,
+        "resumed_at": trainer.resumed_at,
         "tokens": trainer.update * trainer.tokens_per_update,
         "train_s": round(trainer.train_s, 3),
         "tokens_per_s": round(trainer.tokens_per_s, 1),
@@ -76,11 +81,11 @@ def versions() -> dict[str, str]:
 
 def write_report(folder: Path, summary: Mapping[str, Any], trace: Trace) -> None:
     """Write the summary, the trace, the loss curve and the timeline."""
-    _write_json(folder / "summary.json", summary)
+    _write_json(folder / SUMMARY_FILE, summary)
     _write_json(folder / "trace.json", trace.to_json())
     title = f"{summary['schedule']}, {summary['num_processes']} processes"
     loss_curve(
-        read_metrics(folder / "metrics.jsonl"),
+        read_metrics(folder / METRICS_FILE),
         folder / "loss.png",
         unigram_perplexity=summary["unigram_perplexity"],
         title=title,

@@ -15,12 +15,22 @@ import torch.distributed as dist
 from paci.data import Corpus, prepare
 from paci.errors import ConfigError, PaciError, WorkerError
 from paci.runtime.world import require_agreement
+from paci.train.alone import heard, wait_until_done
 from paci.train.config import TrainConfig, keep_options
 from paci.train.loop import Trainer, describe, find_checkpoint
-from paci.train.report import drift_table, sample_text, summarize, write_report, write_text
+from paci.train.metrics import METRICS_FILE, require_tensorboard
+from paci.train.report import (
+    SUMMARY_FILE,
+    drift_table,
+    sample_text,
+    summarize,
+    write_report,
+    write_text,
+)
 from paci.train.setup import choose_device, make_plan
 
 Say = Callable[[str], None]
+SAMPLE_FILE = "sample.txt"
 
 
 def default_folder(config: TrainConfig) -> Path:
@@ -41,7 +51,7 @@ def choose_folder(config: TrainConfig) -> Path:
             "resume needs the folder of the run to go on with, got none; pass --out FOLDER"
         )
     folder = default_folder(config) if config.out is None else Path(config.out)
-    if (folder / "metrics.jsonl").exists() and not config.resume:
+    if (folder / METRICS_FILE).exists() and not config.resume:
         raise ConfigError(
             f"out must be a folder without a run, got {folder}, which holds one; pass --resume to "
             f"go on with it, or another --out"
@@ -75,6 +85,8 @@ def prepare_all(config: TrainConfig) -> Corpus:
         ConfigError: the options do not fit each other, the machine or the corpus.
     """
     make_plan(config, vocab_size=1)  # refuses most mistakes before any text is read
+    if config.tensorboard:
+        require_tensorboard()
     corpus = _corpus(config)
     plan = make_plan(config, corpus.tokenizer.vocab_size)
     for side, tokens in (("train", corpus.train), ("validation", corpus.val)):
@@ -109,10 +121,18 @@ def train(config: TrainConfig, say: Say) -> Path:
             keep_options(config, folder)
             (folder / "tokenizer").mkdir(exist_ok=True)
             corpus.tokenizer.save(folder / "tokenizer")
-        trainer.run()
-        _finish(trainer, say)
+        if trainer.resumed_at == config.updates and (folder / SUMMARY_FILE).exists():
+            trainer.say(f"{folder} has all its {config.updates} updates: nothing to do")
+        else:
+            trainer.run()
+            _report(trainer)
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while the report is being written
+        trainer.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+    if trainer.pipeline.holds_last and not (folder / SAMPLE_FILE).exists():
+        _sample(config, folder, say)  # with nobody waiting: it may take long
     return folder
 
 
@@ -136,28 +156,30 @@ def connect(config: TrainConfig, device: torch.device) -> None:
         ) from error
 
 
-def _finish(trainer: Trainer, say: Say) -> None:
+def _report(trainer: Trainer) -> None:
     """Write the report and say what is in it."""
-    config, folder = trainer.config, trainer.folder
+    folder = trainer.folder
     summary, trace = summarize(trainer), trainer.pipeline.trace()
     reports = trainer.pipeline.drift()
     if trainer.pipeline.holds_last:
+        (folder / SAMPLE_FILE).unlink(missing_ok=True)
         write_report(folder, summary, trace)
-        say(drift_table(reports))
-        if config.sample_tokens:
-            text = sample_text(folder, "", config.sample_tokens, 0.8, 50, config.seed)
-            write_text(folder / "sample.txt", text)
-            say(f"a sample of its text:\n{_printable(text)}")
-        say(
-            f"validation perplexity {summary['val_perplexity']:.2f} "
-            f"(a unigram model's: {summary['unigram_perplexity']:.2f})"
-        )
-        say(f"utilization {summary['utilization']:.1%} ({summary['utilization_clock']} clock)")
-        say(f"weights sha256 {summary['weights_sha256']}")
-        say(f"run folder {folder}: summary.json, metrics.jsonl, loss.png, timeline.svg, sample.txt")
-    if dist.is_initialized():
-        dist.barrier()  # nobody leaves while the report is being written
-    trainer.close()
+    trainer.say(drift_table(reports))
+    trainer.say(
+        f"validation perplexity {summary['val_perplexity']:.2f} "
+        f"(a unigram model's: {summary['unigram_perplexity']:.2f})"
+    )
+    trainer.say(f"utilization {summary['utilization']:.1%} ({summary['utilization_clock']} clock)")
+    trainer.say(f"weights sha256 {summary['weights_sha256']}")
+    trainer.say(f"run folder {folder}: {SUMMARY_FILE}, {METRICS_FILE}, loss.png, timeline.svg")
+
+
+def _sample(config: TrainConfig, folder: Path, say: Say) -> None:
+    """Let the model write, if that is asked for."""
+    if config.sample_tokens:
+        text = sample_text(folder, "", config.sample_tokens, 0.8, 50, config.seed)
+        write_text(folder / SAMPLE_FILE, text)
+        say(f"a sample of its text, in {SAMPLE_FILE}:\n{_printable(text)}")
 
 
 def _printable(text: str) -> str:
@@ -177,8 +199,15 @@ def _prepare_together(config: TrainConfig) -> tuple[Path, Corpus]:
     shared = {key: getattr(config, key) for key in ("out", "resume", "data")}
     require_agreement(config.trajectory() | shared)
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    refused = _attempt(lambda: (choose_folder(config), prepare_all(config))) if is_first else None
     everyone: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, is_first)
+    store = dist.distributed_c10d._get_default_store()
+    refused = None
+    if is_first:
+        with heard(store, dist.get_rank()):
+            refused = _attempt(lambda: (choose_folder(config), prepare_all(config)))
+    for rank in (rank for rank, prepares in enumerate(everyone) if prepares):
+        wait_until_done(store, rank, config.timeout)
     dist.all_gather_object(everyone, refused if isinstance(refused, PaciError) else None)
     for error in everyone:
         if isinstance(error, PaciError):
