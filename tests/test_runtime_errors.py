@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from types import ModuleType
@@ -60,6 +61,13 @@ def fed() -> paci.Pipeline:
     running = pipeline()
     running.step(batch())
     return running
+
+
+def trained(**changes: Any) -> paci.Pipeline:
+    drained = pipeline(**changes)
+    drained.step(batch())
+    drained.drain()
+    return drained
 
 
 def load(change: Callable[[dict[str, Any]], None], into: paci.Pipeline | None = None) -> None:
@@ -276,6 +284,24 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         ),
         "the optimizer of stage 0 must hold the parameters of the state that is loaded",
     ),
+    "a state of another accumulation": (
+        lambda: pipeline(schedule=paci.PACI(N, 2 * A)).load_state_dict(trained().state_dict()),
+        "a state that is loaded must be of updates of 4 micro-batches, got 1 updates of 2 "
+        "micro-batches in all at stage 0; build the pipeline with the accumulation",
+    ),
+    "a state of another policy": (
+        lambda: pipeline(weights="stash").load_state_dict(trained().state_dict()),
+        "stage 0 must have the weight policy of the state that is loaded, got stash here and "
+        "current there; pass weights='current'",
+    ),
+    "a state of an unnamed policy that keeps less": (
+        lambda: load(
+            lambda state: state["stages"][0].pop("policy_name"),
+            into=pipeline(weights="double_buffer"),
+        ),
+        "what the weight policy keeps of stage 0 must match the state that is loaded, got bias as "
+        "(4,) here and absent there; load",
+    ),
 }
 
 
@@ -307,6 +333,31 @@ def test_a_batch_that_is_refused_does_no_harm():
     assert disturbed.num_micro_batches == undisturbed.num_micro_batches == 4 * A
     for mine, theirs in zip(modules, others, strict=True):
         assert torch.equal(mine.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("part", ["version", "policy_name", "weights", "lr_scheduler"])
+def test_a_state_that_is_refused_changes_nothing(part: str):
+    """Nor that of the stages before the one that is refused."""
+    into = pipeline()
+    before = copy.deepcopy(into.state_dict())
+    state = copy.deepcopy(trained().state_dict())
+    state["stages"][N - 1][part] = {"version": 0, "policy_name": "stash"}.get(part, {})
+    with pytest.raises(paci.ConfigError):
+        into.load_state_dict(state)
+    after = into.state_dict()
+    assert after["num_micro_batches"] == before["num_micro_batches"]
+    for index in range(N):
+        for name, weight in before["stages"][index]["weights"].items():
+            assert torch.equal(after["stages"][index]["weights"][name], weight)
+
+
+def test_a_state_from_before_policies_had_names_is_taken():
+    state = trained().state_dict()
+    for stage in state["stages"].values():
+        del stage["policy_name"]
+    into = pipeline()
+    into.load_state_dict(state)
+    assert into.num_micro_batches == A
 
 
 def test_a_policy_is_found_by_its_name():

@@ -303,7 +303,8 @@ class Pipeline:
         """Take over what ``state_dict`` gave, for the stages that this process holds.
 
         Raises:
-            ConfigError: micro-batches are in flight, or the state is of other stages.
+            ConfigError: micro-batches are in flight, or the state is of other stages, of another
+                accumulation or of another weight policy; nothing has been taken over then.
         """
         self._require_drained("load_state_dict")
         missing = sorted(self.stages.keys() - state["stages"].keys())
@@ -312,6 +313,8 @@ class Pipeline:
                 f"the state must hold the stages {sorted(self.stages)} of this process, got none "
                 f"of {missing}; load the state of the same cut"
             )
+        for index, stage in self.stages.items():
+            stage.require_state(state["stages"][index], state["num_micro_batches"])
         for index, stage in self.stages.items():
             stage.load_state_dict(state["stages"][index])
         self._num_done = state["num_micro_batches"]
