@@ -19,6 +19,7 @@ from paci.runtime.weights.base import WeightPolicy
 from paci.runtime.weights.current import Current
 from paci.runtime.weights.registry import make_weight_policy, weight_policies
 from paci.runtime.weights.stash import Stash
+from paci.schedule.paci_v import PaciV
 
 N, A = 2, 2
 
@@ -358,6 +359,40 @@ def test_a_state_from_before_policies_had_names_is_taken():
     into = pipeline()
     into.load_state_dict(state)
     assert into.num_micro_batches == A
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weights", "filled", "message"),
+    [
+        # A forward that is run again, and a target that waits for the way down and up a V.
+        (paci.PACI(4, 4), "recompute", 0, "the input of micro-batch 1 at stage 0 must not be"),
+        (PaciV(8, 4), None, 1, "the target of micro-batch 3 must not be written to before"),
+    ],
+)
+def test_a_batch_that_is_filled_again_too_early(
+    schedule: paci.Schedule, weights: str | None, filled: int, message: str
+):
+    running = pipeline(linears(schedule.num_stages), schedule=schedule, weights=weights)
+    reused = batch()
+
+    def go() -> None:
+        for _ in range(4):
+            running.step(reused)
+            reused[filled].fill_(2.0)
+
+    with pytest.raises(paci.ConfigError, match=rf"^{message}.* got a change in place; pass fresh"):
+        go()
+
+
+@pytest.mark.parametrize("weights", weight_policies())
+def test_a_batch_may_be_filled_again_once_drained(weights: str):
+    running = pipeline(schedule=paci.PACI(N, 4), weights=weights)
+    reused = batch()
+    for _ in range(3):
+        running.step(reused)
+        running.drain()
+        for tensor in reused:
+            tensor.fill_(2.0)
 
 
 def test_a_policy_is_found_by_its_name():

@@ -187,10 +187,13 @@ class Pipeline:
         Args:
             batch: ``(inputs, targets)`` to be cut along the first dimension, or a list of
                 micro-batches. Inputs are read by the process with the first stage, targets by
-                that with the last; others may pass None, or any batch.
+                that with the last; others may pass None, or any batch. It must stay unchanged
+                until its backwards have run, which later steps or ``drain`` may do: pass fresh
+                tensors with each step.
 
         Raises:
-            ConfigError: the batch cannot be cut, or this process needs one and got none.
+            ConfigError: the batch cannot be cut, this process needs one and got none, or one of
+                before was written to.
             WorkerError: another process failed, or a wait took longer than ``timeout_s``.
             DriftError: the run departs from its program.
         """

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
-from paci.runtime.batch import as_tensors, to_device
+from paci.runtime.batch import as_tensors, require_unwritten, to_device, writes_of
 from paci.runtime.checks import check_optimizer, check_state
 from paci.runtime.loss import Loss
 from paci.runtime.randomness import Seeded, mix
@@ -31,6 +31,9 @@ class Target:
     value: Any
     divisor: Tensor | float
 
+    def __post_init__(self) -> None:
+        self.writes = writes_of(self.value)
+
 
 @dataclass(slots=True)
 class _InFlight:
@@ -38,6 +41,7 @@ class _InFlight:
 
     inputs: Tensors
     target: Target | None
+    writes: tuple[int, ...] = ()  # to the inputs, if a forward is to run on them again
     leaves: Tensors = ()  # the working weights that the graph ends in
     versions: tuple[int, ...] = ()  # at the forward, of each stage that has weights used here
     needs: tuple[bool, ...] = ()  # which outputs a gradient comes back for
@@ -140,7 +144,8 @@ class Stage:
         for owner in self._owners:
             owner.policy.before_forward(micro_batch // self._accumulation - owner.version)
         versions = tuple(owner.version for owner in self._owners)
-        flight = _InFlight(inputs, target, self.weights.leaves, versions)
+        writes = () if self.policy.keeps_graph else writes_of(inputs)
+        flight = _InFlight(inputs, target, writes, self.weights.leaves, versions)
         outputs = self.policy.forward(lambda: self._run(micro_batch, flight))
         if self.policy.keeps_graph:
             flight.needs = tuple(output.requires_grad for output in outputs)
@@ -280,6 +285,8 @@ class Stage:
                     outputs = _as_tuple(self.module(*flight.inputs), self.index)
             if flight.target is None:
                 return outputs
+            what = f"the target of micro-batch {micro_batch}"
+            require_unwritten(flight.target.value, flight.target.writes, what)
             loss = self._loss(_unpack(outputs), flight.target.value)
             if loss.dim():
                 raise ConfigError(
@@ -294,6 +301,9 @@ class Stage:
         """Where the backward starts, and with which gradients."""
         for owner, version in zip(self._owners, flight.versions, strict=True):
             owner.policy.before_backward(owner.version - version)
+        if not self.policy.keeps_graph:
+            what = f"the input of micro-batch {micro_batch} at stage {self.index}"
+            require_unwritten(flight.inputs, flight.writes, what)
         outputs = self.policy.graph(flight.outputs, lambda: self._run(micro_batch, flight))
         if not self.policy.keeps_graph:
             flight.leaves = self.weights.leaves
