@@ -17,6 +17,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -430,6 +431,29 @@ def train_all(
 ) -> dict[str, Any]:
     assert dist.group.WORLD is not None
     return {name: train(run, dist.group.WORLD, share_memory) for name, run in runs.items()}
+
+
+def meet_in_vain(rank: int, num_ranks: int, run: Run, folder: Path) -> list[Any]:
+    """Share memory where rank 0 has no room for a socket's name; then where rank 1 cannot accept.
+
+    Returns for each: what kinds of ends there were, what training came to; at last, what is left
+    in the folder.
+    """
+    long = folder / ("x" * 100)
+    long.mkdir(exist_ok=True)
+    refused = mock.Mock(side_effect=OSError("too many open files"))
+    found: list[Any] = []
+    for patch in (
+        mock.patch.object(tempfile, "tempdir", str(long if rank == 0 else folder)),
+        mock.patch.object(Meeting, "accept", refused if rank == 1 else Meeting.accept),
+    ):
+        with patch:
+            pipeline = build(run, dist.group.WORLD)
+            ends = pipeline.transport._senders | pipeline.transport._receivers
+            found.append({edge[0].value: type(end).__name__ for edge, end in ends.items()})
+            close(pipeline)
+            found.append(train(run, dist.group.WORLD))
+    return [*found, sorted(path.name for path in long.iterdir())]
 
 
 def train_side_by_side(

@@ -376,6 +376,19 @@ def test_who_failed_first():
 # --- the transport itself -----------------------------------------------------------------------
 
 
+def test_a_channel_without_a_name_or_a_connection_goes_over_gloo_at_both_ends(tmp_path: Path):
+    run = Run(paci.PACI(2, 2), steps(3))
+    first, second = values(launch(tmp_path, 2, ranks_of.meet_in_vain, run, tmp_path))
+    # Rank 0 has no name to wait at; rank 1 has one, to which rank 0 came.
+    assert first[0] == {"activation": "RemoteSender", "gradient": "SharedReceiver"}
+    assert second[0] == {"activation": "RemoteReceiver", "gradient": "SharedSender"}
+    assert first[2] == {"activation": "SharedSender", "gradient": "RemoteReceiver"}
+    assert second[2] == {"activation": "SharedReceiver", "gradient": "RemoteSender"}
+    for each in (1, 3):
+        require_equal(run, train(run), [first[each], second[each]])
+    assert first[4] == second[4] == []
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("capacity", [1, 3])
 def test_a_sender_is_held_at_its_capacity(tmp_path: Path, capacity: int, shared: bool):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -154,7 +155,10 @@ class World:
         receivers: dict[Edge, Receiver] = {}
         on_cpu = all(device.type == "cpu" for device in devices.values())
         connections = self._meet(share_memory and on_cpu and AVAILABLE, devices)
-        shared = {edge for edges in self.gather(set(connections)) for edge in edges}
+        ends = Counter(edge for edges in self.gather(set(connections)) for edge in edges)
+        shared = {edge for edge, num_ends in ends.items() if num_ends == 2}
+        for lonely in connections.keys() - shared:
+            connections.pop(lonely).close()
         on_cuda = any(device.type == "cuda" for device in devices.values())
         self._groups = groups = self._channel_groups(on_cuda, shared)
         capacity = self._schedule.channel_capacity
@@ -182,7 +186,8 @@ class World:
         """Connections to those neighbours that this process can share memory with, by channel.
 
         Tried, not guessed: the sending end waits at a name in the file system, and the other
-        comes there or does not.
+        comes there or does not. An end for which the system has no name, or no connection, has
+        none here; the channel is shared where both have one.
         """
         crossing = [
             edge for edge in self._edges() if (edge.sender in devices) != (edge.stage in devices)
@@ -190,8 +195,10 @@ class World:
         meetings: dict[Edge, Meeting] = {}
         connections: dict[Edge, socket.socket] = {}
         try:
-            if can:
-                meetings = {e[:2]: Meeting() for e in crossing if e.sender in devices}
+            for edge in crossing:
+                if can and edge.sender in devices:
+                    with contextlib.suppress(OSError):
+                        meetings[edge[:2]] = Meeting()
             paths: dict[Edge, str] = {}
             for part in self.gather({edge: meeting.path for edge, meeting in meetings.items()}):
                 paths |= part
@@ -203,7 +210,8 @@ class World:
                         connections[key] = connection
             visited = {edge for edges in self.gather(set(connections)) for edge in edges}
             for key in meetings.keys() & visited:
-                connections[key] = meetings[key].accept(self._timeout_s)
+                with contextlib.suppress(OSError):
+                    connections[key] = meetings[key].accept(self._timeout_s)
         finally:
             for meeting in meetings.values():
                 meeting.close()
