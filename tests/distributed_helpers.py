@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import paci
-from paci.runtime import distributed
+from paci.runtime import distributed, failures
 from paci.runtime.distributed import Link, RemoteReceiver, RemoteSender
 from paci.runtime.shared import Meeting, SharedReceiver, SharedSender, visit
 from paci.runtime.transport import Ends, Receiver, Sender
@@ -423,6 +423,18 @@ def evaluate_unevenly(rank: int, num_ranks: int, run: Run) -> str:
         pipeline.evaluate([make_batch(i, 2) for i in range(rank + 1)])
     except paci.ConfigError as error:
         return str(error)
+    return "nothing"
+
+
+def evaluate_what_is_no_pair(rank: int, num_ranks: int, run: Run) -> str:
+    """The last rank does; the others are in a collective by then."""
+    pipeline = build(run, dist.group.WORLD)
+    batch = make_batch(0, 2)
+    with mock.patch.object(failures, "_SETTLE_S", 0.5):
+        try:
+            pipeline.evaluate([batch[:1] if rank == num_ranks - 1 else batch])
+        except paci.PaciError as error:
+            return f"{type(error).__name__}: {error}"
     return "nothing"
 
 

@@ -261,6 +261,14 @@ def test_evaluation_batches_are_counted_first(tmp_path: Path):
         assert "agree on the number of evaluation batches, got 1 on rank 0 and 2 on rank 1" in told
 
 
+def test_a_rank_that_evaluates_what_is_no_pair_is_named(tmp_path: Path):
+    run = Run(paci.PACI(2, 2), ())
+    first, last = values(launch(tmp_path, 2, ranks_of.evaluate_what_is_no_pair, run))
+    words = "ConfigError: a batch must be a pair (inputs, targets), got tuple"
+    assert last.startswith(words)
+    assert first.startswith(f"WorkerError: rank 1 failed first: {words}")
+
+
 def test_a_group_must_hold_the_process(tmp_path: Path):
     run = Run(paci.PACI(2, 2), ())
     for rank, told in enumerate(

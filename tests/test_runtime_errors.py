@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 import paci
 from paci.registry import members
+from paci.runtime.recorder import Recorder
+from paci.runtime.stage import Stage
+from paci.runtime.transport import Transport
 from paci.runtime.weights.base import WeightPolicy
 from paci.runtime.weights.current import Current
 from paci.runtime.weights.registry import make_weight_policy, weight_policies
@@ -435,6 +438,46 @@ def test_a_pipeline_that_failed_is_not_stepped_again():
             paci.WorkerError, match=r"must not be used again, .*out of luck; build a new"
         ):
             again()
+
+
+def unlucky(*_: object) -> None:
+    raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "name", "act"),
+    [
+        (fed, Transport, "finish", lambda running: running.drain()),
+        (fed, Recorder, "finish", lambda running: running.drain()),
+        (trained, Transport, "finish", lambda running: running.evaluate([batch()])),
+        (fed, Stage, "evaluate", lambda running: running.evaluate([batch()])),
+        (trained, Stage, "load_state_dict", lambda r: r.load_state_dict(trained().state_dict())),
+    ],
+)
+def test_a_pipeline_that_failed_between_steps_is_not_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], paci.Pipeline],
+    target: type,
+    name: str,
+    act: Callable[[paci.Pipeline], object],
+):
+    running = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, unlucky)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            act(running)
+    for again in (lambda: running.step(batch()), lambda: running.evaluate([batch()])):
+        with pytest.raises(paci.WorkerError, match=r"must not be used again, .*out of luck"):
+            again()
+
+
+def test_a_pair_that_is_refused_by_evaluate_does_no_harm():
+    running = fed()
+    with pytest.raises(paci.ConfigError, match="must be a pair"):
+        running.evaluate([batch(), batch()[:1]])
+    running.evaluate([batch()])
+    running.step(batch())
+    assert running.num_micro_batches == 2 * A
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,7 @@ class Pipeline:
         self._require_whole()
         with self.failing_together():
             self._feed_batch(batch)
+        with self._working():
             self._num_fed += self.schedule.accumulation
             self._sequencer.feed(self._num_fed)
             self._run()
@@ -214,7 +215,7 @@ class Pipeline:
         self._require_whole()
         if not self._num_fed:
             return self._result()
-        with self.failing_together():
+        with self._working():
             self._sequencer.drain()
             self._run()
             self._engine.transport.finish()
@@ -239,9 +240,13 @@ class Pipeline:
             ConfigError: a batch is no pair, or processes pass different numbers of them.
         """
         self._drain_between_steps()
-        pairs = [as_pair(batch) for batch in batches]
-        self._world.agree({"the number of evaluation batches": len(pairs)})
         with self.failing_together():
+            pairs = [as_pair(batch) for batch in batches]
+            numbers = {"the number of evaluation batches": len(pairs)}
+            refusal = self._world.disagreement(numbers)
+        if refusal is not None:
+            raise refusal
+        with self._working():
             own = evaluate(self._engine, pairs)
             parts = self._world.gather(own)
         loss, count = (sum(column) for column in zip(*parts, strict=True))
@@ -251,7 +256,8 @@ class Pipeline:
         """When each action of the newest stretch ran, on all processes. Drains the pipeline."""
         self._drain_between_steps()
         recorder = self._engine.recorder
-        rows = self.gather((self._world.clock_shift_s(), recorder.events()))
+        with self._working():
+            rows = self._world.gather((self._world.clock_shift_s(), recorder.events()))
         return recorder.trace(
             [
                 event._replace(start_s=event.start_s + shift_s, end_s=event.end_s + shift_s)
@@ -318,8 +324,9 @@ class Pipeline:
             )
         for index, stage in self.stages.items():
             stage.require_state(state["stages"][index], state["num_micro_batches"])
-        for index, stage in self.stages.items():
-            stage.load_state_dict(state["stages"][index])
+        with self._working():
+            for index, stage in self.stages.items():
+                stage.load_state_dict(state["stages"][index])
         self._num_done = state["num_micro_batches"]
         self._start_stretch()
 
@@ -365,12 +372,8 @@ class Pipeline:
         between them that cannot block: the one order of all workers, its own actions picked out.
         """
         own = (action for action in self._sequencer.actions() if action.stage in self.stages)
-        try:
-            with torch.enable_grad():  # wherever the user's loop calls from
-                execute(own, self._engine, self._feed)
-        except BaseException as error:
-            self._failure = error
-            raise
+        with torch.enable_grad():  # wherever the user's loop calls from
+            execute(own, self._engine, self._feed)
 
     def _feed_batch(self, batch: MicroBatch | Sequence[MicroBatch] | None) -> None:
         if not self._num_fed:
@@ -404,8 +407,18 @@ class Pipeline:
 
     def gather(self, own: Any) -> list[Any]:
         """``own`` of every process, in their order, on every process; any picklable value."""
-        with self.failing_together():
+        with self._working():
             return self._world.gather(own)
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Fail together, and for good: nobody knows what is half done."""
+        with self.failing_together():
+            try:
+                yield
+            except BaseException as error:
+                self._failure = error
+                raise
 
     def _require_whole(self) -> None:
         if self._failure is not None:

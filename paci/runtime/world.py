@@ -40,16 +40,22 @@ def hosted_stages(schedule: Schedule, position: int, num_processes: int) -> tupl
 def require_agreement(what: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:
     """Raise ``ConfigError`` on every rank of ``group`` (by default all) unless all have the same
     values for the same keys."""
+    if (refusal := _disagreement(what, group)) is not None:
+        raise refusal
+
+
+def _disagreement(what: Mapping[str, Any], group: dist.ProcessGroup | None) -> ConfigError | None:
     everyone = _gather((dist.get_rank(), dict(what)), group)
     first_rank, first = everyone[0]
     for rank, other in everyone:
         for key in sorted(first.keys() | other.keys()):
             if other.get(key) != first.get(key):
-                raise ConfigError(
+                return ConfigError(
                     f"all ranks must agree on {key}, got {first.get(key)!r} on rank {first_rank} "
                     f"and {other.get(key)!r} on rank {rank}; start every rank with the same "
                     f"configuration"
                 )
+    return None
 
 
 class World:
@@ -111,8 +117,12 @@ class World:
 
     def agree(self, what: Mapping[str, Any]) -> None:
         """Raise ``ConfigError`` on every process unless all have the same ``what``."""
-        if self.group is not None:
-            require_agreement(what, self.group)
+        if (refusal := self.disagreement(what)) is not None:
+            raise refusal
+
+    def disagreement(self, what: Mapping[str, Any]) -> ConfigError | None:
+        """What ``agree`` would raise: all processes get the same, so none need be told of it."""
+        return None if self.group is None else _disagreement(what, self.group)
 
     def gather(self, own: Any) -> list[Any]:
         """``own`` of every process, in their order, on every process."""
