@@ -17,6 +17,7 @@ from distributed_helpers import Rank, Run, Vee, is_alive, launch, make_stage, st
 from distributed_helpers import __file__ as helpers_file
 
 import paci
+from paci.runtime import failures
 from paci.runtime.failures import SOMEBODY, Complaint, first_failure
 from paci.runtime.weights.registry import prepare_weight_policies, weight_policies
 from paci.runtime.world import hosted_stages
@@ -379,6 +380,18 @@ def test_who_failed_first():
     assert first_failure([blames_somebody]) is blames_somebody
     assert str(own) == "rank 3 failed first: ValueError: x"
     assert str(blames_1) == "rank 1 failed first: nothing for 3 s"
+
+
+def test_what_a_collective_failed_of_is_said_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(failures.dist, "get_rank", lambda: 0)
+    error = failures.collective_error(RuntimeError("connection closed\nby somebody"))
+    assert str(error) == (
+        "rank 0 must hear from all ranks, got connection closed; look at the other ranks' logs"
+    )
+    assert failures.collective_error(error) is error
+    board = object.__new__(failures.FailureBoard)
+    board._rank = 0
+    assert board._complaint(error) == Complaint(0, SOMEBODY, str(error))
 
 
 # --- the transport itself -----------------------------------------------------------------------

@@ -89,6 +89,12 @@ def with_optimizers(make: Callable[[list[nn.Module]], list[torch.optim.Optimizer
     pipeline(modules, optimizer=make(modules))
 
 
+def with_schedulers(make: Callable[[list[torch.optim.Optimizer]], list[Any]]) -> None:
+    modules = linears()
+    optimizers = [sgd(module) for module in modules]
+    pipeline(modules, optimizer=optimizers, lr_scheduler=make(optimizers))
+
+
 def frozen(modules: list[nn.Module]) -> list[nn.Module]:
     return [module.requires_grad_(False) for module in modules]
 
@@ -138,6 +144,30 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         ),
         "the optimizer of stage 1 must hold exactly its trainable parameters, got 0 of other "
         "modules and none of ['bias']; build it",
+    ),
+    "an optimizer that runs the model itself": (
+        lambda: with_optimizers(
+            lambda modules: [sgd(modules[0]), torch.optim.LBFGS(modules[1].parameters())]
+        ),
+        "the optimizer of stage 1 must step without a closure, got LBFGS, which runs the model",
+    ),
+    "a scheduler that asks for a metric": (
+        lambda: with_schedulers(
+            lambda optimizers: [
+                torch.optim.lr_scheduler.ReduceLROnPlateau(each) for each in optimizers
+            ]
+        ),
+        "the learning-rate scheduler of stage 0 must step by the number of updates alone, got "
+        "ReduceLROnPlateau, which asks for a metric; step it yourself",
+    ),
+    "schedulers in another order": (
+        lambda: with_schedulers(
+            lambda optimizers: [
+                torch.optim.lr_scheduler.ConstantLR(each) for each in reversed(optimizers)
+            ]
+        ),
+        "the learning-rate scheduler of stage 0 must be for the stage's optimizer, got one for "
+        "another; build each",
     ),
     "an unknown precision": (
         lambda: pipeline(precision="fp16"),
@@ -486,8 +516,9 @@ def test_a_pair_that_is_refused_by_evaluate_does_no_harm():
         ({"seed": None}, "seed must be a whole number of at least 0, got None"),
         ({"seed": -1}, "seed must be"),
         ({"trace_capacity": 0}, "trace_capacity must be"),
-        ({"timeout_s": -1.0}, r"timeout_s must be above 0, got -1\.0"),
-        ({"timeout_s": float("nan")}, "timeout_s must be above 0, got nan"),
+        ({"timeout_s": -1.0}, r"timeout_s must be above 0 and at most 1e\+09, got -1\.0"),
+        ({"timeout_s": float("nan")}, "timeout_s must be above 0 and at most .*, got nan"),
+        ({"timeout_s": float("inf")}, "timeout_s must be above 0 and at most .*, got inf"),
     ],
 )
 def test_numbers_out_of_range(wrong, message):

@@ -1,4 +1,5 @@
-"""What a stage refuses: an optimizer that is not its own, a state that it could not go on from."""
+"""What a stage refuses: an optimizer or a scheduler that is not its own or cannot step by itself, a
+state that it could not go on from."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paci.errors import ConfigError
 
@@ -14,7 +16,8 @@ from paci.errors import ConfigError
 def check_optimizer(
     index: int, module: nn.Module, optimizer: Optimizer, borrowed: Collection[int]
 ) -> None:
-    """Raise ``ConfigError`` unless ``optimizer`` holds what stage ``index`` is to train.
+    """Raise ``ConfigError`` unless ``optimizer`` can step by itself, and holds what stage ``index``
+    is to train.
 
     Args:
         index: of the stage.
@@ -22,6 +25,11 @@ def check_optimizer(
         optimizer: its optimizer.
         borrowed: identities of parameters that an earlier stage updates.
     """
+    if isinstance(optimizer, LBFGS):
+        raise ConfigError(
+            f"the optimizer of stage {index} must step without a closure, got LBFGS, which runs "
+            f"the model itself; take one that steps from the gradients there are, as AdamW"
+        )
     named = [(n, p) for n, p in module.named_parameters() if id(p) not in borrowed]
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     foreign = len(held - {id(p) for _, p in named})
@@ -32,6 +40,21 @@ def check_optimizer(
             f"{foreign} of other modules and none of {missing[:3]}; build it from this stage's "
             f"module.parameters(), without what it shares with an earlier stage, or freeze what it "
             f"must not train"
+        )
+
+
+def check_lr_scheduler(index: int, lr_scheduler: LRScheduler, optimizer: Optimizer) -> None:
+    """Raise ``ConfigError`` unless ``lr_scheduler`` is for ``optimizer``, and steps by itself."""
+    if isinstance(lr_scheduler, ReduceLROnPlateau):
+        raise ConfigError(
+            f"the learning-rate scheduler of stage {index} must step by the number of updates "
+            f"alone, got ReduceLROnPlateau, which asks for a metric; step it yourself, or take "
+            f"another"
+        )
+    if getattr(lr_scheduler, "optimizer", optimizer) is not optimizer:
+        raise ConfigError(
+            f"the learning-rate scheduler of stage {index} must be for the stage's optimizer, got "
+            f"one for another; build each from the optimizer of its stage, in their order"
         )
 
 

@@ -32,6 +32,8 @@ from paci.schedule.base import Schedule, require_count
 from paci.schedule.sequence import Cursor, Sequencer
 from paci.trace import Trace
 
+_LONGEST_S = 1e9  # more is more than the system's own calls can wait
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -107,8 +109,11 @@ class Pipeline:
     ) -> None:
         require_count("seed", seed, least=0)
         require_count("trace_capacity", trace_capacity)
-        if not timeout_s > 0:
-            raise ConfigError(f"timeout_s must be above 0, got {timeout_s!r}; pass seconds")
+        if not 0 < timeout_s <= _LONGEST_S:
+            raise ConfigError(
+                f"timeout_s must be above 0 and at most {_LONGEST_S:g}, got {timeout_s!r}; pass "
+                f"seconds"
+            )
         modules = listed(stage)
         self.schedule = schedule
         self._loss = as_loss(loss_fn)

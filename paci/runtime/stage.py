@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
 from paci.runtime.batch import as_tensors, require_unwritten, to_device, writes_of
-from paci.runtime.checks import check_optimizer, check_state
+from paci.runtime.checks import check_lr_scheduler, check_optimizer, check_state
 from paci.runtime.loss import Loss
 from paci.runtime.randomness import Seeded, mix
 from paci.runtime.split import Ledger, Splitter
@@ -96,6 +96,8 @@ class Stage:
                 f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}; choose one"
             )
         check_optimizer(index, module, optimizer, lenders.keys())
+        if lr_scheduler is not None:
+            check_lr_scheduler(index, lr_scheduler, optimizer)
         self.index = index
         self.is_last = is_last
         self.module = module
