@@ -17,6 +17,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import paci
-from paci.runtime import distributed
+from paci.runtime import distributed, failures
 from paci.runtime.distributed import Link, RemoteReceiver, RemoteSender
 from paci.runtime.shared import Meeting, SharedReceiver, SharedSender, visit
 from paci.runtime.transport import Ends, Receiver, Sender
@@ -425,11 +426,46 @@ def evaluate_unevenly(rank: int, num_ranks: int, run: Run) -> str:
     return "nothing"
 
 
+def evaluate_what_is_no_pair(rank: int, num_ranks: int, run: Run) -> str:
+    """The last rank does; the others are in a collective by then."""
+    pipeline = build(run, dist.group.WORLD)
+    batch = make_batch(0, 2)
+    with mock.patch.object(failures, "_SETTLE_S", 0.5):
+        try:
+            pipeline.evaluate([batch[:1] if rank == num_ranks - 1 else batch])
+        except paci.PaciError as error:
+            return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def train_all(
     rank: int, num_ranks: int, runs: dict[str, Run], share_memory: bool = True
 ) -> dict[str, Any]:
     assert dist.group.WORLD is not None
     return {name: train(run, dist.group.WORLD, share_memory) for name, run in runs.items()}
+
+
+def meet_in_vain(rank: int, num_ranks: int, run: Run, folder: Path) -> list[Any]:
+    """Share memory where rank 0 has no room for a socket's name; then where rank 1 cannot accept.
+
+    Returns for each: what kinds of ends there were, what training came to; at last, what is left
+    in the folder.
+    """
+    long = folder / ("x" * 100)
+    long.mkdir(exist_ok=True)
+    refused = mock.Mock(side_effect=OSError("too many open files"))
+    found: list[Any] = []
+    for patch in (
+        mock.patch.object(tempfile, "tempdir", str(long if rank == 0 else folder)),
+        mock.patch.object(Meeting, "accept", refused if rank == 1 else Meeting.accept),
+    ):
+        with patch:
+            pipeline = build(run, dist.group.WORLD)
+            ends = pipeline.transport._senders | pipeline.transport._receivers
+            found.append({edge[0].value: type(end).__name__ for edge, end in ends.items()})
+            close(pipeline)
+            found.append(train(run, dist.group.WORLD))
+    return [*found, sorted(path.name for path in long.iterdir())]
 
 
 def train_side_by_side(

@@ -17,6 +17,7 @@ from distributed_helpers import Rank, Run, Vee, is_alive, launch, make_stage, st
 from distributed_helpers import __file__ as helpers_file
 
 import paci
+from paci.runtime import failures
 from paci.runtime.failures import SOMEBODY, Complaint, first_failure
 from paci.runtime.weights.registry import prepare_weight_policies, weight_policies
 from paci.runtime.world import hosted_stages
@@ -261,6 +262,14 @@ def test_evaluation_batches_are_counted_first(tmp_path: Path):
         assert "agree on the number of evaluation batches, got 1 on rank 0 and 2 on rank 1" in told
 
 
+def test_a_rank_that_evaluates_what_is_no_pair_is_named(tmp_path: Path):
+    run = Run(paci.PACI(2, 2), ())
+    first, last = values(launch(tmp_path, 2, ranks_of.evaluate_what_is_no_pair, run))
+    words = "ConfigError: a batch must be a pair (inputs, targets), got tuple"
+    assert last.startswith(words)
+    assert first.startswith(f"WorkerError: rank 1 failed first: {words}")
+
+
 def test_a_group_must_hold_the_process(tmp_path: Path):
     run = Run(paci.PACI(2, 2), ())
     for rank, told in enumerate(
@@ -373,7 +382,32 @@ def test_who_failed_first():
     assert str(blames_1) == "rank 1 failed first: nothing for 3 s"
 
 
+def test_what_a_collective_failed_of_is_said_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(failures.dist, "get_rank", lambda: 0)
+    error = failures.collective_error(RuntimeError("connection closed\nby somebody"))
+    assert str(error) == (
+        "rank 0 must hear from all ranks, got connection closed; look at the other ranks' logs"
+    )
+    assert failures.collective_error(error) is error
+    board = object.__new__(failures.FailureBoard)
+    board._rank = 0
+    assert board._complaint(error) == Complaint(0, SOMEBODY, str(error))
+
+
 # --- the transport itself -----------------------------------------------------------------------
+
+
+def test_a_channel_without_a_name_or_a_connection_goes_over_gloo_at_both_ends(tmp_path: Path):
+    run = Run(paci.PACI(2, 2), steps(3))
+    first, second = values(launch(tmp_path, 2, ranks_of.meet_in_vain, run, tmp_path))
+    # Rank 0 has no name to wait at; rank 1 has one, to which rank 0 came.
+    assert first[0] == {"activation": "RemoteSender", "gradient": "SharedReceiver"}
+    assert second[0] == {"activation": "RemoteReceiver", "gradient": "SharedSender"}
+    assert first[2] == {"activation": "SharedSender", "gradient": "RemoteReceiver"}
+    assert second[2] == {"activation": "SharedReceiver", "gradient": "RemoteSender"}
+    for each in (1, 3):
+        require_equal(run, train(run), [first[each], second[each]])
+    assert first[4] == second[4] == []
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -133,6 +133,11 @@ def test_every_kind_of_run_goes_on(shop: Shop, options: dict[str, Any]):
     require_equal(out, expected)
 
 
+def test_a_checkpoint_says_whose_weights_it_holds(undisturbed: Path):
+    folder = checkpoint.newest(undisturbed / "checkpoints")
+    assert checkpoint.load_stage(folder, 0)["policy_name"] == "lookahead"
+
+
 def test_a_finished_run_is_left_as_it_is(shop: Shop, undisturbed: Path):
     out = copy(undisturbed, shop.new())
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from types import ModuleType
@@ -14,10 +15,14 @@ from torch.nn import functional as F
 
 import paci
 from paci.registry import members
+from paci.runtime.recorder import Recorder
+from paci.runtime.stage import Stage
+from paci.runtime.transport import Transport
 from paci.runtime.weights.base import WeightPolicy
 from paci.runtime.weights.current import Current
 from paci.runtime.weights.registry import make_weight_policy, weight_policies
 from paci.runtime.weights.stash import Stash
+from paci.schedule.paci_v import PaciV
 
 N, A = 2, 2
 
@@ -62,6 +67,13 @@ def fed() -> paci.Pipeline:
     return running
 
 
+def trained(**changes: Any) -> paci.Pipeline:
+    drained = pipeline(**changes)
+    drained.step(batch())
+    drained.drain()
+    return drained
+
+
 def load(change: Callable[[dict[str, Any]], None], into: paci.Pipeline | None = None) -> None:
     state = pipeline().state_dict()
     change(state)
@@ -75,6 +87,12 @@ def one_group_each(module: nn.Module) -> torch.optim.Optimizer:
 def with_optimizers(make: Callable[[list[nn.Module]], list[torch.optim.Optimizer]]) -> None:
     modules = linears()
     pipeline(modules, optimizer=make(modules))
+
+
+def with_schedulers(make: Callable[[list[torch.optim.Optimizer]], list[Any]]) -> None:
+    modules = linears()
+    optimizers = [sgd(module) for module in modules]
+    pipeline(modules, optimizer=optimizers, lr_scheduler=make(optimizers))
 
 
 def frozen(modules: list[nn.Module]) -> list[nn.Module]:
@@ -126,6 +144,30 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         ),
         "the optimizer of stage 1 must hold exactly its trainable parameters, got 0 of other "
         "modules and none of ['bias']; build it",
+    ),
+    "an optimizer that runs the model itself": (
+        lambda: with_optimizers(
+            lambda modules: [sgd(modules[0]), torch.optim.LBFGS(modules[1].parameters())]
+        ),
+        "the optimizer of stage 1 must step without a closure, got LBFGS, which runs the model",
+    ),
+    "a scheduler that asks for a metric": (
+        lambda: with_schedulers(
+            lambda optimizers: [
+                torch.optim.lr_scheduler.ReduceLROnPlateau(each) for each in optimizers
+            ]
+        ),
+        "the learning-rate scheduler of stage 0 must step by the number of updates alone, got "
+        "ReduceLROnPlateau, which asks for a metric; step it yourself",
+    ),
+    "schedulers in another order": (
+        lambda: with_schedulers(
+            lambda optimizers: [
+                torch.optim.lr_scheduler.ConstantLR(each) for each in reversed(optimizers)
+            ]
+        ),
+        "the learning-rate scheduler of stage 0 must be for the stage's optimizer, got one for "
+        "another; build each",
     ),
     "an unknown precision": (
         lambda: pipeline(precision="fp16"),
@@ -276,6 +318,24 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         ),
         "the optimizer of stage 0 must hold the parameters of the state that is loaded",
     ),
+    "a state of another accumulation": (
+        lambda: pipeline(schedule=paci.PACI(N, 2 * A)).load_state_dict(trained().state_dict()),
+        "a state that is loaded must be of updates of 4 micro-batches, got 1 updates of 2 "
+        "micro-batches in all at stage 0; build the pipeline with the accumulation",
+    ),
+    "a state of another policy": (
+        lambda: pipeline(weights="stash").load_state_dict(trained().state_dict()),
+        "stage 0 must have the weight policy of the state that is loaded, got stash here and "
+        "current there; pass weights='current'",
+    ),
+    "a state of an unnamed policy that keeps less": (
+        lambda: load(
+            lambda state: state["stages"][0].pop("policy_name"),
+            into=pipeline(weights="double_buffer"),
+        ),
+        "what the weight policy keeps of stage 0 must match the state that is loaded, got bias as "
+        "(4,) here and absent there; load",
+    ),
 }
 
 
@@ -307,6 +367,65 @@ def test_a_batch_that_is_refused_does_no_harm():
     assert disturbed.num_micro_batches == undisturbed.num_micro_batches == 4 * A
     for mine, theirs in zip(modules, others, strict=True):
         assert torch.equal(mine.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("part", ["version", "policy_name", "weights", "lr_scheduler"])
+def test_a_state_that_is_refused_changes_nothing(part: str):
+    """Nor that of the stages before the one that is refused."""
+    into = pipeline()
+    before = copy.deepcopy(into.state_dict())
+    state = copy.deepcopy(trained().state_dict())
+    state["stages"][N - 1][part] = {"version": 0, "policy_name": "stash"}.get(part, {})
+    with pytest.raises(paci.ConfigError):
+        into.load_state_dict(state)
+    after = into.state_dict()
+    assert after["num_micro_batches"] == before["num_micro_batches"]
+    for index in range(N):
+        for name, weight in before["stages"][index]["weights"].items():
+            assert torch.equal(after["stages"][index]["weights"][name], weight)
+
+
+def test_a_state_from_before_policies_had_names_is_taken():
+    state = trained().state_dict()
+    for stage in state["stages"].values():
+        del stage["policy_name"]
+    into = pipeline()
+    into.load_state_dict(state)
+    assert into.num_micro_batches == A
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weights", "filled", "message"),
+    [
+        # A forward that is run again, and a target that waits for the way down and up a V.
+        (paci.PACI(4, 4), "recompute", 0, "the input of micro-batch 1 at stage 0 must not be"),
+        (PaciV(8, 4), None, 1, "the target of micro-batch 3 must not be written to before"),
+    ],
+)
+def test_a_batch_that_is_filled_again_too_early(
+    schedule: paci.Schedule, weights: str | None, filled: int, message: str
+):
+    running = pipeline(linears(schedule.num_stages), schedule=schedule, weights=weights)
+    reused = batch()
+
+    def go() -> None:
+        for _ in range(4):
+            running.step(reused)
+            reused[filled].fill_(2.0)
+
+    with pytest.raises(paci.ConfigError, match=rf"^{message}.* got a change in place; pass fresh"):
+        go()
+
+
+@pytest.mark.parametrize("weights", weight_policies())
+def test_a_batch_may_be_filled_again_once_drained(weights: str):
+    running = pipeline(schedule=paci.PACI(N, 4), weights=weights)
+    reused = batch()
+    for _ in range(3):
+        running.step(reused)
+        running.drain()
+        for tensor in reused:
+            tensor.fill_(2.0)
 
 
 def test_a_policy_is_found_by_its_name():
@@ -351,14 +470,55 @@ def test_a_pipeline_that_failed_is_not_stepped_again():
             again()
 
 
+def unlucky(*_: object) -> None:
+    raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "name", "act"),
+    [
+        (fed, Transport, "finish", lambda running: running.drain()),
+        (fed, Recorder, "finish", lambda running: running.drain()),
+        (trained, Transport, "finish", lambda running: running.evaluate([batch()])),
+        (fed, Stage, "evaluate", lambda running: running.evaluate([batch()])),
+        (trained, Stage, "load_state_dict", lambda r: r.load_state_dict(trained().state_dict())),
+    ],
+)
+def test_a_pipeline_that_failed_between_steps_is_not_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], paci.Pipeline],
+    target: type,
+    name: str,
+    act: Callable[[paci.Pipeline], object],
+):
+    running = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, unlucky)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            act(running)
+    for again in (lambda: running.step(batch()), lambda: running.evaluate([batch()])):
+        with pytest.raises(paci.WorkerError, match=r"must not be used again, .*out of luck"):
+            again()
+
+
+def test_a_pair_that_is_refused_by_evaluate_does_no_harm():
+    running = fed()
+    with pytest.raises(paci.ConfigError, match="must be a pair"):
+        running.evaluate([batch(), batch()[:1]])
+    running.evaluate([batch()])
+    running.step(batch())
+    assert running.num_micro_batches == 2 * A
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"seed": None}, "seed must be a whole number of at least 0, got None"),
         ({"seed": -1}, "seed must be"),
         ({"trace_capacity": 0}, "trace_capacity must be"),
-        ({"timeout_s": -1.0}, r"timeout_s must be above 0, got -1\.0"),
-        ({"timeout_s": float("nan")}, "timeout_s must be above 0, got nan"),
+        ({"timeout_s": -1.0}, r"timeout_s must be above 0 and at most 1e\+09, got -1\.0"),
+        ({"timeout_s": float("nan")}, "timeout_s must be above 0 and at most .*, got nan"),
+        ({"timeout_s": float("inf")}, "timeout_s must be above 0 and at most .*, got inf"),
     ],
 )
 def test_numbers_out_of_range(wrong, message):

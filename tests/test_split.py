@@ -239,6 +239,26 @@ def test_an_update_between_the_halves_is_without_this_micro_batch():
     assert not any(map(torch.equal, before, module.parameters()))
 
 
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize(
+    ("module", "x"), [(nn.Embedding(5, 4), ids(5, 3)), (nn.Linear(4, 4), floats(3, 4))]
+)
+def test_an_input_that_is_written_to_is_noticed(module: nn.Module, x: Tensor, between: bool):
+    """Before the first half by autograd, between the halves, where nothing is saved, by us."""
+    stage = make_stage(copy.deepcopy(module))
+    x = x.clone()
+    gradients = upstream(stage.forward(0, (x,), None))
+    if between:
+        stage.backward_input(0, gradients)
+    x.zero_()
+    if between:
+        with pytest.raises(paci.ConfigError, match=r"must not be written to .* a change in place"):
+            stage.backward_weight(0)
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            stage.backward_input(0, gradients)
+
+
 @pytest.mark.parametrize("policy", ["current", "stash"])
 def test_which_weights_each_half_sees(policy: str):
     """y = V tanh(U x): an update before the input half, another one between the halves."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,27 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(to_device(each, device) for each in value)
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def writes_of(value: Any) -> tuple[int, ...]:
+    """How often each tensor in ``value`` has been written to in place, as autograd counts: it also
+    counts what was written to a view of it, or to what it is a view of."""
+    if isinstance(value, Tensor):
+        return () if value.is_inference() else (value._version,)
+    return tuple(itertools.chain(*map(writes_of, value))) if isinstance(value, tuple) else ()
+
+
+def require_unwritten(value: Any, writes: tuple[int, ...], what: str) -> None:
+    """Raise ``ConfigError`` if ``value`` was written to since ``writes_of`` gave ``writes``.
+
+    Autograd does so for what it saves; this is for what is kept without it.
+    """
+    if writes_of(value) != writes:
+        raise ConfigError(
+            f"{what} must not be written to before its backward has run, got a change in place; "
+            f"pass fresh tensors with each step, or drain() before the old ones are filled again, "
+            f"and let no module write to its inputs"
+        )
 
 
 def _is_collated(batch: list[Any]) -> bool:

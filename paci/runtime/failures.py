@@ -27,7 +27,9 @@ SOMEBODY = -1  # whom a process blames when a collective failed
 
 
 def collective_error(error: BaseException) -> WorkerError:
-    """What to raise when a collective failed because of ``error``."""
+    """What to raise when a collective failed because of ``error``, unless that says so itself."""
+    if isinstance(error, WorkerError):
+        return error
     return WorkerError(
         f"rank {dist.get_rank()} must hear from all ranks, got {str(error).splitlines()[0]}; look "
         f"at the other ranks' logs"
@@ -143,7 +145,7 @@ class FailureBoard:
     def _complaint(self, error: Exception) -> Complaint:
         if isinstance(error, LinkError):
             return Complaint(self._rank, error.peer, str(error))
-        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        if isinstance(error, WorkerError | dist.DistError) or "gloo/transport" in str(error):
             return Complaint(self._rank, SOMEBODY, str(error))
         return Complaint(self._rank, self._rank, f"{type(error).__name__}: {error}")
 

@@ -32,6 +32,8 @@ from paci.schedule.base import Schedule, require_count
 from paci.schedule.sequence import Cursor, Sequencer
 from paci.trace import Trace
 
+_LONGEST_S = 1e9  # more is more than the system's own calls can wait
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -107,8 +109,11 @@ class Pipeline:
     ) -> None:
         require_count("seed", seed, least=0)
         require_count("trace_capacity", trace_capacity)
-        if not timeout_s > 0:
-            raise ConfigError(f"timeout_s must be above 0, got {timeout_s!r}; pass seconds")
+        if not 0 < timeout_s <= _LONGEST_S:
+            raise ConfigError(
+                f"timeout_s must be above 0 and at most {_LONGEST_S:g}, got {timeout_s!r}; pass "
+                f"seconds"
+            )
         modules = listed(stage)
         self.schedule = schedule
         self._loss = as_loss(loss_fn)
@@ -187,16 +192,20 @@ class Pipeline:
         Args:
             batch: ``(inputs, targets)`` to be cut along the first dimension, or a list of
                 micro-batches. Inputs are read by the process with the first stage, targets by
-                that with the last; others may pass None, or any batch.
+                that with the last; others may pass None, or any batch. It must stay unchanged
+                until its backwards have run, which later steps or ``drain`` may do: pass fresh
+                tensors with each step.
 
         Raises:
-            ConfigError: the batch cannot be cut, or this process needs one and got none.
+            ConfigError: the batch cannot be cut, this process needs one and got none, or one of
+                before was written to.
             WorkerError: another process failed, or a wait took longer than ``timeout_s``.
             DriftError: the run departs from its program.
         """
         self._require_whole()
         with self.failing_together():
             self._feed_batch(batch)
+        with self._working():
             self._num_fed += self.schedule.accumulation
             self._sequencer.feed(self._num_fed)
             self._run()
@@ -211,7 +220,7 @@ class Pipeline:
         self._require_whole()
         if not self._num_fed:
             return self._result()
-        with self.failing_together():
+        with self._working():
             self._sequencer.drain()
             self._run()
             self._engine.transport.finish()
@@ -236,9 +245,13 @@ class Pipeline:
             ConfigError: a batch is no pair, or processes pass different numbers of them.
         """
         self._drain_between_steps()
-        pairs = [as_pair(batch) for batch in batches]
-        self._world.agree({"the number of evaluation batches": len(pairs)})
         with self.failing_together():
+            pairs = [as_pair(batch) for batch in batches]
+            numbers = {"the number of evaluation batches": len(pairs)}
+            refusal = self._world.disagreement(numbers)
+        if refusal is not None:
+            raise refusal
+        with self._working():
             own = evaluate(self._engine, pairs)
             parts = self._world.gather(own)
         loss, count = (sum(column) for column in zip(*parts, strict=True))
@@ -248,7 +261,8 @@ class Pipeline:
         """When each action of the newest stretch ran, on all processes. Drains the pipeline."""
         self._drain_between_steps()
         recorder = self._engine.recorder
-        rows = self.gather((self._world.clock_shift_s(), recorder.events()))
+        with self._working():
+            rows = self._world.gather((self._world.clock_shift_s(), recorder.events()))
         return recorder.trace(
             [
                 event._replace(start_s=event.start_s + shift_s, end_s=event.end_s + shift_s)
@@ -303,7 +317,8 @@ class Pipeline:
         """Take over what ``state_dict`` gave, for the stages that this process holds.
 
         Raises:
-            ConfigError: micro-batches are in flight, or the state is of other stages.
+            ConfigError: micro-batches are in flight, or the state is of other stages, of another
+                accumulation or of another weight policy; nothing has been taken over then.
         """
         self._require_drained("load_state_dict")
         missing = sorted(self.stages.keys() - state["stages"].keys())
@@ -313,7 +328,10 @@ class Pipeline:
                 f"of {missing}; load the state of the same cut"
             )
         for index, stage in self.stages.items():
-            stage.load_state_dict(state["stages"][index])
+            stage.require_state(state["stages"][index], state["num_micro_batches"])
+        with self._working():
+            for index, stage in self.stages.items():
+                stage.load_state_dict(state["stages"][index])
         self._num_done = state["num_micro_batches"]
         self._start_stretch()
 
@@ -359,12 +377,8 @@ class Pipeline:
         between them that cannot block: the one order of all workers, its own actions picked out.
         """
         own = (action for action in self._sequencer.actions() if action.stage in self.stages)
-        try:
-            with torch.enable_grad():  # wherever the user's loop calls from
-                execute(own, self._engine, self._feed)
-        except BaseException as error:
-            self._failure = error
-            raise
+        with torch.enable_grad():  # wherever the user's loop calls from
+            execute(own, self._engine, self._feed)
 
     def _feed_batch(self, batch: MicroBatch | Sequence[MicroBatch] | None) -> None:
         if not self._num_fed:
@@ -398,8 +412,18 @@ class Pipeline:
 
     def gather(self, own: Any) -> list[Any]:
         """``own`` of every process, in their order, on every process; any picklable value."""
-        with self.failing_together():
+        with self._working():
             return self._world.gather(own)
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Fail together, and for good: nobody knows what is half done."""
+        with self.failing_together():
+            try:
+                yield
+            except BaseException as error:
+                self._failure = error
+                raise
 
     def _require_whole(self) -> None:
         if self._failure is not None:

@@ -19,6 +19,7 @@ whatever a module keeps.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import shutil
@@ -50,37 +51,50 @@ _CROWDED_S = 0.001  # between two looks for a free slot, once a sender is far ah
 
 class Meeting:
     """Where the sending end of a channel waits for the receiving one: a name in the file system
-    that only this user can use."""
+    that only this user can use.
+
+    Raises:
+        OSError: there can be none: the folder for temporary files is not writable, or its path is
+            too long for a socket's.
+    """
 
     def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="paci-")
-        self.path = str(Path(self._folder) / "channel")
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(self.path)
-        self._listener.listen(1)
+        folder = tempfile.mkdtemp(prefix="paci-")
+        self.path = str(Path(folder) / "channel")
+        with contextlib.ExitStack() as undo:
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._listener = undo.enter_context(listener)
+            self._listener.bind(self.path)
+            self._listener.listen(1)
+            self._undo = undo.pop_all()
 
     def accept(self, timeout_s: float) -> socket.socket:
-        """The connection, once the other end has called ``visit``."""
+        """The connection, once the other end has called ``visit``.
+
+        Raises:
+            OSError: there is none.
+        """
         self._listener.settimeout(timeout_s)
         connection, _ = self._listener.accept()
         return connection
 
     def close(self) -> None:
         """Take the name away."""
-        self._listener.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._undo.close()
 
 
 def visit(path: str) -> socket.socket | None:
     """The connection to whoever waits at ``path``; None if that is out of reach (another host or
     container)."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.connect(path)
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            connection.connect(path)
+            undo.pop_all()
+            return connection
     except OSError:
-        connection.close()
         return None
-    return connection
 
 
 class _Memory:

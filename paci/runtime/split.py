@@ -32,7 +32,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from paci.runtime.batch import require_unwritten, writes_of
+
 Tensors = tuple[Tensor, ...]
+
+_INPUT = "the input of a layer whose weight backward is put off"
 
 
 @dataclass
@@ -215,11 +219,14 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         bias = ctx.bias if ctx.needs_input_grad[2] else None
         leaves = (ctx.weight,) if bias is None else (ctx.weight, bias)
-        ctx.ledger.put_off(leaves, functools.partial(_of_linear, x.detach(), dy, len(leaves)))
+        x = x.detach()
+        compute = functools.partial(_of_linear, x, dy, writes_of(x), len(leaves))
+        ctx.ledger.put_off(leaves, compute)
         return dy.matmul(weight) if ctx.needs_input_grad[0] else None, None, None, None
 
 
-def _of_linear(x: Tensor, dy: Tensor, num_leaves: int) -> Tensors:
+def _of_linear(x: Tensor, dy: Tensor, writes: tuple[int, ...], num_leaves: int) -> Tensors:
+    require_unwritten(x, writes, _INPUT)
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     of_weight = dy.t().mm(x)
     return (of_weight,) if num_leaves == 1 else (of_weight, dy.sum(0))
@@ -241,17 +248,22 @@ class _Embedding(torch.autograd.Function):
     def forward(
         ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, scale: bool, ledger: Ledger
     ) -> Tensor:
-        ctx.ids, ctx.weight, ctx.ledger = ids, weight, ledger
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.ledger = weight, ledger
         ctx.options = (len(weight), -1 if padding is None else padding, scale)
         return F.embedding(ids, weight, padding, scale_grad_by_freq=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, None, None]:
-        compute = functools.partial(_of_embedding, dy, ctx.ids, ctx.options)
+        (ids,) = ctx.saved_tensors
+        compute = functools.partial(_of_embedding, dy, ids, writes_of(ids), ctx.options)
         ctx.ledger.put_off((ctx.weight,), compute)
         return None, None, None, None, None
 
 
-def _of_embedding(dy: Tensor, ids: Tensor, options: tuple[int, int, bool]) -> Tensors:
+def _of_embedding(
+    dy: Tensor, ids: Tensor, writes: tuple[int, ...], options: tuple[int, int, bool]
+) -> Tensors:
+    require_unwritten(ids, writes, _INPUT)
     return (torch.ops.aten.embedding_dense_backward(dy, ids, *options),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
-from paci.runtime.batch import as_tensors, to_device
+from paci.runtime.batch import as_tensors, require_unwritten, to_device, writes_of
+from paci.runtime.checks import check_lr_scheduler, check_optimizer, check_state
 from paci.runtime.loss import Loss
 from paci.runtime.randomness import Seeded, mix
 from paci.runtime.split import Ledger, Splitter
@@ -30,6 +31,9 @@ class Target:
     value: Any
     divisor: Tensor | float
 
+    def __post_init__(self) -> None:
+        self.writes = writes_of(self.value)
+
 
 @dataclass(slots=True)
 class _InFlight:
@@ -37,6 +41,7 @@ class _InFlight:
 
     inputs: Tensors
     target: Target | None
+    writes: tuple[int, ...] = ()  # to the inputs, if a forward is to run on them again
     leaves: Tensors = ()  # the working weights that the graph ends in
     versions: tuple[int, ...] = ()  # at the forward, of each stage that has weights used here
     needs: tuple[bool, ...] = ()  # which outputs a gradient comes back for
@@ -90,7 +95,9 @@ class Stage:
             raise ConfigError(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}; choose one"
             )
-        _check_optimizer(index, module, optimizer, lenders.keys())
+        check_optimizer(index, module, optimizer, lenders.keys())
+        if lr_scheduler is not None:
+            check_lr_scheduler(index, lr_scheduler, optimizer)
         self.index = index
         self.is_last = is_last
         self.module = module
@@ -139,7 +146,8 @@ class Stage:
         for owner in self._owners:
             owner.policy.before_forward(micro_batch // self._accumulation - owner.version)
         versions = tuple(owner.version for owner in self._owners)
-        flight = _InFlight(inputs, target, self.weights.leaves, versions)
+        writes = () if self.policy.keeps_graph else writes_of(inputs)
+        flight = _InFlight(inputs, target, writes, self.weights.leaves, versions)
         outputs = self.policy.forward(lambda: self._run(micro_batch, flight))
         if self.policy.keeps_graph:
             flight.needs = tuple(output.requires_grad for output in outputs)
@@ -216,7 +224,7 @@ class Stage:
         return loss.double(), count.double()
 
     def state_dict(self) -> dict[str, Any]:
-        """Masters, buffers and optimizer state by name, scheduler and version.
+        """Masters, buffers and optimizer state by name, scheduler, version and weight policy.
 
         The optimizer's state is keyed by parameter name: ``{"state": {name: {key: value}},
         "param_groups": [{..., "params": [names]}]}``. Nothing is in flight.
@@ -230,36 +238,27 @@ class Stage:
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
             "version": self.version,
             "policy": self.policy.state_dict(),
+            "policy_name": self.policy.name,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave.
+    def require_state(self, state: dict[str, Any], num_micro_batches: int) -> None:
+        """Raise ``ConfigError`` unless ``load_state_dict`` can take ``state`` over.
 
-        Raises:
-            ConfigError: names or shapes are not this stage's.
+        Args:
+            state: from a stage like this one, as ``state_dict`` gave it.
+            num_micro_batches: that had gone through it.
         """
+        check_state(self.index, self.state_dict(), state, num_micro_batches, self._accumulation)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave, and ``require_state`` lets pass."""
         own = self.state_dict()
         for part in ("weights", "buffers"):
-            _check_shapes(self.index, part, own[part], state[part])
             with torch.no_grad():
                 for name, tensor in own[part].items():
                     tensor.copy_(state[part][name])
         positions = {name: position for position, name in self._parameter_names().items()}
-        groups = [list(group["params"]) for group in state["optimizer"]["param_groups"]]
-        own_groups = [group["params"] for group in own["optimizer"]["param_groups"]]
-        if groups != own_groups:
-            raise ConfigError(
-                f"the optimizer of stage {self.index} must hold the parameters of the state that "
-                f"is loaded, in the same groups, got groups of {[len(g) for g in own_groups]} here "
-                f"and of {[len(g) for g in groups]} there; build it as it was built then"
-            )
         self.optimizer.load_state_dict(_rename(state["optimizer"], positions))
-        if (self.lr_scheduler is None) != (state["lr_scheduler"] is None):
-            raise ConfigError(
-                f"stage {self.index} must have a learning-rate scheduler if and only if the state "
-                f"that is loaded has one, got {'none' if self.lr_scheduler is None else 'one'} "
-                f"here; build the pipeline as it was built then"
-            )
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.version = state["version"]
@@ -288,6 +287,8 @@ class Stage:
                     outputs = _as_tuple(self.module(*flight.inputs), self.index)
             if flight.target is None:
                 return outputs
+            what = f"the target of micro-batch {micro_batch}"
+            require_unwritten(flight.target.value, flight.target.writes, what)
             loss = self._loss(_unpack(outputs), flight.target.value)
             if loss.dim():
                 raise ConfigError(
@@ -302,6 +303,9 @@ class Stage:
         """Where the backward starts, and with which gradients."""
         for owner, version in zip(self._owners, flight.versions, strict=True):
             owner.policy.before_backward(owner.version - version)
+        if not self.policy.keeps_graph:
+            what = f"the input of micro-batch {micro_batch} at stage {self.index}"
+            require_unwritten(flight.inputs, flight.writes, what)
         outputs = self.policy.graph(flight.outputs, lambda: self._run(micro_batch, flight))
         if not self.policy.keeps_graph:
             flight.leaves = self.weights.leaves
@@ -356,31 +360,3 @@ def _gradients(inputs: Tensors) -> Tensors:
     """Gradients of those inputs that require one, zero where none arrived."""
     wanted = [x for x in inputs if x.requires_grad]
     return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in wanted)
-
-
-def _check_optimizer(
-    index: int, module: nn.Module, optimizer: Optimizer, borrowed: Collection[int]
-) -> None:
-    named = [(n, p) for n, p in module.named_parameters() if id(p) not in borrowed]
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    foreign = len(held - {id(p) for _, p in named})
-    missing = [n for n, p in named if p.requires_grad and id(p) not in held]
-    if foreign or missing:
-        raise ConfigError(
-            f"the optimizer of stage {index} must hold exactly its trainable parameters, got "
-            f"{foreign} of other modules and none of {missing[:3]}; build it from this stage's "
-            f"module.parameters(), without what it shares with an earlier stage, or freeze what it "
-            f"must not train"
-        )
-
-
-def _check_shapes(index: int, part: str, own: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    mine = {name: tuple(t.shape) for name, t in own.items()}
-    theirs = {name: tuple(t.shape) for name, t in other.items()}
-    for name in sorted(mine.keys() | theirs.keys()):
-        if mine.get(name) != theirs.get(name):
-            raise ConfigError(
-                f"{part} of stage {index} must match the state that is loaded, got {name} as "
-                f"{mine.get(name, 'absent')} here and {theirs.get(name, 'absent')} there; load the "
-                f"state of the same model and cut"
-            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -39,16 +40,22 @@ def hosted_stages(schedule: Schedule, position: int, num_processes: int) -> tupl
 def require_agreement(what: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:
     """Raise ``ConfigError`` on every rank of ``group`` (by default all) unless all have the same
     values for the same keys."""
+    if (refusal := _disagreement(what, group)) is not None:
+        raise refusal
+
+
+def _disagreement(what: Mapping[str, Any], group: dist.ProcessGroup | None) -> ConfigError | None:
     everyone = _gather((dist.get_rank(), dict(what)), group)
     first_rank, first = everyone[0]
     for rank, other in everyone:
         for key in sorted(first.keys() | other.keys()):
             if other.get(key) != first.get(key):
-                raise ConfigError(
+                return ConfigError(
                     f"all ranks must agree on {key}, got {first.get(key)!r} on rank {first_rank} "
                     f"and {other.get(key)!r} on rank {rank}; start every rank with the same "
                     f"configuration"
                 )
+    return None
 
 
 class World:
@@ -110,8 +117,12 @@ class World:
 
     def agree(self, what: Mapping[str, Any]) -> None:
         """Raise ``ConfigError`` on every process unless all have the same ``what``."""
-        if self.group is not None:
-            require_agreement(what, self.group)
+        if (refusal := self.disagreement(what)) is not None:
+            raise refusal
+
+    def disagreement(self, what: Mapping[str, Any]) -> ConfigError | None:
+        """What ``agree`` would raise: all processes get the same, so none need be told of it."""
+        return None if self.group is None else _disagreement(what, self.group)
 
     def gather(self, own: Any) -> list[Any]:
         """``own`` of every process, in their order, on every process."""
@@ -154,7 +165,10 @@ class World:
         receivers: dict[Edge, Receiver] = {}
         on_cpu = all(device.type == "cpu" for device in devices.values())
         connections = self._meet(share_memory and on_cpu and AVAILABLE, devices)
-        shared = {edge for edges in self.gather(set(connections)) for edge in edges}
+        ends = Counter(edge for edges in self.gather(set(connections)) for edge in edges)
+        shared = {edge for edge, num_ends in ends.items() if num_ends == 2}
+        for lonely in connections.keys() - shared:
+            connections.pop(lonely).close()
         on_cuda = any(device.type == "cuda" for device in devices.values())
         self._groups = groups = self._channel_groups(on_cuda, shared)
         capacity = self._schedule.channel_capacity
@@ -182,7 +196,8 @@ class World:
         """Connections to those neighbours that this process can share memory with, by channel.
 
         Tried, not guessed: the sending end waits at a name in the file system, and the other
-        comes there or does not.
+        comes there or does not. An end for which the system has no name, or no connection, has
+        none here; the channel is shared where both have one.
         """
         crossing = [
             edge for edge in self._edges() if (edge.sender in devices) != (edge.stage in devices)
@@ -190,8 +205,10 @@ class World:
         meetings: dict[Edge, Meeting] = {}
         connections: dict[Edge, socket.socket] = {}
         try:
-            if can:
-                meetings = {e[:2]: Meeting() for e in crossing if e.sender in devices}
+            for edge in crossing:
+                if can and edge.sender in devices:
+                    with contextlib.suppress(OSError):
+                        meetings[edge[:2]] = Meeting()
             paths: dict[Edge, str] = {}
             for part in self.gather({edge: meeting.path for edge, meeting in meetings.items()}):
                 paths |= part
@@ -203,7 +220,8 @@ class World:
                         connections[key] = connection
             visited = {edge for edges in self.gather(set(connections)) for edge in edges}
             for key in meetings.keys() & visited:
-                connections[key] = meetings[key].accept(self._timeout_s)
+                with contextlib.suppress(OSError):
+                    connections[key] = meetings[key].accept(self._timeout_s)
         finally:
             for meeting in meetings.values():
                 meeting.close()

@@ -4,7 +4,8 @@
 
     checkpoints/update-00000200/
         stage-00000.safetensors    weights/NAME, buffers/NAME, policy/NAME, optimizer/NAME KEY
-        ...                        (metadata: optimizer groups, scheduler, version, plain values)
+        ...                        (metadata: optimizer groups, scheduler, version, name of the
+                                   policy, plain values)
         manifest.json              what run this is of, and the SHA-256 of every other file
 
 Each process writes the stages it holds into a hidden folder beside; when all are done, one writes
@@ -37,7 +38,7 @@ _ENTRIES = {"update", "files", "options", "model", "corpus", "num_micro_batches"
 def save_stage(folder: Path, index: int, state: Mapping[str, Any]) -> dict[str, str]:
     """Write one stage's state into ``folder``; return ``{file name: SHA-256}``."""
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {"version": state["version"], "lr_scheduler": state["lr_scheduler"]}
+    plain: dict[str, Any] = {key: state[key] for key in ("version", "lr_scheduler", "policy_name")}
     for part in ("weights", "buffers", "policy"):
         tensors |= {f"{part}/{name}": tensor for name, tensor in state[part].items()}
     plain["param_groups"] = state["optimizer"]["param_groups"]
@@ -84,6 +85,7 @@ def load_stage(folder: Path, index: int) -> dict[str, Any]:
         "optimizer": {"state": optimizer, "param_groups": plain["param_groups"]},
         "lr_scheduler": plain["lr_scheduler"],
         "version": plain["version"],
+        "policy_name": plain.get("policy_name"),  # older files have none
     }
 
 

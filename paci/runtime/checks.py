@@ -1,0 +1,120 @@
+"""What a stage refuses: an optimizer or a scheduler that is not its own or cannot step by itself, a
+state that it could not go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from paci.errors import ConfigError
+
+
+def check_optimizer(
+    index: int, module: nn.Module, optimizer: Optimizer, borrowed: Collection[int]
+) -> None:
+    """Raise ``ConfigError`` unless ``optimizer`` can step by itself, and holds what stage ``index``
+    is to train.
+
+    Args:
+        index: of the stage.
+        module: its module.
+        optimizer: its optimizer.
+        borrowed: identities of parameters that an earlier stage updates.
+    """
+    if isinstance(optimizer, LBFGS):
+        raise ConfigError(
+            f"the optimizer of stage {index} must step without a closure, got LBFGS, which runs "
+            f"the model itself; take one that steps from the gradients there are, as AdamW"
+        )
+    named = [(n, p) for n, p in module.named_parameters() if id(p) not in borrowed]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    foreign = len(held - {id(p) for _, p in named})
+    missing = [n for n, p in named if p.requires_grad and id(p) not in held]
+    if foreign or missing:
+        raise ConfigError(
+            f"the optimizer of stage {index} must hold exactly its trainable parameters, got "
+            f"{foreign} of other modules and none of {missing[:3]}; build it from this stage's "
+            f"module.parameters(), without what it shares with an earlier stage, or freeze what it "
+            f"must not train"
+        )
+
+
+def check_lr_scheduler(index: int, lr_scheduler: LRScheduler, optimizer: Optimizer) -> None:
+    """Raise ``ConfigError`` unless ``lr_scheduler`` is for ``optimizer``, and steps by itself."""
+    if isinstance(lr_scheduler, ReduceLROnPlateau):
+        raise ConfigError(
+            f"the learning-rate scheduler of stage {index} must step by the number of updates "
+            f"alone, got ReduceLROnPlateau, which asks for a metric; step it yourself, or take "
+            f"another"
+        )
+    if getattr(lr_scheduler, "optimizer", optimizer) is not optimizer:
+        raise ConfigError(
+            f"the learning-rate scheduler of stage {index} must be for the stage's optimizer, got "
+            f"one for another; build each from the optimizer of its stage, in their order"
+        )
+
+
+def check_state(
+    index: int,
+    own: Mapping[str, Any],
+    state: Mapping[str, Any],
+    num_micro_batches: int,
+    accumulation: int,
+) -> None:
+    """Raise ``ConfigError`` unless stage ``index`` can go on from ``state``.
+
+    Delays are counted from the start of training, ``micro_batch // accumulation - version``, so
+    that updates of another length would make all of them wrong.
+
+    Args:
+        index: of the stage.
+        own: what its ``state_dict`` gives now.
+        state: what is to take its place; those of before policies had names in it have none.
+        num_micro_batches: since the start of training, of that state.
+        accumulation: micro-batches of an update of this stage.
+    """
+    if num_micro_batches != state["version"] * accumulation:
+        raise ConfigError(
+            f"a state that is loaded must be of updates of {accumulation} micro-batches, got "
+            f"{state['version']} updates of {num_micro_batches} micro-batches in all at stage "
+            f"{index}; build the pipeline with the accumulation that it had then"
+        )
+    policy = state.get("policy_name") or own["policy_name"]
+    if policy != own["policy_name"]:
+        raise ConfigError(
+            f"stage {index} must have the weight policy of the state that is loaded, got "
+            f"{own['policy_name']} here and {policy} there; pass weights={policy!r}"
+        )
+    for part in ("weights", "buffers", "policy"):
+        _check_shapes(index, part, own[part], state[part])
+    groups = [list(group["params"]) for group in state["optimizer"]["param_groups"]]
+    own_groups = [group["params"] for group in own["optimizer"]["param_groups"]]
+    if groups != own_groups:
+        raise ConfigError(
+            f"the optimizer of stage {index} must hold the parameters of the state that "
+            f"is loaded, in the same groups, got groups of {[len(g) for g in own_groups]} here "
+            f"and of {[len(g) for g in groups]} there; build it as it was built then"
+        )
+    if (own["lr_scheduler"] is None) != (state["lr_scheduler"] is None):
+        raise ConfigError(
+            f"stage {index} must have a learning-rate scheduler if and only if the state "
+            f"that is loaded has one, got {'none' if own['lr_scheduler'] is None else 'one'} "
+            f"here; build the pipeline as it was built then"
+        )
+
+
+def _check_shapes(index: int, part: str, own: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    mine = {name: tuple(t.shape) for name, t in own.items()}
+    theirs = {name: tuple(t.shape) for name, t in other.items()}
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            what = "what the weight policy keeps" if part == "policy" else part
+            raise ConfigError(
+                f"{what} of stage {index} must match the state that is loaded, got {name} as "
+                f"{mine.get(name, 'absent')} here and {theirs.get(name, 'absent')} there; load the "
+                f"state of the same model and cut"
+            )
