@@ -7,16 +7,20 @@ import json
 import random
 import re
 import shlex
+import socket
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 
 from paci.cli.app import main, make_parser
+from paci.data import build_tokenizer
 from paci.errors import ConfigError
 from paci.models import gpt_config, num_parameters
-from paci.models.estimate import estimate_profile
+from paci.models.estimate import BYTES_PER_VALUE, estimate_profile
 from paci.plan.given import GivenSchedule
+from paci.plan.memory import PolicyCost, channel_bytes
 from paci.plan.profile import (
     DeviceProfile,
     LayerProfile,
@@ -27,12 +31,23 @@ from paci.plan.profile import (
     save_profile,
 )
 from paci.plan.search import explain, search
-from paci.plan.stages import RECEIVES_AHEAD, Layout
+from paci.plan.stages import Layout
 from paci.runtime import distributed
-from paci.schedule.action import Kind
+from paci.runtime.boundary import Spec, specs_of
+from paci.runtime.distributed import RemoteReceiver
+from paci.runtime.memory import MemoryMeter
+from paci.runtime.shared import SharedReceiver, SharedSender
+from paci.runtime.stage import PRECISIONS
+from paci.runtime.transport import Ends
+from paci.runtime.weights import lookahead
+from paci.runtime.weights.registry import prepare_weight_policies
+from paci.schedule.action import Kind, Message, Payload
+from paci.schedule.base import Schedule
+from paci.schedule.one_f_one_b import OneFOneBFlush
 from paci.schedule.paci import PACI
+from paci.schedule.paci_v import PaciV
 from paci.train.config import TrainConfig, load_config
-from paci.train.setup import make_plan
+from paci.train.setup import make_pipeline, make_plan
 
 
 def drawn_profile(source: random.Random, num_layers: int, num_stages: int) -> Profile:
@@ -185,8 +200,98 @@ def test_workers_with_several_stages_are_evened_out():
     assert [layer for stage in cut for layer in stage] == list(range(7))
 
 
-def test_the_runtime_receives_as_far_ahead_as_the_plan_says():
-    assert RECEIVES_AHEAD == distributed.RECEIVES_AHEAD
+class Posted:
+    """A link that brings the description of ``specs``, then whatever."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, specs: list[Spec]) -> None:
+        self._specs: list[Spec] | None = specs
+
+    def receive(self, tensor: torch.Tensor, message: Message) -> None:
+        if self._specs is not None:
+            tensor.copy_(distributed._header(self._specs, self.device)[0])
+            self._specs = None
+
+    def wait(self, work: None, verb: str, message: Message) -> None:
+        pass
+
+
+@pytest.mark.parametrize("shapes", [[(3, 5)], [(1,), (40, 2)]])
+def test_receivers_set_aside_what_the_plan_says(shapes: list[tuple[int, ...]]):
+    tensors = tuple(torch.zeros(shape) for shape in shapes)
+    sizes, message = [each.nbytes for each in tensors], Message(Payload.ACTIVATION, 1, 0)
+    posted = RemoteReceiver(Posted(specs_of(tensors)))
+    posted.receive(message)
+    assert posted.reserved_bytes == channel_bytes("group", sizes, 3) == 2 * sum(sizes)
+    ends = Ends(0, 1, 5.0)
+    connections = socket.socketpair()
+    sender, receiver = (
+        SharedSender(connections[0], ends, 3),
+        SharedReceiver(connections[1], ends, 3),
+    )
+    sender.send(message, tensors)
+    receiver.receive(message)
+    ring = channel_bytes("shared", sizes, 3)
+    assert receiver.reserved_bytes == ring >= 6 * sum(sizes)
+    assert channel_bytes("shared", sizes, 3, num_held=2) == ring - 2 * sum(sizes)
+    sender.close()
+    receiver.close()
+
+
+def test_only_messages_between_workers_need_memory():
+    layers = (LayerProfile(forward_s=1, backward_s=1, output_bytes=640),) * 4
+    profile = Profile(layers=layers, micro_batch_size=1, transport="shared")
+
+    def received(schedule: Schedule) -> list[int]:
+        layout = Layout(profile, schedule)
+        return [layout.memory(s, s, s + 1).receive_bytes for s in range(4)]
+
+    # A ring of 2 * 5 slots each way, less the inputs that are in flight at each stage.
+    assert received(PACI(4, 4)) == [640 * n for n in (10, 20 - 3, 20 - 2, 10 - 1)]
+    schedule = PaciV(4, 4)  # two workers: stages 0 and 3, 1 and 2
+    ring = 2 * schedule.channel_capacity
+    held = [schedule.in_flight_cap(stage) for stage in range(4)]
+    assert received(schedule) == [640 * n for n in (ring, ring - held[1], ring, ring - held[3])]
+
+
+def test_a_policy_that_looks_ahead_takes_time_and_memory():
+    layer = LayerProfile(
+        forward_s=1, backward_s=2, trial_s=4, weight_bytes=10, master_bytes=20, update_s=8
+    )
+    light = layer.model_copy(update={"trial_s": 0})
+    profile = Profile(layers=(layer, light, light, light, light), micro_batch_size=1)
+    schedule = PACI(2, 8)
+    policy = PolicyCost(2, 1, separate=True, trials=0.5)
+    plain, ahead = Layout(profile, schedule), Layout(profile, schedule, policies=(policy,) * 2)
+    assert [each.stage_cost(1, 0, 2).forward_s for each in (plain, ahead)] == [2, 4]
+    slow = Layout(profile, schedule, policies=(policy._replace(trials=2.5),) * 2)
+    cuts = [[len(stage) for stage in layout.cut()] for layout in (plain, ahead, slow)]
+    assert cuts == [[2, 3], [2, 3], [1, 4]]
+    memory = ahead.memory(0, 0, 3)
+    assert (memory.weight_bytes, memory.master_bytes) == (3 * (2 * 10 + 20), 3 * 20)
+    alike = profile.model_copy(update={"layers": (light.model_copy(update={"master_bytes": 0}),)})
+    memory = Layout(alike, PACI(1, 8), policies=(policy,)).memory(0, 0, 1)
+    assert (memory.weight_bytes, memory.master_bytes) == (2 * 10 + 10, 10)
+
+
+def test_lookahead_tries_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch):
+    tried: list[float] = []
+    monkeypatch.setattr(lookahead, "trial_steps", lambda optimizer: tried.append(0) or iter(()))
+    for spec in ("lookahead", "lookahead:refresh=4"):
+        config = TrainConfig(layers=2, width=16, heads=2, context=8, stages=2, weights=spec)
+        plan = make_plan(config, 17)
+        pipeline = make_pipeline(config, plan, torch.device("cpu"))
+        batch = torch.zeros(2, 8, 8, dtype=torch.int64)
+        pipeline.step((batch[0], batch[1]))
+        tried.clear()
+        for _ in range(3):
+            pipeline.step((batch[0], batch[1]))
+        policies = prepare_weight_policies(spec, plan.schedule)
+        said = [policy.cost(plan.schedule, s).trials for s, policy in enumerate(policies)]
+        assert len(tried) == 3 * 8 * sum(said)
+    never = prepare_weight_policies("lookahead:beyond=0", OneFOneBFlush(2, 4))[0]
+    assert never.cost(OneFOneBFlush(2, 4), 0) == PolicyCost(1, 0, True, 0.0)
 
 
 def test_stages_add_their_layers_up():
@@ -268,9 +373,10 @@ def test_a_profile_is_a_file(tmp_path: Path):
 
 def test_an_estimate_counts_every_parameter():
     config = gpt_config("gpt2-medium", vocab_size=50257, context=1024)
-    profile = estimate_profile(config, 4, 1e14)
+    profile = estimate_profile(config, 4, 1e14, "bf16", "adamw")
     assert len(profile.layers) == len(config.layer_range)
     assert sum(layer.gradient_bytes for layer in profile.layers) == 4 * num_parameters(config)
+    assert sum(layer.optimizer_bytes for layer in profile.layers) == 8 * num_parameters(config)
     assert profile.layers[0].output_bytes == 4 * 1024 * 1024 * 2
     # 6 operations a parameter of a matrix and token, and the attention's.
     seconds = sum(layer.forward_s + layer.backward_s for layer in profile.layers)
@@ -333,12 +439,72 @@ def test_the_planned_command_trains_the_planned_cut(capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:2] == ["1", "paci"]
     command = next(line for line in lines if line.startswith("paci train "))
-    options = vars(make_parser().parse_args(shlex.split(command)[1:]))
-    given = {key: value for key, value in options.items() if key in TrainConfig.model_fields}
-    config = load_config(None, given)
+    config = run_of(command)
     assert (config.workers, config.num_stages, config.batch_size) == (3, 3, 16)
     plan = make_plan(config, vocab_size=257)
     assert [len(layers) for layers in plan.cut] == [int(each) for each in config.cut.split(",")]
+
+
+def test_precisions_have_the_bytes_of_their_types():
+    known = {name: (dtype or torch.float32).itemsize for name, dtype in PRECISIONS.items()}
+    assert known == BYTES_PER_VALUE
+    with pytest.raises(ConfigError, match="precision must be one of fp32, bf16, got 'fp8'"):
+        estimate_profile(gpt_config("tiny", vocab_size=9, context=8), 1, 1e12, "fp8")
+
+
+def run_of(command: str) -> TrainConfig:
+    options = vars(make_parser().parse_args(shlex.split(command)[1:]))
+    return load_config(None, {k: v for k, v in options.items() if k in TrainConfig.model_fields})
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision", "optimizer", "weights"),
+    [
+        ("", "fp32", "muon", "lookahead"),
+        ("--precision bf16", "bf16", "muon", "lookahead"),
+        ("--optimizer adamw --weights stash", "fp32", "adamw", "stash"),
+        ("--weights pipemare", "fp32", "muon", "pipemare"),
+        ("--recompute yes", "fp32", "muon", "recompute"),
+        ("--precision bf16 --weights double_buffer", "bf16", "muon", "double_buffer"),
+        ("--schedules 1f1b", "fp32", "muon", "current"),
+    ],
+)
+def test_what_the_command_runs_is_what_was_priced(
+    asked: str, precision: str, optimizer: str, weights: str, capsys: pytest.CaptureFixture[str]
+):
+    """Counted in the very run, which is made with nothing but the command's options."""
+    model = ["--size", "tiny", "--context", "8", "--vocab", "257", "--micro-batch-sizes", "1"]
+    rest = ["--devices", "3", "--batch-size", "4", "--recompute", "no", "--schedules", "paci"]
+    assert main(["plan", *model, *rest, "--json", *asked.split()]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    config = run_of(row["command"])
+    assert (config.precision, config.optimizer, config.weights) == (precision, optimizer, weights)
+    assert row["weights"] == weights
+    tokenizer = build_tokenizer(config.tokenizer, [])
+    plan = make_plan(config, tokenizer.vocab_size)
+    pipeline = make_pipeline(config, plan, torch.device("cpu"))
+    meter = MemoryMeter(pipeline)
+    tokens = torch.zeros(2, 4, 8, dtype=torch.int64)
+    for _ in range(4):
+        pipeline.step((tokens[0], tokens[1]))
+    for stage, priced in enumerate(row["stage_bytes"]):
+        counted = meter.peaks[stage]
+        assert counted.working_weight_bytes == priced["weight_bytes"]
+        assert counted.master_bytes == priced["master_bytes"]
+        assert counted.gradient_bytes == priced["gradient_bytes"]
+        # Each tensor has a count of its steps besides.
+        assert 0 <= counted.optimizer_bytes - priced["optimizer_bytes"] < 500
+
+
+@pytest.mark.parametrize(("vocab", "tokenizer"), [(257, "bytes"), (4096, "bpe:4096"), (70000, "")])
+def test_the_command_names_a_tokenizer_that_fits(
+    vocab: int, tokenizer: str, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["--size", "tiny", "--vocab", str(vocab), "--devices", "2", "--batch-size", "8"]
+    assert main(["plan", *arguments, "--schedules", "paci"]) == 0
+    out = capsys.readouterr().out
+    assert (f" --tokenizer {tokenizer} " in out) == bool(tokenizer)
+    assert ("no tokenizer of paci train has 70000 tokens" in out) == (not tokenizer)
 
 
 def test_a_plan_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -374,6 +540,12 @@ def test_a_plan_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (["--size", "tiny", "--batch-size", "8", "--tflops", "0"], "tflops must be above 0"),
         (["--size", "tiny", "--batch-size", "8", "--latency-us", "-2"], "latency_us must be"),
         (["--size", "tiny", "--batch-size", "8", "--jitter", "nan"], "jitter must be"),
+        (
+            ["--size", "tiny", "--batch-size", "8", "--weights", "recompute"],
+            "weights must be a policy that recomputes nothing, got recompute",
+        ),
+        (["p.json", "--batch-size", "8", "--precision", "bf16"], "precision must be left out with"),
+        (["--size", "tiny", "--batch-size", "8", "--weights", "x"], "a weight policy must be one"),
         (["--size", "tiny", "--batch-size", "8", "--use", "a"], "use must be whole numbers"),
         (["--size", "tiny", "--batch-size", "7", "--micro-batch-sizes", "2"], "must divide"),
         (["--size", "tiny", "--batch-size", "8", "--schedules", "x"], "a schedule must be one of"),

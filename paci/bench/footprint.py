@@ -17,9 +17,9 @@ from paci.bench.turns import Say
 from paci.bench.workers import Report, run_workers
 from paci.bench.workloads import GPTWork
 from paci.errors import WorkerError
+from paci.plan.memory import Inbox
 from paci.runtime.memory import KeptByForward, MemoryBytes, MemoryMeter, kept_by_forward
 from paci.runtime.pipeline import Pipeline
-from paci.runtime.shared import ring_bytes
 from paci.runtime.stage import PRECISIONS
 from paci.runtime.weights.registry import make_weight_policy
 from paci.runtime.world import hosted_stages
@@ -27,7 +27,7 @@ from paci.schedule.action import COMPLETES_GRADIENT, Kind
 from paci.schedule.base import Schedule
 from paci.schedule.registry import make_schedule
 from paci.schedule.sequence import Cursor
-from paci.schedule.versions import peak_versions
+from paci.schedule.versions import updates_to_settle
 
 _AUTOCAST = torch.bfloat16
 
@@ -177,7 +177,7 @@ def _count_arm(rank: int, num_workers: int, work: GPTWork, arm: Kept) -> _Found:
     )
     meter = MemoryMeter(pipeline)
     batch = work.batch(arm.num_micro_batches)
-    for _ in range(num_updates(schedule)):
+    for _ in range(updates_to_settle(schedule)):
         pipeline.step(batch)
     pipeline.drain()
     pipeline.close()
@@ -187,11 +187,6 @@ def _count_arm(rank: int, num_workers: int, work: GPTWork, arm: Kept) -> _Found:
 def _module(work: GPTWork, arm: Kept, index: int, num_stages: int) -> nn.Module:
     module = work.stage(index, num_stages)
     return Autocast(module) if arm.precision == "autocast" else module
-
-
-def num_updates(schedule: Schedule) -> int:
-    """Updates until every stage has had in flight, and late, all that it ever will."""
-    return 2 + 2 * schedule.channel_capacity // schedule.accumulation
 
 
 def predict(work: GPTWork, arm: Kept, schedule: Schedule, worker: int) -> MemoryBytes:
@@ -206,7 +201,7 @@ def predict(work: GPTWork, arm: Kept, schedule: Schedule, worker: int) -> Memory
     parts = {stage: _Expected(work, arm, schedule, stage) for stage in schedule.placement[worker]}
     fixed = [part.fixed() for part in parts.values()]
     cursor = Cursor(schedule, worker)
-    cursor.feed(num_updates(schedule) * schedule.accumulation)
+    cursor.feed(updates_to_settle(schedule) * schedule.accumulation)
     cursor.drain()
     in_flight, peak = dict.fromkeys(parts, 0), 0
     for kind, stage, _ in cursor.actions():
@@ -242,32 +237,21 @@ class _Expected:
 
     def fixed(self) -> MemoryBytes:
         """All but activations."""
-        schedule, stage, policy = self._schedule, self._stage, self._policy
-        versions = peak_versions(schedule, stage, num_updates(schedule))
+        schedule, stage = self._schedule, self._stage
         parameters = list(self._module.parameters())
         working_bytes = sum(p.numel() * (self._dtype or p.dtype).itemsize for p in parameters)
-        num_working, num_full = policy.num_copies(versions)
+        policy = self._policy.cost(schedule, stage)
         return MemoryBytes(
-            num_working * working_bytes
-            + num_full * self._full_bytes
+            policy.weight_bytes(working_bytes, self._full_bytes)
             + schedule.in_flight_cap(stage) * self._kept.cast_bytes,
-            self._full_bytes if self._dtype or policy.separate else 0,
+            policy.master_bytes(self._full_bytes, self._full_bytes if self._dtype else 0),
             self._full_bytes,
             2 * self._full_bytes + 4 * len(parameters),  # AdamW: two moments, a count a tensor
             0,
-            self._receive_bytes(),
+            Inbox.of(schedule, stage, "shared").receive_bytes(
+                [self._taken_bytes], [self._given_bytes]
+            ),
         )
-
-    def _receive_bytes(self) -> int:
-        schedule, stage = self._schedule, self._stage
-        own, total = schedule.worker_of(stage), 0
-        if stage > 0 and schedule.worker_of(stage - 1) != own:
-            # Inputs in flight lie there, and count as activations.
-            total += ring_bytes([self._taken_bytes], schedule.channel_capacity)
-            total -= schedule.in_flight_cap(stage) * self._taken_bytes
-        if stage < schedule.num_stages - 1 and schedule.worker_of(stage + 1) != own:
-            total += ring_bytes([self._given_bytes], schedule.channel_capacity)
-        return total
 
     def _kept_by_one(self, work: GPTWork, taken: Tensor) -> KeptByForward:
         tokens, targets = work.batch(1)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import typing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paci.errors import ConfigError
+from paci.plan.given import GivenSchedule
 from paci.plan.profile import DeviceProfile, LinkProfile, Profile, load_profile
-from paci.plan.search import Choice, Plan, explain, search
+from paci.plan.search import Choice, Plan, Weights, explain, search
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.registry import make_schedule, schedules
+from paci.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from paci.models import GPTConfig
 
 _GIB = 2**30
+_OF_A_MODEL = ("precision", "optimizer")  # what of training the costs of a layer depend on
 
 
 def add_parser(commands: Any) -> None:
@@ -39,6 +44,13 @@ def add_parser(commands: Any) -> None:
     model.add_argument(
         "--micro-batch-sizes", default="1,2,4,8,16,32", metavar="N,...", help="to try"
     )
+    for name in _OF_A_MODEL:
+        field = TrainConfig.model_fields[name]
+        model.add_argument(
+            f"--{name}",
+            choices=typing.get_args(field.annotation),
+            help=f"as in train ({field.default})",
+        )
     machine = parser.add_argument_group("the machines")
     machine.add_argument("--devices", type=int, default=8, metavar="N", help="how many (8)")
     machine.add_argument(
@@ -48,6 +60,12 @@ def add_parser(commands: Any) -> None:
     machine.add_argument("--latency-us", type=float, metavar="X", help="of a link")
     machine.add_argument("--gb-per-s", type=float, metavar="X", help="bandwidth of a link")
     machine.add_argument("--jitter", type=float, metavar="X", help="variation of computing times")
+    machine.add_argument(
+        "--transport",
+        choices=("shared", "group"),
+        help="how messages go: shared memory of one host (CPU only), or a process group; default "
+        "the profile's, or group",
+    )
     search_ = parser.add_argument_group("the search")
     search_.add_argument(
         "--batch-size", type=int, required=True, metavar="N", help="sequences of one update"
@@ -59,6 +77,12 @@ def add_parser(commands: Any) -> None:
     )
     search_.add_argument(
         "--recompute", choices=("yes", "no", "both"), default="both", help="(both)"
+    )
+    search_.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="weight policy where nothing is recomputed; default that of train: the schedule's "
+        "own, or lookahead if it never empties",
     )
     search_.add_argument("--top", type=int, default=10, metavar="N", help="choices to print (10)")
     search_.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -73,7 +97,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     specs = options.schedules.split(",") if options.schedules else [*schedules(), "paci:slack=1"]
     again = {"yes": (True,), "no": (False,), "both": (False, True)}[options.recompute]
     counts = _numbers("use", options.use) if options.use else [options.devices]
-    plan = search(profiles, options.batch_size, counts, specs, again, _make)
+    choose_weights = partial(_weights, _without_recomputation(options.weights))
+    plan = search(profiles, options.batch_size, counts, specs, again, _make, choose_weights)
     if options.json:
         chosen = [choice.to_json() for choice in plan.choices[: options.top]]
         print(json.dumps({"rows": chosen, "refused": [list(each) for each in plan.refused]}))
@@ -86,6 +111,12 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     if len(plan.refused) > 3:
         print(f"({len(plan.refused) - 3} more were not possible; --json lists them)")
     print(f"\n{plan.choices[0].command()}")
+    about, train = plan.choices[0].profile.about, plan.choices[0].profile.train
+    if "vocab" in about and "tokenizer" not in train:
+        print(
+            f"(no tokenizer of paci train has {about['vocab']} tokens: with another the head is of "
+            f"another size, and another cut is even)"
+        )
     return 0
 
 
@@ -99,13 +130,45 @@ def _make(spec: str, num_stages: int, accumulation: int) -> Schedule:
     return torch_schedule(spec, max(num_stages // per_worker, 1), accumulation)
 
 
+def _without_recomputation(weights: str | None) -> str | None:
+    """The policy that is asked for, if one is."""
+    from paci.runtime.weights.registry import make_weight_policy
+
+    if weights is not None and not make_weight_policy(weights).keeps_graph:
+        raise ConfigError(
+            f"weights must be a policy that recomputes nothing, got {weights}; pass --recompute yes"
+        )
+    return weights
+
+
+def _weights(asked: str | None, schedule: Schedule, recompute: bool) -> Weights:
+    """The policy that ``paci train`` would take, with what it costs."""
+    from paci.runtime.weights.registry import prepare_weight_policies
+    from paci.train.setup import choose_weights
+
+    theirs = isinstance(schedule, GivenSchedule)  # run by another library, which has no policies
+    spec = choose_weights(TrainConfig(weights=None if theirs else asked), schedule)
+    if recompute:
+        spec = "recompute"
+    policies = prepare_weight_policies(spec, schedule)
+    costs = (policy.cost(schedule, stage) for stage, policy in enumerate(policies))
+    return Weights(spec, tuple(costs))
+
+
 def _profiles(options: argparse.Namespace) -> list[Profile]:
     if bool(options.profiles) == bool(options.size):
         raise ConfigError(
             "a model must be given as profiles or as --size, got both or neither; pass one of them"
         )
+    given = [name for name in _OF_A_MODEL if getattr(options, name) is not None]
+    if options.profiles and given:
+        raise ConfigError(
+            f"{given[0]} must be left out with profiles, which hold for the one that was measured, "
+            f"got {getattr(options, given[0])}; leave it out, or pass --size"
+        )
     if options.profiles:
         return [load_profile(Path(name)) for name in options.profiles]
+    from paci.data.tokenizer import tokenizer_spec
     from paci.models import gpt_config
     from paci.models.estimate import estimate_profile
 
@@ -119,7 +182,15 @@ def _profiles(options: argparse.Namespace) -> list[Profile]:
             f"one of micro-batch-sizes must divide the batch of {options.batch_size}, got "
             f"{options.micro_batch_sizes}; add a divisor"
         )
-    return [estimate_profile(config, size, options.tflops * 1e12) for size in fitting]
+    defaults = {name: TrainConfig.model_fields[name].default for name in _OF_A_MODEL}
+    precision, optimizer = (getattr(options, name) or defaults[name] for name in _OF_A_MODEL)
+    flops_per_s, tokenizer = options.tflops * 1e12, tokenizer_spec(options.vocab)
+    profiles = [
+        estimate_profile(config, size, flops_per_s, precision, optimizer) for size in fitting
+    ]
+    if tokenizer is None:
+        return profiles
+    return [p.model_copy(update={"train": p.train | {"tokenizer": tokenizer}}) for p in profiles]
 
 
 def _with_machines(profile: Profile, options: argparse.Namespace) -> Profile:
@@ -141,6 +212,8 @@ def _with_machines(profile: Profile, options: argparse.Namespace) -> Profile:
         changed["devices"] = tuple(
             each.model_copy(update={"memory_bytes": limit}) for each in known
         )
+    if options.transport is not None:
+        changed["transport"] = options.transport
     if options.jitter is not None:
         if not options.jitter >= 0:
             raise ConfigError(f"jitter must be at least 0, got {options.jitter}; mend it")
@@ -162,7 +235,7 @@ def _numbers(what: str, text: str) -> list[int]:
 
 def _table(plan: Plan, top: int) -> str:
     header = (
-        "   schedule           devices  micro-batches  recompute   time/update   busy    "
+        "   schedule           devices  micro-batches  weights         time/update   busy    "
         "memory  drift  delay"
     )
     return "\n".join(
@@ -174,7 +247,7 @@ def _row(place: int, choice: Choice) -> str:
     micro_batches = f"{choice.schedule.accumulation} x {choice.profile.micro_batch_size}"
     return (
         f"{place:>2} {choice.spec:<18} {choice.schedule.num_workers:>7}  {micro_batches:>13}  "
-        f"{'yes' if choice.recompute else 'no':>9}  {choice.steady.update_s * 1e3:>9.4g} ms  "
+        f"{choice.weights:<13}  {choice.steady.update_s * 1e3:>9.4g} ms  "
         f"{choice.steady.utilization:>5.1%}  {choice.peak_bytes / _GIB:>5.1f}G  "
         f"{choice.max_drift:>5}  {choice.mean_delay:>5.2f}"
     )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
+import typing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paci.errors import ConfigError
 from paci.schedule.base import require_count
+from paci.train.config import TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +45,13 @@ def add_parser(commands: Any) -> None:
         default=1,
         metavar="N",
         help="processes whose links are measured too (1: none)",
+    )
+    field = TrainConfig.model_fields["optimizer"]
+    parser.add_argument(
+        "--optimizer",
+        choices=typing.get_args(field.annotation),
+        default=field.default,
+        help=f"as in train ({field.default})",
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (1)")
@@ -84,32 +94,41 @@ def _measured(options: argparse.Namespace) -> Profile | None:
     import torch.distributed as dist
 
     from paci.runtime.links import measure_links
-    from paci.train.config import TrainConfig
     from paci.train.launch import end_with_launcher
     from paci.train.run import connect
     from paci.train.setup import choose_device
 
     torch.set_num_threads(options.threads)
-    config = TrainConfig(device=options.device)
+    config = TrainConfig(device=options.device, optimizer=options.optimizer)
     device = choose_device(config)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _measured_layers(options, device)
+        return _measured_layers(options, config, device)
     end_with_launcher()
     connect(config, device)
     links, rank = measure_links(device), dist.get_rank()
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
     dist.destroy_process_group()
     if rank > 0:
         return None
-    profile = _measured_layers(options, device)  # with nobody waiting: it may take long
-    return profile.model_copy(update={"links": links})
+    changed: dict[str, Any] = {"links": links}
+    if len(set(hosts)) > 1:
+        changed["transport"] = "group"
+    profile = _measured_layers(options, config, device)  # with nobody waiting: it may take long
+    return profile.model_copy(update=changed)
 
 
-def _measured_layers(options: argparse.Namespace, device: torch.device) -> Profile:
+def _measured_layers(
+    options: argparse.Namespace, training: TrainConfig, device: torch.device
+) -> Profile:
     import torch
     from torch.nn import functional
 
+    from paci.data.tokenizer import tokenizer_spec
     from paci.models.gpt import build_layer
     from paci.runtime.profile import profile_layers
+    from paci.runtime.shared import AVAILABLE
+    from paci.train.setup import make_optimizer
 
     config = _config(options)
     shape = (options.micro_batch_size, options.context)
@@ -118,20 +137,38 @@ def _measured_layers(options: argparse.Namespace, device: torch.device) -> Profi
     def loss(logits: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
 
+    built: list[torch.nn.Module] = []
+
+    def build(layer: int) -> torch.nn.Module:
+        built.append(build_layer(config, layer, 0, device))
+        return built[-1]
+
+    def optimizer(_: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        # Names as within a stage, by which Muon's matrices are known.
+        return make_optimizer(training, torch.nn.Sequential(built.pop()))
+
     names = ["embedding", *(f"block {k}" for k in config.layer_range[1:-1]), "head"]
     kinds = names if options.every else ["embedding", *["block"] * config.num_layers, "head"]
     profile = profile_layers(
-        [partial(build_layer, config, layer, 0, device) for layer in config.layer_range],
+        [partial(build, layer) for layer in config.layer_range],
         tokens,
         micro_batch_size=options.micro_batch_size,
         loss_fn=loss,
+        make_optimizer=optimizer,
         names=names,
         kinds=kinds,
         num_repeats=options.repeats,
     )
-    train = {"size": options.size, "context": options.context}
+    train: dict[str, Any] = {"size": options.size, "context": options.context}
+    # Layers are built, and run, in fp32.
+    train |= {"precision": "fp32", "optimizer": training.optimizer}
+    tokenizer = tokenizer_spec(config.vocab_size)
+    if tokenizer is not None:
+        train["tokenizer"] = tokenizer
     about = profile.about | {"threads": options.threads, "vocab": options.vocab}
-    return profile.model_copy(update={"train": train, "about": about})
+    transport = "shared" if device.type == "cpu" and AVAILABLE else "group"
+    changed = {"train": train, "about": about, "transport": transport}
+    return profile.model_copy(update=changed)
 
 
 def _table(profile: Profile) -> str:

@@ -181,6 +181,13 @@ def check_tokenizer_spec(spec: str) -> int | None:
     return int(size)
 
 
+def tokenizer_spec(vocab_size: int) -> str | None:
+    """The spec of a tokenizer with so many tokens; None if there is none."""
+    if vocab_size == ByteTokenizer.vocab_size:
+        return "bytes"
+    return f"bpe:{vocab_size}" if MIN_BPE_SIZE <= vocab_size <= MAX_BPE_SIZE else None
+
+
 def build_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     """Make the tokenizer of a spec, ``bytes`` or ``bpe:SIZE``.
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from paci.errors import ConfigError
 from paci.models.gpt import GPTConfig, layer_costs
 from paci.plan.profile import LayerProfile, Profile
+
+BYTES_PER_VALUE = {"fp32": 4, "bf16": 2}
 
 
 def estimate_profile(
     config: GPTConfig,
     micro_batch_size: int,
     flops_per_s: float,
-    bytes_per_value: int = 2,
+    precision: str = "fp32",
+    optimizer: str = "muon",
 ) -> Profile:
     """What a GPT costs on a device that computes at ``flops_per_s``.
 
@@ -18,17 +22,29 @@ def estimate_profile(
     activations of a block of width D with T tokens are ``14 T D`` values (its input, both norms,
     queries, keys, values, attention's output, the expansion before and after GELU), as fused
     attention keeps no matrix of T by T; the head keeps its logits and the loss as many in float32.
-    Weights of 2 bytes have masters, gradients and two moments of 4 bytes each (AdamW).
+    Gradients are of 4 bytes, as are the masters that weights of 2 bytes have. The optimizer keeps
+    two values of 4 bytes a parameter, Muon one for those in the matrices of blocks; its arithmetic
+    counts for nothing.
 
     Args:
         config: of the model.
         micro_batch_size: sequences.
         flops_per_s: what the device sustains, not its peak.
-        bytes_per_value: of activations and working weights.
+        precision: of activations and working weights, as of ``paci train``.
+        optimizer: likewise.
+
+    Raises:
+        ConfigError: ``precision`` is not known.
     """
+    if precision not in BYTES_PER_VALUE:
+        raise ConfigError(
+            f"precision must be one of {', '.join(BYTES_PER_VALUE)}, got {precision!r}; choose one"
+        )
+    bytes_per_value = BYTES_PER_VALUE[precision]
     tokens, width = micro_batch_size * config.context, config.width
     bias = int(config.bias)
-    block = 12 * width**2 + 2 * width + 11 * bias * width
+    matrices = 12 * width**2
+    block = matrices + 2 * width + 11 * bias * width
     parameters = [
         (config.vocab_size + config.context) * width,
         *[block] * config.num_layers,
@@ -38,19 +54,21 @@ def estimate_profile(
     kept.append(2 * tokens * width * bytes_per_value + tokens * config.vocab_size * 8)
     names = ["embedding", *(f"block {k}" for k in range(1, config.num_layers + 1)), "head"]
     masters = 4 if bytes_per_value < 4 else 0
+    spared = 4 * matrices if optimizer == "muon" else 0
     layers = []
     for name, cost, number, held in zip(names, layer_costs(config), parameters, kept, strict=True):
         forward_s = 2 * cost * tokens / flops_per_s
-        is_last = name == "head"
+        is_last, is_block = name == "head", name.startswith("block")
         layers.append(
             LayerProfile(
                 name=name,
                 forward_s=forward_s,
                 backward_s=2 * forward_s,
                 backward_input_s=forward_s,
-                weight_bytes=number * (bytes_per_value + masters),
+                weight_bytes=number * bytes_per_value,
+                master_bytes=number * masters,
                 gradient_bytes=number * 4,
-                optimizer_bytes=number * 8,
+                optimizer_bytes=number * 8 - spared * is_block,
                 kept_bytes=held,
                 output_bytes=0 if is_last else tokens * width * bytes_per_value,
             )
@@ -64,6 +82,8 @@ def estimate_profile(
             "heads": config.num_heads,
             "width": width,
             "context": config.context,
+            "precision": precision,
+            "optimizer": optimizer,
         },
-        about={"source": "formula", "flops_per_s": flops_per_s},
+        about={"source": "formula", "flops_per_s": flops_per_s, "vocab": config.vocab_size},
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -37,7 +37,9 @@ class LayerProfile(_Part):
         backward_s: seconds of its whole backward.
         backward_input_s: seconds of a backward to its input alone; None if not known.
         update_s: seconds of its optimizer update.
-        weight_bytes: of its working weights (and masters, if it has any).
+        trial_s: seconds to try one, for a weight policy that looks ahead.
+        weight_bytes: of its weights, once, in the precision that it computes with.
+        master_bytes: of its masters, where another precision keeps them apart from these.
         gradient_bytes: of its weight gradients.
         optimizer_bytes: of its optimizer state.
         kept_bytes: what stays from its forward until its backward, without weights.
@@ -49,7 +51,9 @@ class LayerProfile(_Part):
     backward_s: Duration
     backward_input_s: Duration | None = None
     update_s: Duration = 0.0
+    trial_s: Duration = 0.0
     weight_bytes: Size = 0
+    master_bytes: Size = 0
     gradient_bytes: Size = 0
     optimizer_bytes: Size = 0
     kept_bytes: Size = 0
@@ -60,11 +64,6 @@ class LayerProfile(_Part):
         if self.backward_input_s is not None and self.backward_input_s > self.backward_s:
             raise ValueError("at most backward_s, of which it is a part")
         return self
-
-    @property
-    def static_bytes(self) -> int:
-        """What it holds whatever is in flight."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
 class LinkProfile(_Part):
@@ -92,7 +91,9 @@ class Profile(_Part):
         jitter: coefficient of variation of computing times.
         links: between workers 0 and 1, 1 and 2, and so on; the last one stands for all after it.
         devices: of workers 0, 1, ...; the last one stands for all after it.
-        train: options of ``paci train`` that make this model.
+        transport: how messages go between workers: ``shared`` memory of one host (CPU only), or a
+            process ``group``.
+        train: options of ``paci train`` that make this model, and that the numbers hold for.
         about: where the numbers come from.
     """
 
@@ -102,6 +103,7 @@ class Profile(_Part):
     jitter: Annotated[float, Field(ge=0.0, le=10.0, allow_inf_nan=False)] = 0.0
     links: tuple[LinkProfile, ...] = ()
     devices: tuple[DeviceProfile, ...] = ()
+    transport: Literal["shared", "group"] = "group"
     train: dict[str, Any] = {}
     about: dict[str, Any] = {}
 

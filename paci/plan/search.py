@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from paci.errors import ConfigError
+from paci.plan.cost import Costs
 from paci.plan.given import GivenSchedule
+from paci.plan.memory import PolicyCost, StageMemory
+from paci.plan.partition import require_stages
 from paci.plan.predict import SteadyState, steady_state
 from paci.plan.profile import Profile
-from paci.plan.stages import Layout, StageMemory
+from paci.plan.stages import Layout
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.registry import make_schedule
 from paci.schedule.versions import stage_versions
@@ -19,6 +23,25 @@ from paci.schedule.versions import stage_versions
 # Times that differ by less than this share are equal: then less drift, then less memory wins.
 _SAME_TIME = 1e-3
 MakeSchedule = Callable[[str, int, int], Schedule]
+# From a schedule, and whether backwards compute their forward again.
+ChooseWeights = Callable[[Schedule, bool], "Weights"]
+
+
+class Weights(NamedTuple):
+    """A weight policy, as planning sees it.
+
+    Attributes:
+        spec: what ``paci train --weights`` calls it.
+        policies: what it costs each stage; one copy of the weights if left out.
+    """
+
+    spec: str
+    policies: tuple[PolicyCost, ...] = ()
+
+
+def own_weights(schedule: Schedule, recompute: bool) -> Weights:
+    """The policy that belongs to a schedule by definition, or recomputation: one working copy."""
+    return Weights("recompute" if recompute else schedule.weights)
 
 
 @dataclass(frozen=True)
@@ -30,7 +53,9 @@ class Choice:
         schedule: what would run.
         profile: of its micro-batch size.
         recompute: whether backwards compute their forward again.
+        weights: the weight policy with its options.
         cut: the layers of each stage.
+        costs: of its stages and links.
         steady: time per update and utilization.
         memory: of each stage.
         max_drift: at stage 0.
@@ -41,7 +66,9 @@ class Choice:
     schedule: Schedule
     profile: Profile
     recompute: bool
+    weights: str
     cut: tuple[range, ...]
+    costs: Costs
     steady: SteadyState
     memory: tuple[StageMemory, ...]
     max_drift: int
@@ -77,9 +104,8 @@ class Choice:
             "batch_size": self.batch_size,
             "accumulation": self.schedule.accumulation,
             "cut": ",".join(str(len(layers)) for layers in self.cut),
+            "weights": self.weights,
         }
-        if self.recompute:
-            options["weights"] = "recompute"
         words = (f"--{key.replace('_', '-')} {value}" for key, value in options.items())
         return " ".join(["paci train", *words])
 
@@ -92,10 +118,12 @@ class Choice:
             "micro_batch_size": self.profile.micro_batch_size,
             "accumulation": self.schedule.accumulation,
             "recompute": self.recompute,
+            "weights": self.weights,
             "layers_by_stage": [len(layers) for layers in self.cut],
             "update_s": self.steady.update_s,
             "utilization": self.steady.utilization,
             "worker_bytes": list(self.worker_bytes),
+            "stage_bytes": [dataclasses.asdict(memory) for memory in self.memory],
             "max_drift": self.max_drift,
             "mean_delay": self.mean_delay,
             "command": self.command(),
@@ -122,6 +150,7 @@ def search(
     specs: Sequence[str],
     recompute: Sequence[bool] = (False, True),
     make: MakeSchedule = make_schedule,
+    choose_weights: ChooseWeights = own_weights,
 ) -> Plan:
     """Price every combination of profile, number of workers, schedule and recomputation.
 
@@ -132,6 +161,7 @@ def search(
         specs: schedules with their options, as ``paci train --schedule`` takes them.
         recompute: whether backwards may, or must, compute their forward again.
         make: a schedule from its name, number of stages and accumulation.
+        choose_weights: the weight policy that a schedule will run with.
 
     Raises:
         ConfigError: nothing can be done; the reason of the first attempt.
@@ -145,7 +175,10 @@ def search(
         require_count("num_workers", num_workers)
         try:
             schedule = _schedule(spec, num_workers, batch_size, profile, make)
-            choices.append(price(Layout(profile, schedule, again), spec))
+            require_stages(len(profile.layers), schedule.num_stages)
+            weights = choose_weights(schedule, again)
+            layout = Layout(profile, schedule, again, weights.policies)
+            choices.append(price(layout, spec, weights.spec))
         except ConfigError as error:
             tried = f"{spec} on {num_workers}, micro-batches of {profile.micro_batch_size}"
             refused.append((tried + ", recomputing" * again, str(error)))
@@ -160,13 +193,19 @@ def search(
     return Plan(tuple(sorted(choices, key=rank)), tuple(refused))
 
 
-def price(layout: Layout, spec: str) -> Choice:
+def price(layout: Layout, spec: str, weights: str) -> Choice:
     """Cut a model for a schedule and predict what it costs.
+
+    Args:
+        layout: the model on the pipeline.
+        spec: the schedule's name and options.
+        weights: the weight policy's, which the layout is for.
 
     Raises:
         ConfigError: it does not fit.
     """
     cut, schedule = layout.cut(), layout.schedule
+    costs = layout.costs(cut)
     met = list(itertools.islice(stage_versions(schedule, 0), _num_met(schedule)))
     settled = met[len(met) // 2 :]
     return Choice(
@@ -174,8 +213,10 @@ def price(layout: Layout, spec: str) -> Choice:
         schedule,
         layout.profile,
         layout.recompute,
+        weights,
         cut,
-        steady_state(schedule, layout.costs(cut)),
+        costs,
+        steady_state(schedule, costs),
         tuple(layout.memory(stage, each.start, each.stop) for stage, each in enumerate(cut)),
         max(each.drift for each in met),
         sum(each.delay for each in settled) / len(settled),
@@ -231,7 +272,7 @@ def explain(plan: Plan) -> list[str]:
             f"{others[0].profile.micro_batch_size}: {ratio:.2f} times the time, "
             f"{others[0].steady.utilization:.1%} busy."
         )
-    costs = Layout(best.profile, best.schedule, best.recompute).costs(best.cut)
+    costs = best.costs
     slots = [
         sum(costs.stages[stage].forward_s + costs.stages[stage].backward_s for stage in stages)
         for stages in best.schedule.placement

@@ -3,14 +3,15 @@
 Stage ``s`` of a schedule holds at most ``c_s = in_flight_cap(s)`` micro-batches (``N - s`` under
 1F1B and PACI, more with slack), so its memory is known from its layers::
 
-    weights + gradients + optimizer state
+    weights (in as many copies as the weight policy keeps) + gradients + optimizer state
       + c_s * (what the layers keep from forward to backward)   or, recomputing,
         c_s * (the stage's input) + (what the layers keep, once)
-      + buffers of the messages that are received ahead
+      + memory that messages come into
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,34 +19,10 @@ from itertools import accumulate
 
 from paci.errors import ConfigError
 from paci.plan.cost import Costs, Link, StageCost
+from paci.plan.memory import Inbox, PolicyCost, StageMemory
 from paci.plan.partition import StageCostOf, as_integers, best_cut, require_stages
 from paci.plan.profile import Profile
 from paci.schedule.base import Schedule
-
-# Receives that the runtime keeps posted on each channel.
-RECEIVES_AHEAD = 2
-
-
-@dataclass(frozen=True)
-class StageMemory:
-    """Bytes of one stage, by kind."""
-
-    weight_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    in_flight_bytes: int
-    buffer_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """All of them."""
-        return (
-            self.weight_bytes
-            + self.gradient_bytes
-            + self.optimizer_bytes
-            + self.in_flight_bytes
-            + self.buffer_bytes
-        )
 
 
 @dataclass(frozen=True)
@@ -56,11 +33,13 @@ class Layout:
         profile: of the model.
         schedule: what will run; one stage a worker if a limit of memory is to be kept exactly.
         recompute: whether backwards compute their forward again.
+        policies: what the weight policy costs each stage; one copy of the weights if left out.
     """
 
     profile: Profile
     schedule: Schedule
     recompute: bool = False
+    policies: tuple[PolicyCost, ...] = ()
 
     def memory(self, stage: int, start: int, end: int) -> StageMemory:
         """What ``stage`` needs for the layers from ``start`` to before ``end``."""
@@ -68,23 +47,36 @@ class Layout:
         kept = sum(layer.kept_bytes for layer in layers)
         cap = self.schedule.in_flight_cap(stage)
         taken = self._boundary_bytes(start)
-        buffers = RECEIVES_AHEAD * taken * (start > 0)
-        buffers += RECEIVES_AHEAD * self._boundary_bytes(end) * (end < len(self.profile.layers))
+        policy = self._policy(stage)
+        working = sum(layer.weight_bytes for layer in layers)
+        apart = sum(layer.master_bytes for layer in layers)
+        full = sum(layer.master_bytes or layer.weight_bytes for layer in layers)
         return StageMemory(
-            sum(layer.weight_bytes for layer in layers),
+            policy.weight_bytes(working, full),
+            policy.master_bytes(full, apart),
             sum(layer.gradient_bytes for layer in layers),
             sum(layer.optimizer_bytes for layer in layers),
             cap * taken + kept if self.recompute else cap * kept,
-            buffers,
+            self._inboxes[stage].receive_bytes([taken], [self._boundary_bytes(end)]),
         )
+
+    def _policy(self, stage: int) -> PolicyCost:
+        return self.policies[stage] if self.policies else PolicyCost()
+
+    @functools.cached_property
+    def _inboxes(self) -> tuple[Inbox, ...]:
+        stages = range(self.schedule.num_stages)
+        return tuple(Inbox.of(self.schedule, s, self.profile.transport) for s in stages)
 
     def _boundary_bytes(self, layer: int) -> int:
         """What goes into ``layer``."""
         return self.profile.layers[layer - 1].output_bytes if layer else self.profile.input_bytes
 
-    def stage_cost(self, worker: int, start: int, end: int) -> StageCost:
-        """What a stage with these layers costs on ``worker``."""
-        layers, slowdown = self.profile.layers[start:end], self.profile.device(worker).slowdown
+    def stage_cost(self, stage: int, start: int, end: int) -> StageCost:
+        """What ``stage`` costs on its worker with these layers."""
+        layers = self.profile.layers[start:end]
+        slowdown = self.profile.device(self.schedule.worker_of(stage)).slowdown
+        trials_s = self._policy(stage).trials * sum(layer.trial_s for layer in layers) * slowdown
         forward_s = sum(layer.forward_s for layer in layers) * slowdown
         backward_s = sum(layer.backward_s for layer in layers) * slowdown
         parts = [layer.backward_input_s for layer in layers]
@@ -94,7 +86,7 @@ class Layout:
             backward_s += forward_s
             input_s = None if input_s is None else input_s + forward_s
         return StageCost(
-            forward_s,
+            forward_s + trials_s,
             backward_s,
             backward_input_s=input_s,
             update_s=sum(layer.update_s for layer in layers) * slowdown,
@@ -105,8 +97,7 @@ class Layout:
     def costs(self, cut: tuple[range, ...], seed: int = 0) -> Costs:
         """What the simulator needs to price a cut."""
         stages = tuple(
-            self.stage_cost(self.schedule.worker_of(stage), layers.start, layers.stop)
-            for stage, layers in enumerate(cut)
+            self.stage_cost(stage, layers.start, layers.stop) for stage, layers in enumerate(cut)
         )
         links = {}
         for low in range(self.schedule.num_workers):
@@ -178,7 +169,12 @@ class Layout:
         a, num_stages = self.schedule.accumulation, self.schedule.num_stages
         layers = self.profile.layers
         again = 2 if self.recompute else 1
-        work = [again * each.forward_s + each.backward_s + each.update_s / a for each in layers]
+        trials = [self._policy(stage).trials for stage in range(num_stages)]
+        work = [
+            again * each.forward_s + each.backward_s + each.update_s / a + number * each.trial_s
+            for number in trials
+            for each in layers
+        ]
         workers = [self.schedule.worker_of(stage) for stage in range(num_stages)]
         slowdowns = [self.profile.device(worker).slowdown for worker in workers]
         sent = [
@@ -189,7 +185,8 @@ class Layout:
         # On one scale: work * slowdown and seconds on a wire, all as integers.
         slow = as_integers([*slowdowns, 1.0])
         whole = as_integers([*work, *sent])
-        prefix = list(accumulate(whole[: len(work)], initial=0))
+        firsts = range(0, len(work), len(layers))
+        prefixes = [list(accumulate(whole[k : k + len(layers)], initial=0)) for k in firsts]
         wire = whole[len(work) :]
         limits = [self._limit(stage) if limited else None for stage in range(num_stages)]
 
@@ -197,7 +194,7 @@ class Layout:
             limit = limits[stage]
             if limit is not None and self.memory(stage, start, end).total_bytes > limit:
                 return None
-            cost = (prefix[end] - prefix[start]) * slow[stage]
+            cost = (prefixes[stage][end] - prefixes[stage][start]) * slow[stage]
             if end < len(layers):
                 cost = max(cost, wire[stage * (len(layers) + 1) + end] * slow[-1])
             return cost

@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paci.errors import ConfigError
+from paci.plan.memory import RECEIVES_AHEAD
 from paci.runtime.boundary import Spec, all_are, changed, decode, encode, specs_of
 from paci.runtime.transport import Ends, LinkError, Receiver, Sender, Tensors
 from paci.schedule.action import Message, Payload
 
-RECEIVES_AHEAD = 2
 _HEADER_BYTES = 4096
 _MOST_TAGS = 1 << 20
 

@@ -1,8 +1,9 @@
 """Measure what each layer of a model costs on a device, one layer at a time.
 
 Only one layer is in memory at once, so a model that fits no device can be profiled on one. What is
-measured is what the planner adds up: seconds of forward, backward, backward to the input alone and
-update; bytes of weights, gradients, optimizer state, and of what a forward keeps for its backward.
+measured is what the planner adds up: seconds of forward, backward, backward to the input alone,
+update and a trial of one; bytes of weights, gradients, optimizer state, and of what a forward keeps
+for its backward.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paci.errors import ConfigError
+from paci.optim.trial import trial_steps
 from paci.plan.profile import LayerProfile, Profile
 from paci.runtime.batch import as_tensors
 from paci.runtime.memory import kept_by_forward
@@ -101,7 +103,8 @@ class _Bench:
         """The layer's costs, and what it hands on."""
         kept_bytes, outputs = self._kept()
         handed_on = tuple(each.detach() for each in outputs)
-        seconds: dict[str, list[float]] = {"forward": [], "backward": [], "input": [], "update": []}
+        parts = "forward", "backward", "input", "trial", "update"
+        seconds: dict[str, list[float]] = {part: [] for part in parts}
         optimizer = make_optimizer(self._parameters) if self._parameters else None
         del outputs
         for repeat in range(_NUM_WARM_UP + num_repeats):
@@ -119,6 +122,7 @@ class _Bench:
             backward_s=backward_s,
             backward_input_s=input_s,
             update_s=median.get("update", 0.0),
+            trial_s=median.get("trial", 0.0),
             weight_bytes=_num_bytes((*self._layer.parameters(), *self._layer.buffers())),
             gradient_bytes=_num_bytes(self._parameters),
             optimizer_bytes=sum(
@@ -172,12 +176,22 @@ class _Bench:
         times["backward"] = self._now() - start
         if optimizer is not None:
             start = self._now()
+            self._try(optimizer)
+            times["trial"] = self._now() - start
+            start = self._now()
             optimizer.step()
             times["update"] = self._now() - start
             optimizer.zero_grad()
         for each in leaves:
             each.grad = None
         return times
+
+    @torch.no_grad()
+    def _try(self, optimizer: Optimizer) -> None:
+        """What the weight policy ``lookahead`` does before a forward."""
+        for parameter, step in trial_steps(optimizer):
+            working = parameter.clone()
+            working.copy_(step.mul_(1.0).add_(parameter))
 
     def _now(self) -> float:
         if self._device.type == "cuda":

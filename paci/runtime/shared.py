@@ -28,12 +28,12 @@ import struct
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from paci.plan.memory import aligned, ring_slot_bytes, ring_slots
 from paci.runtime.boundary import Spec, all_are, changed, decode, encode, specs_of
 from paci.runtime.transport import Ends, Receiver, Sender, Tensors
 from paci.schedule.action import Message
@@ -42,8 +42,6 @@ from paci.schedule.action import Message
 AVAILABLE = hasattr(socket, "AF_UNIX") and hasattr(socket, "send_fds")
 
 _FREE, _SENT, _HELD = 0, 1, 2
-_SLOTS_A_MESSAGE = 2  # of those that may be under way: one for it, one in the receiver's hands
-_ALIGNMENT_BYTES = 64  # as torch's own allocator: kernels give the same bits
 _SLOT = struct.Struct("<H")
 _HEADER = struct.Struct("<QI?")  # bytes of a slot, bytes of the description, whether memory comes
 _CROWDED_S = 0.001  # between two looks for a free slot, once a sender is far ahead
@@ -109,7 +107,7 @@ class _Memory:
     def __init__(self, file: int, slot_bytes: int, num_slots: int) -> None:
         self.slot_bytes = slot_bytes
         self.num_slots = num_slots
-        self._first = _aligned(num_slots)
+        self._first = aligned(num_slots)
         self._map = mmap.mmap(file, self._first + num_slots * slot_bytes)
         os.close(file)
         self._bytes = memoryview(self._map)
@@ -124,7 +122,7 @@ class _Memory:
         else:
             with tempfile.TemporaryFile() as unnamed:
                 file = os.dup(unnamed.fileno())
-        os.ftruncate(file, _aligned(num_slots) + num_slots * slot_bytes)
+        os.ftruncate(file, aligned(num_slots) + num_slots * slot_bytes)
         return _Memory(os.dup(file), slot_bytes, num_slots), file
 
     def slot(self, index: int) -> memoryview:
@@ -158,26 +156,8 @@ def _tensors_in(slot: memoryview, specs: list[Spec]) -> Tensors:
             continue
         flat = torch.frombuffer(slot, dtype=spec.dtype, count=count, offset=offset)
         tensors.append(flat.view(spec.shape))
-        offset += _aligned(spec.num_bytes)
+        offset += aligned(spec.num_bytes)
     return tuple(tensors)
-
-
-def ring_bytes(message_bytes: Sequence[int], capacity: int) -> int:
-    """Memory of a channel.
-
-    Args:
-        message_bytes: of each tensor of a message.
-        capacity: messages that may be under way; as many again may be in the receiver's hands.
-    """
-    return _SLOTS_A_MESSAGE * capacity * _slot_bytes(message_bytes)
-
-
-def _slot_bytes(message_bytes: Sequence[int]) -> int:
-    return max(_ALIGNMENT_BYTES, sum(map(_aligned, message_bytes)))
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 class SharedSender(Sender):
@@ -232,10 +212,10 @@ class SharedSender(Sender):
             raise changed(message, self._specs, specs)
         self._specs = specs
         text = encode(specs)
-        slot_bytes = _slot_bytes([spec.num_bytes for spec in specs])
+        needed = ring_slot_bytes([spec.num_bytes for spec in specs])
         files: list[int] = []
-        if self._memory is None or self._memory.slot_bytes < slot_bytes:
-            self._memory, file = _Memory.create(slot_bytes, _SLOTS_A_MESSAGE * self._capacity)
+        if self._memory is None or self._memory.slot_bytes < needed:
+            self._memory, file = _Memory.create(needed, ring_slots(self._capacity))
             files.append(file)
         memory = self._memory
         header = _HEADER.pack(memory.slot_bytes, len(text), bool(files))
@@ -346,7 +326,7 @@ class SharedReceiver(Receiver):
             raise self._ends.failure("receive", message, timed_out=False)
         slot_bytes, num_bytes, memory_comes = _HEADER.unpack(header)
         if memory_comes:
-            self._memory = _Memory(files[0], slot_bytes, _SLOTS_A_MESSAGE * self._capacity)
+            self._memory = _Memory(files[0], slot_bytes, ring_slots(self._capacity))
             self._held = {}
         return decode(self._read(num_bytes, message))
 

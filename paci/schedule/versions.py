@@ -156,6 +156,11 @@ def analyse(schedule: Schedule, num_updates: int) -> tuple[StageVersions, ...]:
     )
 
 
+def updates_to_settle(schedule: Schedule) -> int:
+    """Updates until every stage has had in flight, and late, all that it ever will."""
+    return 2 + 2 * schedule.channel_capacity // schedule.accumulation
+
+
 def peak_versions(schedule: Schedule, stage: int, num_updates: int) -> int:
     """Most versions of ``stage`` that are in use at any time within ``num_updates`` updates from an
     empty pipeline: the newest, and those that micro-batches in flight saw in their forward."""

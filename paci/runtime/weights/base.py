@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from paci.plan.memory import PolicyCost
 from paci.schedule.base import Schedule
-from paci.schedule.versions import MicroBatchVersions
+from paci.schedule.versions import (
+    MicroBatchVersions,
+    peak_versions,
+    steady_update,
+    updates_to_settle,
+)
 
 Tensors = tuple[Tensor, ...]
 Leaves = dict[str, nn.Parameter]  # working weights by name
@@ -227,6 +233,17 @@ class WeightPolicy(abc.ABC):
                 in flight met at their forward.
         """
         return num_versions if self.consistent else 1, 0
+
+    def trials(self, delays: Sequence[int]) -> float:
+        """Steps of the optimizer that are tried (``paci.optim.trial``) before a forward, on
+        average, from the delays of the micro-batches of an update."""
+        return 0.0
+
+    def cost(self, schedule: Schedule, stage: int) -> PolicyCost:
+        """What ``stage`` pays for it, in training without end."""
+        num_versions = peak_versions(schedule, stage, updates_to_settle(schedule))
+        delays = [met.delay for met in steady_update(schedule, stage)]
+        return PolicyCost(*self.num_copies(num_versions), self.separate, self.trials(delays))
 
     def attach(self, weights: StageWeights, optimizer: Optimizer) -> None:
         """Become the policy of one stage: its weights, and what updates their masters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,6 +58,17 @@ class Lookahead(WeightPolicy):
                 raise ConfigError(
                     f"{name} must be at least 0 and finite, got {value}; pass a number of steps"
                 )
+
+    def trials(self, delays: Sequence[int]) -> float:
+        """Those of an update's time: forwards for it first, then those for later ones, each after
+        a backward."""
+        number, ahead, age = 0, 0.0, 0
+        for delay in sorted(delays):
+            wanted = self.reach * delay + self.beyond
+            if wanted != ahead or (wanted and age >= self.refresh):
+                number, ahead, age = number + 1, wanted, 0
+            age += 1
+        return number / len(delays)
 
     def attach(self, weights: StageWeights, optimizer: torch.optim.Optimizer) -> None:
         """Start at the masters."""
