@@ -94,6 +94,7 @@ class Convergence(Question):
         "stages": "{num_stages}",
         "accumulation": "{accumulation}",
         "mean delay": "{mean_delay:.2f}",
+        "max drift": "{max_drift}",
         "learning rate": "{learning_rate:g}",
         "seeds": "{num_seeds}",
         "validation loss": "{val_loss:.4f}",
@@ -227,9 +228,10 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
         rows: of runs; those with a problem count as a learning rate that is too high.
 
     Returns:
-        Rows of the runs' settings with ``val_loss`` (mean), ``spread`` (half of the range),
-        ``num_seeds``, ``mean_delay`` (over stages) and ``against_flush``, the relative distance to
-        the flush of the same optimizer, stages, precision and number of sequences.
+        Rows of the runs' settings with ``val_loss`` (mean), ``spread`` (half of the range, if there
+        is more than one seed), ``num_seeds``, ``mean_delay`` (over stages), ``max_drift`` (the
+        largest that the drift meter saw at any stage) and ``against_flush``, the relative distance
+        to the flush of the same optimizer, precision and number of sequences.
     """
     best = best_runs(rows)
     flushes = {
@@ -241,10 +243,13 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
         row = {key: group[0][key] for key in (*_SETTING, "weights", "learning_rate")}
         row |= {
             "val_loss": statistics.fmean(losses),
-            "spread": (max(losses) - min(losses)) / 2,
             "num_seeds": len(losses),
             "mean_delay": group[0]["mean_delay"],
         }
+        if len(losses) > 1:
+            row["spread"] = (max(losses) - min(losses)) / 2
+        if all("max_drift" in each for each in group):
+            row["max_drift"] = max(each["max_drift"] for each in group)
         if all("held_out_loss" in each for each in group):
             row["held_out_loss"] = statistics.fmean(each["held_out_loss"] for each in group)
         flush = flushes.get(_beside(group[0]))
@@ -376,6 +381,7 @@ def _read_run(folder: Path, held_out: str) -> dict[str, Any]:
         "val_loss": curve[-1][1],
         "curve": curve,
         "mean_delay": round(late / total, 4),
+        "max_drift": max(summary["max_drift"]),
         "weights_sha256": summary["weights_sha256"],
         **besides,
     }

@@ -45,6 +45,11 @@ METHODS: dict[str, Method] = {
     "stash": Method("PipeDream's weights, accumulating", {"weights": "stash"}),
     "pipedream": Method("PipeDream (1806.03377)", {"weights": "stash"}, every_micro_batch=True),
     "naive": Method("the newest weights, no accumulation", {"weights": "current"}, True),
+    "flush-each": Method(
+        "a flush after every micro-batch: the batches of naive, and no delay",
+        {"schedule": "1f1b", "weights": "current"},
+        every_micro_batch=True,
+    ),
     "double-buffer": Method("PipeDream-2BW (2006.09503)", {"weights": "double_buffer"}),
     "predict": Method("PipeOptim (2312.00839)", {"weights": "predict"}),
     "pipemare": Method(

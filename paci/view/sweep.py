@@ -108,10 +108,20 @@ def _over_rates(axes: Axes, rows: Sequence[Row], looks: Mapping[str, Any]) -> No
 
 
 def _over_delay(axes: Axes, best: Sequence[Sequence[Row]], looks: Mapping[str, Any]) -> None:
+    """A line a method, through its settings; those in which they differ stand at the points."""
+    told = [
+        key
+        for key in ("num_stages", "accumulation")
+        if len({group[0][key] for group in best if group[0]["mean_delay"]}) > 1
+    ]
+    symbols = {"num_stages": "N", "accumulation": "a"}
     lines: dict[str, list[tuple[float, float]]] = {}
     for group in best:
-        delay = statistics.fmean(row["mean_delay"] for row in group)
-        lines.setdefault(_label(group[0]), []).append((delay, _mean(group)))
+        point = statistics.fmean(row["mean_delay"] for row in group), _mean(group)
+        lines.setdefault(_label(group[0]), []).append(point)
+        if told and point[0]:
+            text = ", ".join(f"{symbols[key]} = {group[0][key]}" for key in told)
+            axes.annotate(text, point, (4, 4), textcoords="offset points", fontsize=7)
     for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), linewidth=0, **looks[name])
+        axes.plot(*zip(*sorted(points), strict=True), linewidth=0.7, **looks[name])
     axes.set_xlabel("mean delay of a gradient (updates)")
