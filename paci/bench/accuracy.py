@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from paci.bench.turns import Say
 
 _ZERO_BUBBLE = ("torch-interleaved", "torch-zero-bubble", "torch-zbv")
+_FASTEST_1F1B, _FASTEST = "fastest 1f1b", "fastest of all"
+# Of a comparison: schedule or choice of one, and the heading over its time.
+_CHOICES = {
+    "1f1b": "1F1B",
+    _FASTEST_1F1B: "1F1B, cut finer",
+    **{name: name.removeprefix("torch-") for name in _ZERO_BUBBLE},
+    _FASTEST: "fastest of these",
+}
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,14 @@ class TimeToAccuracy(Question):
     batch, at the best learning rate of each. Updates that a method flushes at first take a flush's
     time. What looking ahead costs in arithmetic is not in these times: ``paci bench race`` has it.
 
+    A row that is kept is one schedule in one comparison; one of the table is a comparison.
+
     Args:
         runs: store of ``paci bench convergence``; empty for times alone.
         emulated: JSON files of ``paci bench emulate``, separated by spaces, whose times are taken
             instead of simulated ones.
         method: PACI's, a name out of docs/convergence.md.
-        flushes: methods without delay, separated by spaces; the best of them is compared with.
+        flushes: methods without delay, separated by spaces, each compared with.
         workers: that every schedule has.
         micro_batches: numbers of them in an update, separated by commas.
         batch_size: sequences of an update, where there are no runs that say it.
@@ -56,18 +66,19 @@ class TimeToAccuracy(Question):
     summary: ClassVar[str] = "updates to a loss, from training, times the time of an update"
     columns: ClassVar[Mapping[str, str]] = {
         "optimizer": "{optimizer}",
+        "precision": "{precision}",
+        "blocks": "{layers}",
+        "updates": "{run_updates}",
         "micro-batches": "{num_micro_batches}",
-        "method": "{method}",
-        "schedule": "{schedule_told}",
-        "rate": "{learning_rate:g}",
-        "seeds": "{num_seeds}",
-        "final loss": "{final_loss:.4f}",
+        "seeds": "{seeds_told}",
+        "PACI ends at": "{final_loss:.4f}",
+        "rival": "{rival}",
+        "ends at": "{rival_final_loss:.4f}",
         "target": "{target_loss:.4f}",
-        "updates to it": "{updates_told}",
-        "update / bubble-free": "{over_ideal:.3f}",
+        "PACI's updates to it": "{updates_told}",
+        "the rival's": "{rival_updates_told}",
+        **{heading: f"{{{key}}}" for key, heading in _CHOICES.items()},
         "times are": "{source}",
-        "update / PACI's": "{update_ratio:.2f}",
-        "time to target / PACI's": "{time_told}",
     }
 
     def __post_init__(self) -> None:
@@ -110,9 +121,9 @@ class TimeToAccuracy(Question):
             own = own._replace(over_ideal=mean)
         yield self._row(m, "paci", m, own, own, ours, ours)
         cuts = list(_cuts(m, batch_size))
-        rivals = [("1f1b", m, ""), (*paces.fastest(("1f1b",), cuts), "fastest 1f1b")]
+        rivals = [("1f1b", m, ""), (*paces.fastest(("1f1b",), cuts), _FASTEST_1F1B)]
         rivals += [(name, m, "") for name in _ZERO_BUBBLE]
-        rivals += [(*paces.fastest(("1f1b", *_ZERO_BUBBLE), cuts), "fastest of all")]
+        rivals += [(*paces.fastest(("1f1b", *_ZERO_BUBBLE), cuts), _FASTEST)]
         for name, size, choice in rivals:
             try:
                 pace = paces.of(name, size)
@@ -158,20 +169,28 @@ class TimeToAccuracy(Question):
 
     @classmethod
     def summarize(cls, rows: Sequence[Row]) -> list[Row]:
-        """The same rows with words where a figure has a spread, or is not known."""
-        told: list[Row] = []
+        """A row for each comparison: times over PACI's, to the target; where no training says when
+        that is reached, those of an update alone."""
+        told: list[dict[str, Any]] = []
         for row in rows:
-            words: dict[str, Any] = {"schedule_told": row["schedule"], **row}
-            if "over_ideal" in row:
-                if row["choice"]:
-                    size = row["schedule_micro_batches"]
-                    words["schedule_told"] = f"{row['choice']}: {row['schedule']} with {size}"
-                words["updates_told"], words["time_told"] = "loss unknown", "loss unknown"
+            if row["schedule"] == "paci":
+                told.append({**row, **_told_of_ours(row)})
+                continue
+            own, name = told[-1], row["choice"] if row.get("choice") else row["schedule"]
+            if "problem" in row:
+                own[name] = "does not run"
+                continue
+            own["rival"] = row["method"]
             if "updates" in row:
-                words["updates_told"] = f"{row['updates']:.0f} ± {row['updates_spread']:.0f}"
-                words["time_told"] = f"{row['time_ratio']:.2f}"
-            told.append(words)
-        return told
+                own["rival_final_loss"] = row["final_loss"]
+                own["rival_updates_told"] = _mean_and_spread(row)
+                own["seeds_told"] = f"{own['num_seeds']}, {row['num_seeds']}"
+            own[name] = f"{row.get('time_ratio', row['update_ratio']):.2f}"
+            if row["choice"]:
+                schedule = row["schedule"].removeprefix("torch-")
+                cut = f"{row['schedule_micro_batches']} micro-batches"
+                own[name] += f" ({schedule}, {cut})" if row["choice"] == _FASTEST else f" ({cut})"
+        return [*told]
 
     @classmethod
     def draw(cls, rows: Sequence[Row], path: Path) -> bool:
@@ -182,6 +201,15 @@ class TimeToAccuracy(Question):
         if drawn:
             accuracy_picture(drawn, path)
         return bool(drawn)
+
+
+def _told_of_ours(row: Row) -> dict[str, str]:
+    return {"updates_told": _mean_and_spread(row) if "updates" in row else "an update alone"}
+
+
+def _mean_and_spread(row: Row) -> str:
+    told = f"{row['updates']:.0f}"
+    return told + f" ± {row['updates_spread']:.0f}" if row["num_seeds"] > 1 else told
 
 
 def _cuts(num_micro_batches: int, batch_size: int) -> Iterator[int]:

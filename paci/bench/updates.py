@@ -27,6 +27,9 @@ class Needed:
     Attributes:
         method: which.
         optimizer: of the training.
+        precision: likewise.
+        layers: blocks of the model.
+        run_updates: of the whole run.
         learning_rate: its best.
         batch_size: sequences of an update.
         final_loss: validation loss of the last update, the mean over seeds.
@@ -37,6 +40,9 @@ class Needed:
 
     method: str
     optimizer: str
+    precision: str
+    layers: int
+    run_updates: int
     learning_rate: float
     batch_size: int
     final_loss: float
@@ -59,6 +65,9 @@ class Needed:
         """For a row of a benchmark."""
         return {
             "optimizer": self.optimizer,
+            "precision": self.precision,
+            "layers": self.layers,
+            "run_updates": self.run_updates,
             "learning_rate": self.learning_rate,
             "num_seeds": len(self.updates),
             "final_loss": self.final_loss,
@@ -92,7 +101,7 @@ def read_sweep(store: Path) -> list[Row]:
 def needed_updates(
     sweep: Sequence[Row], method: str, flushes: Sequence[str], num_stages: int, accumulation: int
 ) -> list[tuple[Needed, Needed]]:
-    """What ``method`` needs, and what the best of ``flushes`` does, to where that flush ends.
+    """What ``method`` needs, and what each of ``flushes`` does, to where that flush ends.
 
     Where a run of either does not come that far, the loss is the last that all of them reach. A
     run reaches a loss where straight lines between its evaluations first do. How a flush cuts its
@@ -106,7 +115,8 @@ def needed_updates(
         accumulation: likewise.
 
     Returns:
-        A pair for each setting (data, model, batch, length, optimizer) that has runs of both.
+        A pair for each setting (data, model, batch, length, precision, optimizer) and each of
+        ``flushes`` that has runs of both.
     """
     settings: dict[str, list[Row]] = {}
     methods = (method, *flushes)
@@ -117,9 +127,10 @@ def needed_updates(
     for rows in settings.values():
         shape = {"num_stages": num_stages, "accumulation": accumulation}
         ours = _best([row for row in rows if row["method"] == method and _is(row, shape)])
-        theirs = _best([row for row in rows if row["method"] in flushes])
-        if ours and theirs:
-            found.append(_to_the_same(ours, theirs))
+        for flush in flushes:
+            theirs = _best([row for row in rows if row["method"] == flush])
+            if ours and theirs:
+                found.append(_to_the_same(ours, theirs))
     return found
 
 
@@ -136,8 +147,8 @@ def _is(row: Row, shape: Mapping[str, Any]) -> bool:
 
 
 def _best(rows: Sequence[Row]) -> list[Row]:
-    """The runs at the learning rate with the lowest mean loss, of all methods and shapes in
-    ``rows``; more seeds before a lower loss. Empty if every learning rate has a run that failed."""
+    """The runs of a method at the learning rate, and in the shape, with the lowest mean loss; more
+    seeds before a lower loss. Empty if every learning rate has a run that failed."""
     found = summarize(rows)
     if not found:
         return []
@@ -162,6 +173,9 @@ def _needed(rows: Sequence[Row], target: float) -> Needed:
     return Needed(
         first["method"],
         first["optimizer"],
+        first["precision"],
+        first["layers"],
+        first["updates"],
         first["learning_rate"],
         first["batch_size"],
         statistics.fmean(row["val_loss"] for row in rows),

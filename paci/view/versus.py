@@ -16,7 +16,6 @@ from paci.view.curves import save_figure
 Row = Mapping[str, Any]
 _COLOURS = ("#0072B2", "#555555", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "-", "--", ":", "-.")
-_MARKERS = "osD^vP*X"
 _RATIOS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -83,7 +82,9 @@ def _over(axes: Axes, rows: Sequence[Row], x: str, reached: str) -> None:
 def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
     """Draw the time to a loss over PACI's, over the number of micro-batches, a line a schedule.
 
-    Thin dashed lines are of the time of an update alone, as if all methods took as many.
+    Of the settings that were compared (optimizer, precision, length, flush) that with most numbers
+    of micro-batches is drawn, the first of equals. Thin dashed lines are of the time of an update
+    alone, as if all methods took as many.
 
     Args:
         rows: of ``paci bench time-to-accuracy``, each with an ``update_ratio``.
@@ -96,7 +97,7 @@ def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
         raise ConfigError("a time to accuracy needs a row with a time to be drawn, got none")
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.add_subplot()
-    optimizers = list(dict.fromkeys(row["optimizer"] for row in rows if "optimizer" in row))
+    drawn = _widest(rows)
     lines: dict[str, list[Row]] = {}
     for row in rows:
         if row["schedule"] != "paci":
@@ -104,25 +105,20 @@ def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
     for (label, own), colour in zip(lines.items(), itertools.cycle(_COLOURS), strict=False):
         alone = sorted({(row["num_micro_batches"], row["update_ratio"]) for row in own})
         axes.plot(*zip(*alone, strict=True), "--", color=colour, linewidth=0.8, alpha=0.7)
-        named = False
-        for optimizer, marker in zip(optimizers, itertools.cycle(_MARKERS), strict=False):
-            known = sorted(
-                (row["num_micro_batches"], row["time_ratio"])
-                for row in own
-                if row.get("optimizer") == optimizer
-            )
-            if known:
-                words = f"{label}, {optimizer}" if len(optimizers) > 1 else label
-                axes.plot(
-                    *zip(*known, strict=True),
-                    color=colour,
-                    marker=marker,
-                    markersize=5,
-                    linewidth=1.4,
-                    label=words,
-                )
-                named = True
-        if not named:
+        known = sorted(
+            (row["num_micro_batches"], row["time_ratio"])
+            for row in own
+            if "time_ratio" in row and _setting(row) == drawn
+        )
+        if known:
+            look: dict[str, Any] = {
+                "color": colour,
+                "marker": "o",
+                "markersize": 5,
+                "linewidth": 1.4,
+            }
+            axes.plot(*zip(*known, strict=True), label=label, **look)
+        else:
             axes.plot([], [], "--", color=colour, linewidth=0.8, label=f"{label} (updates only)")
     axes.axhline(1.0, color="#000000", linewidth=1.2)
     sizes = sorted({row["num_micro_batches"] for row in rows})
@@ -139,5 +135,22 @@ def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    axes.set_title("to one loss (solid); of an update (dashed)", fontsize=10)
+    title = "to one loss (solid); of an update (dashed)"
+    if drawn:
+        optimizer, precision, _, updates, _ = drawn
+        title += f"\n{optimizer}, {precision}, runs of {updates} updates"
+    axes.set_title(title, fontsize=10)
     save_figure(figure, path)
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("optimizer", "precision", "layers", "run_updates", "method"))
+
+
+def _widest(rows: Sequence[Row]) -> tuple[Any, ...]:
+    """The setting that has most numbers of micro-batches; empty if none has a time to a loss."""
+    sizes: dict[tuple[Any, ...], set[int]] = {}
+    for row in rows:
+        if row["schedule"] != "paci" and "time_ratio" in row:
+            sizes.setdefault(_setting(row), set()).add(row["num_micro_batches"])
+    return max(sizes, key=lambda each: len(sizes[each]), default=())
