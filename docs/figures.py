@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from paci.bench.convergence import Convergence
+from paci.bench.methods import METHODS
 from paci.bench.questions import QUESTIONS
 from paci.bench.record import table
 from paci.view.rows import Bar, bar_rows
@@ -37,10 +38,12 @@ KINDS = {
 }
 _PAGE = """# Benchmarks
 
-Written by `make docs` from the JSON in `results/`; do not edit. Arms take turns in the
-same processes; figures are medians over turns, the spread is half their range.
-[Decision 11](decisions/0011-benchmarks.md) says how, and what an emulation on few cores
-cannot show.
+Written by `make docs` from the JSON in `results/`; do not edit.
+
+Arms take turns in the same processes (A B A B). A time is the median over turns; a ratio is the
+median of the turns' ratios, so it can differ a little from the ratio of the medians; the spread is
+half the range over turns. [Decision 11](decisions/0011-benchmarks.md) says how, and what an
+emulation on few cores cannot show.
 
 - *limit*: both workers compute their stage by themselves, at once, with no pipeline; its
   time is that of the slower one. *of the limit*: that time over the row's.
@@ -54,13 +57,32 @@ cannot show.
 - Bytes are counted on the CPU, each storage once; *receive* is set aside for messages and
   touched only as far as it is used. [Decision 40](decisions/0040-memory.md) says what counts.
 
-All ran on a quiet machine, as far as was known of it.
+## Two real stages on two cores
 
+A GPT of 8 blocks of width 256, two workers, PACI and PyTorch's own pipelines in turns. Columns from
+the third on: time of an update over PACI's.
+"""
+_WAITING = """
 ![two real stages](images/bench-throughput.svg)
 
+## Workers whose stages wait
+
+10 ms forward and 20 ms backward, all else real: messages, optimizer, engine. *asked / time*, and
+the utilization in brackets. All workers share two cores, so host time that would run in parallel
+queues here.
+"""
+_BYTES = """
 ![stages that wait](images/bench-emulate.svg)
 
+## Memory of stage 0 of 8
+
+MiB, a GPT of 16 blocks of width 128. PACI keeps what 1F1B-flush keeps; stashing keeps another set of
+weights, and autocast a low-precision copy for each micro-batch in flight.
+"""
+_ALL = """
 ![memory by kind](images/bench-memory.svg)
+
+# Every result
 """
 
 
@@ -76,15 +98,17 @@ def results() -> dict[str, Result]:
 
 
 # Benchmarks whose tables stand in convergence.md.
-_SWEEPS_DRAWN = ("convergence-muon",)
+_SWEEPS_DRAWN = ("convergence-muon", "convergence-adamw", "convergence-stages")
 _OF_LEARNING = ("convergence", "time-to-accuracy", "race")
 _QUESTIONS = {question.name: question for question in QUESTIONS}
 
 
 def page(folder: Path) -> None:
     """``benchmarks.md``: the tables of the results that are committed."""
-    lines = [_PAGE]
-    for name, result in results().items():
+    found = results()
+    lines = [_PAGE, *_speed_table(found), _WAITING, *_waiting_table(found)]
+    lines += [_BYTES, *_memory_table(found), _ALL]
+    for name, result in found.items():
         if result["bench"] in _OF_LEARNING:
             continue
         machine, versions = result["machine"], result["versions"]
@@ -123,7 +147,7 @@ def _label(row: Result) -> str:
 
 def _speed(found: dict[str, Result]) -> str:
     groups = {
-        f"{m} micro-batches an update": [
+        f"{m} micro-batches per update": [
             Bar(
                 _label(row),
                 {"share": row["share_of_limit"]},
@@ -192,7 +216,7 @@ def _speed_table(found: dict[str, Result]) -> list[str]:
     rivals = ("Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleInterleavedZeroBubble")
     rivals = (*rivals, "ScheduleZBVZeroBubble")
     lines = [
-        "| micro-batches an update | PACI, of the limit | our 1F1B-flush | "
+        "| micro-batches per update | PACI, of the limit | our 1F1B-flush | "
         + " | ".join(f"`{name}`" for name in rivals)
         + " | theory for 1F1B |",
         "|---|---|---|" + "---|" * (len(rivals) + 1),
@@ -235,21 +259,13 @@ def _shares(row: Result) -> str:
     return _shown(row, "asked_share", ".3f") + (f" ({busy})" if busy else "")
 
 
-def _overhead_table(found: dict[str, Result]) -> list[str]:
-    lines = ["| runtime | schedule | over | workers | overhead us |", "|---|---|---|---|---|"]
-    for row in _measured(found["overhead"], "overhead_us"):
-        cells = [row["runtime"], f"`{row['schedule']}`", row["transport"], row["num_workers"]]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{row['overhead_us']:.0f}"])) + " |")
-    return lines
-
-
 def _memory_table(found: dict[str, Result]) -> list[str]:
     lines = [
         "| schedule | weights | precision | " + " | ".join(KINDS.values()) + " | all | predicted |",
         "|---|---|---|" + "---|" * (len(KINDS) + 2),
     ]
     for row in _of_first_stage(found["memory"]):
-        if row["num_workers"] == 8:
+        if row["num_workers"] == 8 and row["weights"] != "recompute":
             cells = [f"`{row['schedule']}`", f"`{row['weights']}`", row["precision"]]
             keys = [*KINDS, "total_bytes", "predicted_total_bytes"]
             cells += [f"{row[key] / 2**20:.2f}" for key in keys]
@@ -257,24 +273,149 @@ def _memory_table(found: dict[str, Result]) -> list[str]:
     return lines
 
 
-TABLES: dict[str, Callable[[dict[str, Result]], list[str]]] = {
-    "throughput": _speed_table,
-    "emulate": _waiting_table,
-    "overhead": _overhead_table,
-    "memory": _memory_table,
-}
+def _key_figures(found: dict[str, Result]) -> list[str]:
+    """The README's table: one line a question, each made of the rows of its result."""
+    rows = [
+        ("Speed over PyTorch's `Schedule1F1B`", *_speed_figure(found), "throughput"),
+        ("The same, of the speed of the stages alone", *_limit_figure(found), "throughput"),
+        ("Utilization", *_waiting_figure(found), "emulate"),
+        ("Host time per micro-batch and stage", *_overhead_figure(found), "overhead"),
+        ("Memory over 1F1B-flush", *_memory_figure(found), "memory"),
+        ("Utilization, predicted and measured", *_prediction_figure(found), "throughput, emulate"),
+        ("Validation loss against a flush's", *_loss_figure(found), "convergence"),
+        ("Time to that loss, of 1F1B over PACI", *_accuracy_figure(found), "time-to-accuracy"),
+        ("Seconds to that loss, of PyTorch's over ours", *_race_figure(found), "race"),
+    ]
+    lines = ["| | figure | of | `paci bench` |", "|---|---|---|---|"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _speed_figure(found: dict[str, Result]) -> tuple[str, str]:
+    by_size = _by_micro_batches(found)
+    ratios = (_row(result, "torch", "Schedule1F1B")["time_ratio"] for result in by_size.values())
+    ideal = ", ".join(f"{(m + 1) / m:.3g}" for m in by_size)
+    sizes = ", ".join(map(str, by_size))
+    return (
+        "**" + ", ".join(f"{ratio:.2f}" for ratio in ratios) + "**",
+        f"two real stages on two cores, {sizes} micro-batches per update (in theory {ideal})",
+    )
+
+
+def _limit_figure(found: dict[str, Result]) -> tuple[str, str]:
+    by_size = _by_micro_batches(found)
+    shares = (_row(result, "paci", "paci")["share_of_limit"] for result in by_size.values())
+    return "**" + ", ".join(f"{share:.1%}" for share in shares) + "**", "the same runs"
+
+
+def _waiting_figure(found: dict[str, Result]) -> tuple[str, str]:
+    parts, ratios = [], []
+    for name in ("emulate-8", "emulate-16"):
+        parts.append(f"{_row(found[name], 'paci', 'paci')['utilization']:.1%}")
+        ratios.append(f"{_row(found[name], 'torch', 'Schedule1F1B')['time_ratio']:.2f}")
+    words = "8 and 16 workers whose stages wait; an update of `Schedule1F1B` takes "
+    return f"**{', '.join(parts)}**", words + " and ".join(ratios) + " times as long"
+
+
+def _overhead_figure(found: dict[str, Result]) -> tuple[str, str]:
+    rows = found["overhead"]["rows"]
+    sizes = list(dict.fromkeys(row["num_workers"] for row in rows))
+
+    def figures(runtime: str, schedule: str) -> list[str]:
+        arms = [r for r in rows if (r["runtime"], r["schedule"]) == (runtime, schedule)]
+        return [f"{min(r['overhead_us'] for r in arms if r['num_workers'] == n):.0f}" for n in sizes]
+
+    ours, theirs = figures("paci", "paci"), figures("torch", "Schedule1F1B")
+    return (
+        f"**{', '.join(ours)} us**",
+        f"empty stages, {' and '.join(map(str, sizes))} workers; PyTorch's {', '.join(theirs)} us",
+    )
+
+
+def _memory_figure(found: dict[str, Result]) -> tuple[str, str]:
+    rows = [
+        row
+        for row in _of_first_stage(found["memory"])
+        if row["num_workers"] == 8 and row["precision"] in ("bf16", "autocast")
+    ]
+    totals = {(r["schedule"], r["precision"], r["weights"]): r["total_bytes"] for r in rows}
+    flush = totals["1f1b", "bf16", "current"]
+    ours = {totals["paci", "bf16", policy] / flush for policy in ("current", "lookahead")}
+    stash = totals["paci", "bf16", "stash"] / flush
+    autocast = totals["paci", "autocast", "current"] / flush
+    return (
+        f"**{', '.join(f'{each:.2f}' for each in sorted(ours))}**",
+        f"stage 0 of 8 in bf16, looking ahead or not; a stash {stash:.2f}, autocast {autocast:.2f}",
+    )
+
+
+def _prediction_figure(found: dict[str, Result]) -> tuple[str, str]:
+    errors = [
+        abs(row["utilization"] - row["predicted_utilization"])
+        for result in found.values()
+        for row in _measured(result, "predicted_utilization")
+    ]
+    return (
+        f"**{100 * max(errors):.1f} points apart** at most",
+        f"all {len(errors)} rows of these results that have both",
+    )
+
+
+def _loss_figure(found: dict[str, Result]) -> tuple[str, str]:
+    parts, told = [], []
+    for name, precision in (("convergence-muon", "fp32"), ("convergence-bf16", "bf16")):
+        question = _QUESTIONS["convergence"]
+        rows = question.summarize(found[name]["rows"])
+        by_size = {row["accumulation"]: row for row in rows if row["method"] == "lookahead"}
+        parts.append(", ".join(f"{by_size[a]['against_flush']:+.1%}" for a in (8, 16)))
+        told.append(f"{precision}: {parts[-1]}")
+    return (
+        f"**{'; '.join(told)}**",
+        "8 stages, 8 and 16 micro-batches, both at their best rate, 3 seeds each",
+    )
+
+
+def _accuracy_figure(found: dict[str, Result]) -> tuple[str, str]:
+    question = _QUESTIONS["time-to-accuracy"]
+    rows = question.summarize(found["time-to-accuracy"]["rows"])
+    row = next(
+        row
+        for row in rows
+        if (row["num_micro_batches"], row.get("optimizer"), row.get("precision"))
+        == (8, "muon", "fp32")
+        and (row["rival"], row["run_updates"]) == ("flush", 300)
+    )
+    zero_bubble, fastest = row["torch-zero-bubble"], row["fastest of all"].partition(" ")[0]
+    return (
+        f"**{row['1f1b']}**",
+        "8 stages, 8 micro-batches, times simulated; 1F1B with smaller micro-batches "
+        f"{row['fastest 1f1b'].partition(' ')[0]}, zero bubble {zero_bubble}, the fastest {fastest}",
+    )
+
+
+def _race_figure(found: dict[str, Result]) -> tuple[str, str]:
+    rows = _QUESTIONS["race"].summarize(found["race"]["rows"])
+    theirs = [row for row in rows if row["runtime"] == "torch"]
+    told = ", ".join(f"{row['time_ratio']:.2f}" for row in theirs)
+    sizes = " and ".join(str(row["num_micro_batches"]) for row in theirs)
+    return f"**{told}**", f"two real workers, {sizes} micro-batches per update, all costs in it"
+
+
+def _methods_table() -> list[str]:
+    lines = ["| method | what it is | options of `paci train` |", "|---|---|---|"]
+    for name, method in METHODS.items():
+        options = [f"--{key.replace('_', '-')} {value}" for key, value in method.options.items()]
+        lines.append(f"| `{name}` | {method.summary} | `{' '.join(options)}` |")
+    return lines
 
 
 def readme(path: Path) -> None:
     """Write the README to ``path``, with what stands between its markers made anew."""
-    found = results()
-    tables = {name: make(found) for name, make in TABLES.items()}
-    _fill(ROOT / "README.md", path, tables)
+    _fill(ROOT / "README.md", path, {"figures": _key_figures(results())})
 
 
 def convergence(folder: Path) -> None:
     """Write ``convergence.md`` and the pictures of the sweeps in it likewise."""
-    tables: dict[str, list[str]] = {}
+    tables: dict[str, list[str]] = {"methods": _methods_table()}
     for name, result in results().items():
         if result["bench"] in _OF_LEARNING:
             question = _QUESTIONS[result["bench"]]

@@ -22,7 +22,7 @@ from paci.view.timeline import timeline_svg, window
 
 
 def pictures(folder: Path) -> None:
-    """``images/NAME.svg`` for each schedule: 4 stages, 4 micro-batches an update, 450 ms."""
+    """``images/NAME.svg`` for each schedule: 4 stages, 4 micro-batches per update, 450 ms."""
     (folder / "images").mkdir(exist_ok=True)
     for name in schedules():
         schedule = make_schedule(name, 4, 4)
@@ -54,7 +54,7 @@ def tables(folder: Path) -> None:
 
 def _section(name: str) -> list[str]:
     schedule = make_schedule(name, 4, 4)
-    lines = ["", f"## `{name}`: 4 stages, 4 micro-batches an update", "", "```text"]
+    lines = ["", f"## `{name}`: 4 stages, 4 micro-batches per update", "", "```text"]
     lines += [draw(schedule, 2), "```", "", f"![timeline](images/{name}.svg)", ""]
     lines += ["| stage | peak in flight | largest drift | late by one update or more |"]
     lines += ["|---|---|---|---|"]

@@ -63,7 +63,7 @@ def scale(most: int) -> None:
             cells = ["not run" if share is None else f"{share:.1%}" for share in shares]
             _write(f"| {name} | {num_stages:,} | " + " | ".join(cells) + " |")
     _write("")
-    _write("| stages | micro-batches an update | PACI | 1F1B-flush | most drift | late updates |")
+    _write("| stages | micro-batches per update | PACI | 1F1B-flush | most drift | late updates |")
     _write("|---|---|---|---|---|---|")
     for num_stages in (8, 64, 512, 4096):
         for num in (num_stages // 4, num_stages, 4 * num_stages):

@@ -8,6 +8,7 @@ them: how a job ends is up to paci. They meet at a store whose port the system c
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import itertools
@@ -254,7 +255,7 @@ def make_stage(model: str, index: int, num_stages: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Vee(paci.Schedule):
-    """Two stages a worker, down and up again, backwards split in two, never empty.
+    """Two stages per worker, down and up again, backwards split in two, never empty.
 
     In slot ``t`` stage ``s`` does ``FORWARD(t - s)``, ``BACKWARD_INPUT(t - 2 N + 1 + s)`` and the
     ``BACKWARD_WEIGHT`` of the slot before.
@@ -295,7 +296,7 @@ class Vee(paci.Schedule):
 class Run:
     """A training run, the same whatever processes share it.
 
-    ``plan`` is what the user does: ``("step", rows)`` with so many rows a micro-batch,
+    ``plan`` is what the user does: ``("step", rows)`` with so many rows per micro-batch,
     ``("evaluate", rows)``, ``("drain", 0)``, ``("drift", 0)``, ``("trace", 0)``,
     ``("reload", 0)`` (take the state to a new pipeline).
     """
@@ -500,6 +501,29 @@ def build_with_a_foreign_group(rank: int, num_ranks: int, run: Run) -> str:
         told = str(error)
     dist.barrier()  # rank 0 takes the store with it
     return told
+
+
+def load_differing(rank: int, num_ranks: int, run: Run) -> tuple[list[str], bool]:
+    """Load states that rank 1 alone gets wrong; return what each says, and whether all is as it
+    was."""
+    pipeline = build(run, dist.group.WORLD)
+    right = copy.deepcopy(pipeline.state_dict())
+    later = {"stages": copy.deepcopy(right["stages"]), "num_micro_batches": 4}
+    for state in later["stages"].values():
+        state["version"] += 2
+    before, told = digest(right["stages"][rank]["weights"]), []
+    for wrong in ({"stages": {}, "num_micro_batches": 0}, later):
+        try:
+            pipeline.load_state_dict(wrong if rank == 1 else right)
+        except paci.ConfigError as error:
+            told.append(str(error))
+        else:
+            told.append("no error")
+    pipeline.load_state_dict(right)
+    after = pipeline.state_dict()
+    close(pipeline)
+    kept = digest(after["stages"][rank]["weights"]) == before and not after["num_micro_batches"]
+    return told, kept
 
 
 class Trouble(nn.Module):

@@ -87,7 +87,7 @@ def test_emulate_splits_backwards_and_slows_down(tmp_path: Path):
     _, result = bench(tmp_path, "emulate", *small, *arms, *slow)
     rows = {row["schedule"]: row for row in result["rows"]}
     assert [row.get("problem") for row in rows.values()] == [None] * 4
-    # Worker 1 takes 4 ms a micro-batch, 16 an update; worker 0 asks for 4 * 3 + 2.
+    # Worker 1 takes 4 ms per micro-batch, 16 an update; worker 0 asks for 4 * 3 + 2.
     assert rows["paci:split_backward=true"]["ideal_share"] <= (16 + 14) / 2 / 16 + 1e-9
     assert rows["paci"]["ideal_share"] < rows["paci:split_backward=true"]["ideal_share"]
     assert rows["paci-v"]["num_stages"] == 4
@@ -277,7 +277,7 @@ def test_the_limit_waits_for_the_slowest():
         timeout_s=60.0,
         say=lambda line: None,
     )
-    # Worker 1 takes 23 ms a micro-batch, at least; worker 0 three.
+    # Worker 1 takes 23 ms per micro-batch, at least; worker 0 three.
     assert all(time_s >= 2 * 0.023 for time_s in outcomes[arms[0]].updates_s(2))
     assert len(outcomes[arms[0]].updates_s(2)) == 2
 

@@ -103,7 +103,7 @@ def test_a_schedule_is_drawn_and_analysed(shop: Shop):
     )
     grid = [line.partition(")")[2].split() for line in lines if line.startswith("stage ")][:3]
     assert grid == [["F0", "F1", "B0", "B1*"], ["F0", "F1", "B0", "B1*"], ["F0", "B0", "F1", "B1*"]]
-    # A table with a row a stage: in flight, drift and its bound.
+    # A table with a row per stage: in flight, drift and its bound.
     table = [line.split() for line in lines if line[:5].strip().isdigit()]
     expected = analyse(paci.PACI(3, 2), num_updates=20)
     assert [row[:4] for row in table] == [

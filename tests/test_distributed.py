@@ -248,6 +248,17 @@ def test_ranks_that_differ_are_told(tmp_path: Path):
         assert f"must hand over the stages [{rank}]" in found[rank][-1]
 
 
+def test_a_state_that_one_rank_refuses_is_taken_over_by_none(tmp_path: Path):
+    found = values(launch(tmp_path, 2, ranks_of.load_differing, Run(paci.PACI(2, 2), ())))
+    for rank, (told, kept) in enumerate(found):
+        other = "" if rank else "rank 1 refused: "
+        assert told[0].startswith(f"{other}the state must hold the stages [1]"), told
+        assert "number of micro-batches" in told[1], told
+        assert "0 on rank 0" in told[1], told
+        assert "4 on rank 1" in told[1], told
+        assert kept
+
+
 def test_no_loss_is_lost_to_a_drain_between_steps():
     """A V knows some losses only when it is drained, which asking for the drift does."""
     run = RUNS["questions-vee"]

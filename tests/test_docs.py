@@ -28,9 +28,10 @@ def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]):
     (example,) = blocks(ROOT / "README.md", "python")
     exec(compile(example, "README.md", "exec"), {})
     printed = capsys.readouterr().out
-    # Stage 0, drift 1: all but the first micro-batches of 7 slots, by the closed form.
+    # At stage 0, 3 micro-batches of each update are under way when it comes; not so in the ten that
+    # are drained, and in the first of the rest there is none from before.
     assert "tensor(" in printed
-    assert re.search(r"Counter\(\{0: 503, 1: 297\}\)", printed), printed
+    assert re.search(r"Counter\(\{0: 533, 1: 267\}\)", printed), printed
 
 
 def test_the_example_file_runs():

@@ -231,7 +231,7 @@ def test_offsets_of_the_shortest_chain():
 @pytest.mark.parametrize(
     ("spec", "n", "message"),
     [
-        ("paci-v", 5, r"num_stages must be even for a V, two stages a worker, got 5; cut .* 6"),
+        ("paci-v", 5, r"num_stages must be even for a V, two stages per worker, got 5; cut .* 6"),
         ("paci-v", 1, r"num_stages must be a whole number of at least 2, got 1"),
         ("paci-v:forward=1/2", 4, r"forward must be .* each of the 4 stages.*got \(1.0, 2.0\); m"),
         ("paci-v:weight_backward=0", 4, r"weight_backward must .* above 0 and finite, got \(0.0,"),

@@ -182,7 +182,7 @@ def test_jitter_is_seen_and_a_link_can_be_given():
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
 def test_what_is_known_to_be_slow_is_no_jitter(micro_batch: int | None):
-    """Two stages a worker, which share what it loses."""
+    """Two stages per worker, which share what it loses."""
     slow = (Slow(1, 0.5, micro_batch),)
     schedule = PaciV(4, 4)
     costs = dataclasses.replace(Costs.even(4, 1.0, 2.0), slow=slow)

@@ -328,7 +328,7 @@ def test_paces_are_those_of_the_closed_forms():
     for m in (1, 2, 4, 8, 16, 32):
         assert paces.of("paci", m).over_ideal == pytest.approx(1)
         assert paces.of("1f1b", m).over_ideal == pytest.approx((m + 7) / m)
-    for m in (8, 16, 32):  # with two stages a worker, half of the bubble
+    for m in (8, 16, 32):  # with two stages per worker, half of the bubble
         assert paces.of("torch-interleaved", m).over_ideal == pytest.approx((m + 3.5) / m)
     assert paces.of("torch-zero-bubble", 8).over_ideal < paces.of("torch-zbv", 8).over_ideal
     assert paces.of("torch-zbv", 16).over_ideal == pytest.approx(1, abs=1e-3)

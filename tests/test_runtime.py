@@ -679,7 +679,7 @@ def test_learning_rates_follow_each_stages_own_updates():
     assert [o.param_groups[0]["lr"] for o in optimizers] == [pytest.approx(0.05 / 5)] * 3
 
 
-# --- split backwards, several stages a worker -----------------------------------------------
+# --- split backwards, several stages per worker -----------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

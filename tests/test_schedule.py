@@ -474,7 +474,7 @@ def test_the_picture_at_the_top_of_the_file_is_what_happens(schedule: Schedule):
         assert shown == expected[: len(shown)]
 
 
-# Two stages a worker, backwards split
+# Two stages per worker, backwards split
 
 
 @pytest.mark.parametrize(("n", "a"), [(2, 1), (4, 1), (4, 2), (6, 4), (16, 3)])

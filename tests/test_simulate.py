@@ -32,7 +32,7 @@ from paci.schedule.versions import analyse
 
 @dataclass(frozen=True)
 class Folded(Schedule):
-    """A V of stages with a split backward, flushed: two stages a worker, the last two together."""
+    """A V of stages with a split backward, flushed: two stages per worker, the last two together."""
 
     num_stages: int
     accumulation: int
@@ -262,7 +262,7 @@ def test_the_slowest_stage_or_the_slowest_wire_sets_the_pace():
     assert found.utilization == pytest.approx((3 * 12.5 + 18) / (4 * 18))
     slow = {(1, 2): Link(bytes_per_s=1.0)}
     found = steady_state(PACI(4, 4, slack=8), Costs(tuple(stages), links=slow))
-    assert found.update_s == pytest.approx(4 * 8.0)  # a message of 8 bytes a micro-batch
+    assert found.update_s == pytest.approx(4 * 8.0)  # a message of 8 bytes per micro-batch
 
 
 def test_messages_wait_for_the_wire_and_not_their_sender():

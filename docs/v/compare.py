@@ -54,7 +54,7 @@ def row(schedule: paci.Schedule, times: tuple[float, float, float], note: str = 
 
 
 def table(times: tuple[float, float, float]) -> Iterator[str]:
-    """All schedules at all sizes, with N and with 2 N micro-batches an update."""
+    """All schedules at all sizes, with N and with 2 N micro-batches per update."""
     yield "| N | schedule | a | utilization | peak in flight | drift | delay | messages |"
     yield "|---|---|---|---|---|---|---|---|"
     each = [(time,) for time in times]

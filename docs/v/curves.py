@@ -4,7 +4,7 @@
     python docs/v/curves.py --most 0       # the table
 
 Eight workers in all arms, one process plays all of them: the weights are those that eight would
-end with. The same model (16 layers, so a V has one a stage and the others two), data,
+end with. The same model (16 layers, so a V has one per stage and the others two), data,
 micro-batches and optimizer; nothing is tuned for an arm. Every run that ends adds a row to
 ``curves.jsonl`` beside this file, so an interrupted sweep goes on where it was.
 """

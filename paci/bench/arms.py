@@ -21,7 +21,7 @@ from paci.runtime.world import hosted_stages
 from paci.schedule.registry import make_schedule
 from paci.trace import Trace
 
-# torch's own schedules: stages a worker, and whether the second half of the stages comes back
+# torch's own schedules: stages per worker, and whether the second half of the stages comes back
 # (the first and the last on one worker).
 RIVALS: dict[str, tuple[int, bool]] = {
     "ScheduleGPipe": (1, False),

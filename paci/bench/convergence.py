@@ -58,7 +58,7 @@ class Convergence(Question):
         extra: further options of every run, as ``KEY=VALUE`` separated by spaces.
         most: runs to make at most; 0 trains nothing and shows those that are in the store.
         jobs: runs at a time; 0 for as many as there are cores.
-        store: a file of JSON lines, one a run; runs that are in it are not made again,
+        store: a file of JSON lines, one per run; runs that are in it are not made again,
             unless they failed.
         timeout: longest time of a run, in seconds.
     """

@@ -72,7 +72,7 @@ class Race(Question):
         "weights": "{weights}",
         "micro-batches": "{num_micro_batches}",
         "seeds": "{num_seeds}",
-        "ms an update": "{update_ms:.1f}",
+        "ms per update": "{update_ms:.1f}",
         "seconds": "{elapsed_s:.1f}",
         "validation loss": "{val_loss:.4f}",
         "loss that all reach": "{target_loss:.4f}",

@@ -34,7 +34,7 @@ class Needed:
         batch_size: sequences of an update.
         final_loss: validation loss of the last update, the mean over seeds.
         target_loss: the loss in question.
-        updates: to that loss, a number a seed.
+        updates: to that loss, a number per seed.
         flushed: how many of them, of each seed, the pipeline empties after (``flush_first``).
     """
 

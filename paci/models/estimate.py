@@ -23,8 +23,8 @@ def estimate_profile(
     queries, keys, values, attention's output, the expansion before and after GELU), as fused
     attention keeps no matrix of T by T; the head keeps its logits and the loss as many in float32.
     Gradients are of 4 bytes, as are the masters that weights of 2 bytes have. The optimizer keeps
-    two values of 4 bytes a parameter, Muon one for those in the matrices of blocks; its arithmetic
-    counts for nothing.
+    two values of 4 bytes per parameter, Muon one for those in the matrices of blocks; its
+    arithmetic counts for nothing.
 
     Args:
         config: of the model.

@@ -183,7 +183,7 @@ class Costs:
     ) -> Costs:
         """The same work on every worker, shared out evenly to its stages; messages are free.
 
-        So schedules with one and with several stages a worker are priced for one model.
+        So schedules with one and with several stages per worker are priced for one model.
 
         Args:
             schedule: whose stages.

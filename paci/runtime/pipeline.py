@@ -316,19 +316,24 @@ class Pipeline:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave, for the stages that this process holds.
 
+        All processes call it, each with the state of its own stages.
+
         Raises:
-            ConfigError: micro-batches are in flight, or the state is of other stages, of another
-                accumulation or of another weight policy; nothing has been taken over then.
+            ConfigError: micro-batches are in flight, or the state of any process is of other
+                stages, of another accumulation, of another weight policy or of another moment than
+                those of the rest; nothing has been taken over then, by any process.
         """
         self._require_drained("load_state_dict")
-        missing = sorted(self.stages.keys() - state["stages"].keys())
-        if missing:
-            raise ConfigError(
-                f"the state must hold the stages {sorted(self.stages)} of this process, got none "
-                f"of {missing}; load the state of the same cut"
-            )
-        for index, stage in self.stages.items():
-            stage.require_state(state["stages"][index], state["num_micro_batches"])
+        with self._world.refusing_together():
+            missing = sorted(self.stages.keys() - state["stages"].keys())
+            if missing:
+                raise ConfigError(
+                    f"the state must hold the stages {sorted(self.stages)} of this process, got "
+                    f"none of {missing}; load the state of the same cut"
+                )
+            for index, stage in self.stages.items():
+                stage.require_state(state["stages"][index], state["num_micro_batches"])
+        self._world.agree({"the state's number of micro-batches": state["num_micro_batches"]})
         with self._working():
             for index, stage in self.stages.items():
                 stage.load_state_dict(state["stages"][index])

@@ -23,7 +23,7 @@ from paci.schedule.action import Action, Kind
 from paci.schedule.base import require_count
 from paci.schedule.check import check
 
-# By our name: PyTorch's class, stages a worker, and whether they are placed as a V.
+# By our name: PyTorch's class, stages per worker, and whether they are placed as a V.
 TORCH_SCHEDULES = {
     "torch-gpipe": ("ScheduleGPipe", 1, False),
     "torch-interleaved": ("ScheduleInterleaved1F1B", 2, False),

@@ -16,7 +16,7 @@ class FlushingSchedule(Schedule):
     weights.
 
     Args:
-        num_stages: stages in the pipeline (``N``), one a worker.
+        num_stages: stages in the pipeline (``N``), one per worker.
         num_micro_batches: micro-batches of one update (``m``).
     """
 

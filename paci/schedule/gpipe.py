@@ -27,7 +27,7 @@ class GPipe(FlushingSchedule):
     same up to the order of additions, and this way they equal those of 1F1B bit for bit).
 
     Args:
-        num_stages: stages in the pipeline (``N``), one a worker.
+        num_stages: stages in the pipeline (``N``), one per worker.
         num_micro_batches: micro-batches of one update (``m``).
 
     Source: arXiv 1811.06965, section 2.2.

@@ -26,7 +26,7 @@ class OneFOneBFlush(FlushingSchedule):
     """Warm up with ``min(N - 1 - s, m)`` forwards, alternate, cool down, update; again.
 
     Args:
-        num_stages: stages in the pipeline (``N``), one a worker.
+        num_stages: stages in the pipeline (``N``), one per worker.
         num_micro_batches: micro-batches of one update (``m``).
 
     Source: PipeDream-flush, arXiv 2006.09503, section 3.2; DAPPLE, arXiv 2007.01045.

@@ -48,7 +48,7 @@ class PACI(Schedule):
     weight backward.
 
     Args:
-        num_stages: stages in the pipeline (``N``), one a worker.
+        num_stages: stages in the pipeline (``N``), one per worker.
         accumulation: micro-batches of one update (``a``).
         slack: spare micro-batches in flight for each hop between stages. One hides a link
             latency of up to half a slot, for more memory and more drift.

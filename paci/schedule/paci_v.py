@@ -81,8 +81,8 @@ class PaciV(Schedule):
         require_count("accumulation", self.accumulation)
         if self.num_stages % 2:
             raise ConfigError(
-                f"num_stages must be even for a V, two stages a worker, got {self.num_stages}; cut "
-                f"the model into {self.num_stages + 1}"
+                f"num_stages must be even for a V, two stages per worker, got {self.num_stages}; "
+                f"cut the model into {self.num_stages + 1}"
             )
         for name in Times._fields:
             times = getattr(self, name)

@@ -190,7 +190,7 @@ def evaluate_text(folder: Path, spec: str, num_batches: int) -> tuple[float, int
 
 
 def drift_table(reports: Mapping[int, DriftReport]) -> str:
-    """A line a stage: how many micro-batches met each drift."""
+    """A line per stage: how many micro-batches met each drift."""
     lines = []
     for stage, report in reports.items():
         total = sum(report.drift.values())

@@ -89,8 +89,8 @@ def _over_tokens(
         axes.fill_between(
             [t / 1e6 for t in tokens], lows, highs, color=looks[name]["color"], alpha=0.15
         )
-    lowest = min(row["val_loss"] for row in rows)
-    axes.set_ylim(lowest - 0.03, lowest + 0.9)
+    ends = [row["val_loss"] for group in best if group[0] in shown for row in group]
+    axes.set_ylim(min(ends) - 0.03, max(ends) + 0.7)
     axes.set_xlabel("tokens (millions)")
 
 
@@ -104,24 +104,27 @@ def _over_rates(axes: Axes, rows: Sequence[Row], looks: Mapping[str, Any]) -> No
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), linewidth=1.0, **looks[name])
     axes.set_xscale("log", base=2)
+    rates = sorted({rate for points in lines.values() for rate, _ in points})
+    axes.set_xticks(rates, labels=[f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
     axes.set_xlabel("peak learning rate")
 
 
 def _over_delay(axes: Axes, best: Sequence[Sequence[Row]], looks: Mapping[str, Any]) -> None:
-    """A line a method, through its settings; those in which they differ stand at the points."""
-    told = [
-        key
-        for key in ("num_stages", "accumulation")
-        if len({group[0][key] for group in best if group[0]["mean_delay"]}) > 1
-    ]
-    symbols = {"num_stages": "N", "accumulation": "a"}
-    lines: dict[str, list[tuple[float, float]]] = {}
+    """A line per method, through its settings; those in which they differ stand at the points."""
+    lines: dict[str, list[Row]] = {}
     for group in best:
-        point = statistics.fmean(row["mean_delay"] for row in group), _mean(group)
-        lines.setdefault(_label(group[0]), []).append(point)
-        if told and point[0]:
-            text = ", ".join(f"{symbols[key]} = {group[0][key]}" for key in told)
+        delay = statistics.fmean(row["mean_delay"] for row in group)
+        lines.setdefault(_label(group[0]), []).append(
+            {**group[0], "mean_delay": delay, "val_loss": _mean(group)}
+        )
+    symbols = {"num_stages": "N", "accumulation": "a"}
+    for name, rows in lines.items():
+        points = sorted((row["mean_delay"], row["val_loss"]) for row in rows)
+        axes.plot(*zip(*points, strict=True), linewidth=0.7, **looks[name])
+        told = [key for key in symbols if len({row[key] for row in rows}) > 1]
+        for row in rows if told else ():
+            text = ", ".join(f"{symbols[key]} = {row[key]}" for key in told)
+            point = row["mean_delay"], row["val_loss"]
             axes.annotate(text, point, (4, 4), textcoords="offset points", fontsize=7)
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), linewidth=0.7, **looks[name])
     axes.set_xlabel("mean delay of a gradient (updates)")

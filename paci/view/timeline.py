@@ -1,4 +1,4 @@
-"""A trace as a timeline, one row a worker: as text, as a picture, whole or a stretch of it."""
+"""A trace as a timeline, one row per worker: as text, as a picture, whole or a stretch of it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def window(trace: Trace, start_s: float, end_s: float) -> Trace:
 
 
 def timeline_text(trace: Trace, width: int = 100) -> str:
-    """Draw a trace for a terminal: a row a worker, a column for an equal share of the time.
+    """Draw a trace for a terminal: a row per worker, a column for an equal share of the time.
 
     An action takes the columns whose middle it covers. They hold its letter (``BBBBBB``), or its
     letter and micro-batch (``B12---``) if at least half of all actions have the room. Every
@@ -141,7 +141,7 @@ def _ruler(span_s: float, num_cells: int) -> str:
 
 
 def timeline_svg(trace: Trace, *, title: str = "", width_px: int = 1200) -> str:
-    """Draw a trace as a self-contained SVG picture: a row a worker, time from left to right.
+    """Draw a trace as a self-contained SVG picture: a row per worker, time from left to right.
 
     Boxes bear their micro-batch where they are wide enough; each has a tooltip with stage,
     micro-batch, version, start and duration. A worker's later stages are lighter. Updates are

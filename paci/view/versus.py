@@ -20,7 +20,7 @@ _RATIOS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 def race_picture(rows: Sequence[Row], path: Path) -> None:
-    """Draw loss over seconds (left) and over updates (right), a line a racer and a seed.
+    """Draw loss over seconds (left) and over updates (right), a line per racer and a seed.
 
     A number of micro-batches has a row of panels. Crosses mark where racers reach the last loss
     that all of them reach.
@@ -44,7 +44,7 @@ def race_picture(rows: Sequence[Row], path: Path) -> None:
             (right, "update", "updates_to_loss"),
         ):
             _over(axes, own, x, reached)
-            axes.set_title(f"{size} micro-batches an update", fontsize=10)
+            axes.set_title(f"{size} micro-batches per update", fontsize=10)
         left.set_xlabel("seconds of training")
         right.set_xlabel("updates")
         left.legend(frameon=False, fontsize=9)
@@ -125,7 +125,7 @@ def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
     axes.text(sizes[0], 0.99, "PACI", verticalalignment="top")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, labels=[str(size) for size in sizes])
-    axes.set_xlabel("micro-batches an update (PACI's accumulation)")
+    axes.set_xlabel("micro-batches per update (PACI's accumulation)")
     axes.set_yscale("log", base=2)
     lowest, highest = axes.get_ylim()
     shown = [y for y in _RATIOS if lowest <= y <= highest]
