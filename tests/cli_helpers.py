@@ -42,7 +42,7 @@ SMALL = {
     "stages": 4,
     "accumulation": 2,
     "dropout": 0.1,
-    "eval_batches": 2,
+    "eval_sequences": 4,
     "sample_tokens": 0,
     "timeout": 60,
 }

@@ -667,25 +667,34 @@ def test_every_place_can_be_drawn() -> None:
 
 def test_validation_windows_are_even_and_do_not_overlap() -> None:
     tokens = np.arange(1001, dtype=np.uint16)
-    batches = list(validation_batches(tokens, context=10, batch_size=4, num_batches=5))
+    batches = list(validation_batches(tokens, context=10, batch_size=4, num_sequences=20))
     assert len(batches) == 5
     inputs = np.concatenate([x for x, _ in batches])
     targets = np.concatenate([y for _, y in batches])
     assert inputs[:, 0].tolist() == list(range(0, 1000, 50))
     assert np.array_equal(targets, inputs + 1)
-    again = list(validation_batches(tokens, context=10, batch_size=4, num_batches=5))
+    again = list(validation_batches(tokens, context=10, batch_size=4, num_sequences=20))
     assert np.array_equal(inputs, np.concatenate([x for x, _ in again]))
-    exact = list(validation_batches(tokens[:30], context=10, batch_size=3, num_batches=1))
+    exact = list(validation_batches(tokens[:30], context=10, batch_size=3, num_sequences=3))
     assert exact[0][0][:, 0].tolist() == [0, 10, 0]  # a third window would lack its last target
-    uneven = validation_batches(tokens, context=10, batch_size=7, num_batches=9)
+    uneven = validation_batches(tokens, context=10, batch_size=7, num_sequences=63)
     starts = np.concatenate([x[:, 0] for x, _ in uneven])
     assert len(starts) == 63
     assert set(np.diff(starts)) == {10, 20}
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 50])
+def test_the_size_of_a_batch_does_not_choose_the_windows(batch_size: int) -> None:
+    tokens = np.arange(1001, dtype=np.uint16)
+    batches = list(validation_batches(tokens, 10, batch_size, num_sequences=20))
+    assert {x.shape for x, _ in batches} == {(batch_size, 10)}
+    known = [row for x, y in batches for row in x[(y != IGNORE_INDEX).all(axis=1)]]
+    assert [row[0] for row in known] == list(range(0, 1000, 50))
+
+
 def test_last_validation_batch_is_padded() -> None:
     tokens = np.arange(1, 32, dtype=np.uint16)  # 3 windows of 10
-    batches = list(validation_batches(tokens, context=10, batch_size=2, num_batches=5))
+    batches = list(validation_batches(tokens, context=10, batch_size=2, num_sequences=10))
     assert [x.shape for x, _ in batches] == [(2, 10), (2, 10)]
     inputs = np.concatenate([x for x, _ in batches])
     targets = np.concatenate([y for _, y in batches])
@@ -703,7 +712,7 @@ def test_corpus_shorter_than_a_window(num_tokens: int) -> None:
         Sampler(tokens, context=10, batch_size=1, seed=0)
     assert_one_line(error)
     with pytest.raises(DataError, match="context \\+ 1 = 11 tokens"):
-        validation_batches(tokens, context=10, batch_size=1, num_batches=1)
+        validation_batches(tokens, context=10, batch_size=1, num_sequences=1)
 
 
 def test_numbers_out_of_range() -> None:

@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
     "seeds": "3",
     "updates": 20,  # of which the first two are flushed
     "evaluate_every": 5,
-    "eval_batches": 3,
+    "eval_sequences": 12,
     "batch_size": 8,
     "layers": 2,
     "width": 32,
@@ -58,7 +58,15 @@ def trained(
     text: Path, folder: Path, capsys: pytest.CaptureFixture[str], **own: Any
 ) -> list[float]:
     """The validation losses of ``paci train`` with the same options, in one process."""
-    same = ("updates", "eval_batches", "batch_size", "layers", "width", "context", "learning_rate")
+    same = (
+        "updates",
+        "eval_sequences",
+        "batch_size",
+        "layers",
+        "width",
+        "context",
+        "learning_rate",
+    )
     options = {key: SMALL[key] for key in same}
     options |= {"data": text, "heads": 1, "stages": 2, "accumulation": 2, "seed": 3}
     options |= {"eval_every": 5, "checkpoint_every": 20, "sample_tokens": 0, "out": folder, **own}

@@ -32,7 +32,7 @@ from paci.schedule.versions import analyse
 
 @dataclass(frozen=True)
 class Folded(Schedule):
-    """A V of stages with a split backward, flushed: two stages per worker, the last two together."""
+    """A V with a split backward, flushed: two stages per worker, the last two together."""
 
     num_stages: int
     accumulation: int

@@ -110,7 +110,7 @@ def run(schedule: paci.Schedule, optimizer: str, seed: int) -> dict[str, Any]:
 
 def held_out(corpus: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Validation batches, the same for all."""
-    batches = validation_batches(corpus.val, CONTEXT, BATCH, 50)
+    batches = validation_batches(corpus.val, CONTEXT, BATCH, 50 * BATCH)
     return ((torch.from_numpy(x), torch.from_numpy(y)) for x, y in batches)
 
 

@@ -35,7 +35,7 @@ class Race(Question):
         seeds: of weights and batches, separated by commas; a race for each.
         updates: that every racer makes.
         evaluate_every: updates between evaluations.
-        eval_batches: micro-batches of held-out text in an evaluation.
+        eval_sequences: of held-out text in an evaluation.
         batch_size: sequences of an update.
         layers: blocks of the GPT.
         width: of the GPT's residual stream.
@@ -52,7 +52,7 @@ class Race(Question):
     seeds: str = "0"
     updates: int = 400
     evaluate_every: int = 25
-    eval_batches: int = 16
+    eval_sequences: int = 512
     batch_size: int = 64
     layers: int = 8
     width: int = 64
@@ -133,7 +133,7 @@ class Race(Question):
             "timeout": self.timeout,
         }
         options |= {"heads": max(1, self.width // 32)}
-        names = ("updates", "eval_batches", "batch_size", "layers", "width", "context", "data")
+        names = ("updates", "eval_sequences", "batch_size", "layers", "width", "context", "data")
         for name in (*names, "optimizer", "learning_rate"):
             options[name] = getattr(self, name)
         racers = []

@@ -204,7 +204,7 @@ def race(rank: int, report: Report, racers: Sequence[Racer], folder: Path) -> No
     size = config.batch_size // config.accumulation
     held_out = [
         _tensors(batch)
-        for batch in validation_batches(corpus.val, config.context, size, config.eval_batches)
+        for batch in validation_batches(corpus.val, config.context, size, config.eval_sequences)
     ]
     tell = report if rank == 0 else _ignore
     running = []

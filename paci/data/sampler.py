@@ -68,20 +68,20 @@ class Sampler:
 
 
 def validation_batches(
-    tokens: npt.NDArray[np.uint16], context: int, batch_size: int, num_batches: int
+    tokens: npt.NDArray[np.uint16], context: int, batch_size: int, num_sequences: int
 ) -> Iterator[Batch]:
-    """Yield windows spread evenly over the tokens, without overlap, the same ones every time.
+    """Yield windows spread evenly over the tokens, without overlap, the same ones every time and
+    whatever the size of a batch.
 
     The tokens are cut into windows of ``context`` inputs one after the other. If there are more
-    than ``batch_size * num_batches``, every so many-th is taken; if there are fewer, all are, in
-    fewer batches. The last batch may then hold rows of padding at its end: inputs 0, targets
-    `IGNORE_INDEX`.
+    than ``num_sequences``, every so many-th is taken; if there are fewer, all are. The last batch
+    may hold rows of padding at its end: inputs 0, targets `IGNORE_INDEX`.
 
     Args:
         tokens: uint16 [num_tokens], at least ``context + 1``.
         context: tokens a row.
         batch_size: rows a batch.
-        num_batches: batches at most; there is always at least one.
+        num_sequences: windows at most; there is always at least one.
 
     Returns:
         ``(inputs, targets)`` pairs, each int64 [batch_size, context].
@@ -89,9 +89,9 @@ def validation_batches(
     Raises:
         DataError: the corpus is too short, or a number is not positive.
     """
-    _check(tokens, context, batch_size=batch_size, num_batches=num_batches)
+    _check(tokens, context, batch_size=batch_size, num_sequences=num_sequences)
     num_windows = (len(tokens) - 1) // context
-    num_rows = min(num_windows, batch_size * num_batches)
+    num_rows = min(num_windows, num_sequences)
     starts = np.arange(num_rows, dtype=np.int64) * num_windows // num_rows * context
     return (
         _padded(_windows(tokens, starts[row : row + batch_size], context), batch_size)

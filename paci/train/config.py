@@ -110,7 +110,7 @@ class TrainConfig(BaseModel):
     checkpoint_every: Count = option(100, "run", "updates between checkpoints (drains)")
     keep_checkpoints: Count = option(2, "run", "newest checkpoints to keep")
     eval_every: Count = option(100, "run", "updates between evaluations (drains)")
-    eval_batches: Count = option(50, "run", "validation batches of one evaluation")
+    eval_sequences: Count = option(200, "run", "validation sequences of one evaluation")
     log_every: Count = option(10, "run", "updates between lines of progress")
     sample_tokens: Annotated[int, Field(ge=0)] = option(
         200, "run", "tokens of the text sampled at the end"

@@ -130,7 +130,7 @@ class Trainer:
     def _validation(self) -> Iterator[Batch]:
         config = self.config
         size = config.batch_size // config.accumulation
-        batches = validation_batches(self.corpus.val, config.context, size, config.eval_batches)
+        batches = validation_batches(self.corpus.val, config.context, size, config.eval_sequences)
         return ((torch.from_numpy(x), torch.from_numpy(y)) for x, y in batches)
 
     def _row(self) -> dict[str, Any]:

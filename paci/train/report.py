@@ -34,6 +34,7 @@ from paci.view.timeline import timeline_svg, window
 
 SUMMARY_FILE = "summary.json"
 # Updates that the timeline picture shows.
+_EVALUATED_AT_ONCE = 16  # windows
 _SHOWN_UPDATES = 3
 
 
@@ -166,7 +167,7 @@ def evaluate_text(folder: Path, spec: str, num_batches: int) -> tuple[float, int
     Args:
         folder: the run's.
         spec: as ``--data``; every document counts, and only the run's own tokenizer is used.
-        num_batches: of 16 windows, spread evenly over the text.
+        num_batches: of 16 windows at most, spread evenly over the text.
 
     Raises:
         CheckpointError: the run has no whole checkpoint.
@@ -182,7 +183,10 @@ def evaluate_text(folder: Path, spec: str, num_batches: int) -> tuple[float, int
     model.eval()
     with torch.no_grad():
         tokens = np.concatenate(parts)
-        for inputs, targets in validation_batches(tokens, config.context, 16, num_batches):
+        number = _EVALUATED_AT_ONCE * num_batches
+        for inputs, targets in validation_batches(
+            tokens, config.context, _EVALUATED_AT_ONCE, number
+        ):
             wanted = torch.from_numpy(targets)
             loss += criterion(model(torch.from_numpy(inputs)), wanted).double()
             count += int(criterion.num_tokens(wanted))
