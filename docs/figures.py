@@ -76,8 +76,8 @@ _BYTES = """
 
 ## Memory of stage 0 of 8
 
-MiB, a GPT of 16 blocks of width 128. PACI keeps what 1F1B-flush keeps; stashing keeps another set of
-weights, and autocast a low-precision copy for each micro-batch in flight.
+MiB, a GPT of 16 blocks of width 128. PACI keeps what 1F1B-flush keeps; stashing keeps another set
+of weights, and autocast a low-precision copy for each micro-batch in flight.
 """
 _ALL = """
 ![memory by kind](images/bench-memory.svg)
@@ -293,7 +293,7 @@ def _key_figures(found: dict[str, Result]) -> list[str]:
 def _speed_figure(found: dict[str, Result]) -> tuple[str, str]:
     by_size = _by_micro_batches(found)
     ratios = (_row(result, "torch", "Schedule1F1B")["time_ratio"] for result in by_size.values())
-    ideal = ", ".join(f"{(m + 1) / m:.3g}" for m in by_size)
+    ideal = ", ".join(f"{(m + 1) / m:.4g}" for m in by_size)
     sizes = ", ".join(map(str, by_size))
     return (
         "**" + ", ".join(f"{ratio:.2f}" for ratio in ratios) + "**",
@@ -322,7 +322,9 @@ def _overhead_figure(found: dict[str, Result]) -> tuple[str, str]:
 
     def figures(runtime: str, schedule: str) -> list[str]:
         arms = [r for r in rows if (r["runtime"], r["schedule"]) == (runtime, schedule)]
-        return [f"{min(r['overhead_us'] for r in arms if r['num_workers'] == n):.0f}" for n in sizes]
+        return [
+            f"{min(r['overhead_us'] for r in arms if r['num_workers'] == n):.0f}" for n in sizes
+        ]
 
     ours, theirs = figures("paci", "paci"), figures("torch", "Schedule1F1B")
     return (
@@ -384,11 +386,11 @@ def _accuracy_figure(found: dict[str, Result]) -> tuple[str, str]:
         == (8, "muon", "fp32")
         and (row["rival"], row["run_updates"]) == ("flush", 300)
     )
-    zero_bubble, fastest = row["torch-zero-bubble"], row["fastest of all"].partition(" ")[0]
+    finer, fastest = (row[name].partition(" ")[0] for name in ("fastest 1f1b", "fastest of all"))
     return (
         f"**{row['1f1b']}**",
-        "8 stages, 8 micro-batches, times simulated; 1F1B with smaller micro-batches "
-        f"{row['fastest 1f1b'].partition(' ')[0]}, zero bubble {zero_bubble}, the fastest {fastest}",
+        f"8 stages, 8 micro-batches, times simulated; 1F1B with smaller micro-batches {finer}, "
+        f"zero bubble {row['torch-zero-bubble']}, the fastest of all {fastest}",
     )
 
 

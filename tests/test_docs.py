@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,23 @@ def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]):
     # are drained, and in the first of the rest there is none from before.
     assert "tensor(" in printed
     assert re.search(r"Counter\(\{0: 533, 1: 267\}\)", printed), printed
+
+
+def test_the_model_of_ones_own_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "your-model.md"
+    names: dict[str, Any] = {"__name__": "page"}
+    for code in blocks(page, "python"):
+        exec(compile(code, page.name, "exec"), names)
+    *_, last, held_out = capsys.readouterr().out.split()
+    assert float(last) < 0.2
+    assert float(held_out) < 0.2
+    parts = names["muon"](names["stages"][0]).param_groups
+    assert [group["algorithm"] for group in parts] == ["muon", "adamw"]
+    names["pipeline"].step(names["batch"](60))  # after the state has been loaded
+    names["pipeline"].drain()
 
 
 def test_the_example_file_runs():
