@@ -122,7 +122,7 @@ def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
             axes.plot([], [], "--", color=colour, linewidth=0.8, label=f"{label} (updates only)")
     axes.axhline(1.0, color="#000000", linewidth=1.2)
     sizes = sorted({row["num_micro_batches"] for row in rows})
-    axes.text(sizes[0], 0.99, "PACI", verticalalignment="top")
+    axes.text(sizes[-1], 0.98, "PACI", verticalalignment="top", horizontalalignment="right")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, labels=[str(size) for size in sizes])
     axes.set_xlabel("micro-batches per update (PACI's accumulation)")
