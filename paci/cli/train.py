@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import typing
-from typing import Any
+from typing import Any, NoReturn
 
 from paci.train.config import TrainConfig, load_config
 
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     given = {key: value for key, value in vars(options).items() if key in TrainConfig.model_fields}
     config = load_config(options.config, given)
     if "WORLD_SIZE" in os.environ:
-        return _run_worker(config)
+        _run_worker(config)
     # Torch is imported from here on: bad options are refused without it.
     from paci.train.launch import launch
     from paci.train.run import choose_folder, claim_folder, prepare_all, train
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
-def _run_worker(config: TrainConfig) -> int:
+def _run_worker(config: TrainConfig) -> NoReturn:
     """One process of many, started by ``launch`` or torchrun."""
     from paci.errors import ConfigError, PaciError
     from paci.train.launch import end_with_launcher, is_launched
@@ -89,6 +89,11 @@ def _run_worker(config: TrainConfig) -> int:
     end_with_launcher()
     try:
         train(config.model_copy(update={"workers": world_size}), _say)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # All is written, and every channel is closed. An interpreter that winds up beside PyTorch's
+        # own threads has been seen to abort, and a run that went well would count as failed.
+        os._exit(0)
     except PaciError as error:
         line = f"paci: error: rank {os.environ['RANK']}: {error}\n"
         print(line, end="", file=sys.stderr, flush=True)  # one write: others write there too
@@ -107,7 +112,6 @@ def _run_worker(config: TrainConfig) -> int:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
-    return 0
 
 
 def _metavar(annotation: object) -> str:
