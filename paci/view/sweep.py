@@ -16,7 +16,7 @@ from paci.view.curves import save_figure
 
 Row = Mapping[str, Any]
 _COLOURS = ("#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vP*X"
+_MARKERS = "osD^vP*X<>p"  # a number that shares no factor with that of the colours
 
 
 def sweep_picture(rows: Sequence[Row], best: Sequence[Sequence[Row]], path: Path) -> None:
@@ -48,7 +48,8 @@ def sweep_picture(rows: Sequence[Row], best: Sequence[Sequence[Row]], path: Path
     }
     _over_tokens(left, best, kept, looks)
     _over_rates(middle, kept, looks)
-    _over_delay(right, best, looks)
+    shown = _commonest(kept)
+    _over_delay(right, best, looks, {_label(row) for row in shown})
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -58,7 +59,8 @@ def sweep_picture(rows: Sequence[Row], best: Sequence[Sequence[Row]], path: Path
 
 
 def _label(row: Row) -> str:
-    return f"{row['method'].partition(':')[0]}, {row['optimizer']}"
+    name, _, policy = row["method"].partition(":")
+    return f"{policy or name}, {row['optimizer']}"
 
 
 def _mean(group: Sequence[Row]) -> float:
@@ -110,8 +112,13 @@ def _over_rates(axes: Axes, rows: Sequence[Row], looks: Mapping[str, Any]) -> No
     axes.set_xlabel("peak learning rate")
 
 
-def _over_delay(axes: Axes, best: Sequence[Sequence[Row]], looks: Mapping[str, Any]) -> None:
-    """A line per method, through its settings; those in which they differ stand at the points."""
+def _over_delay(
+    axes: Axes, best: Sequence[Sequence[Row]], looks: Mapping[str, Any], known: set[str]
+) -> None:
+    """A line per method, through its settings; those in which they differ stand at the points.
+
+    Methods that are not in the first panel (``known``) have a legend here.
+    """
     lines: dict[str, list[Row]] = {}
     for group in best:
         delay = statistics.fmean(row["mean_delay"] for row in group)
@@ -121,10 +128,15 @@ def _over_delay(axes: Axes, best: Sequence[Sequence[Row]], looks: Mapping[str, A
     symbols = {"num_stages": "N", "accumulation": "a"}
     for name, rows in lines.items():
         points = sorted((row["mean_delay"], row["val_loss"]) for row in rows)
-        axes.plot(*zip(*points, strict=True), linewidth=0.7, **looks[name])
+        label = None if name in known else name
+        axes.plot(*zip(*points, strict=True), linewidth=0.7, label=label, **looks[name])
         told = [key for key in symbols if len({row[key] for row in rows}) > 1]
-        for row in rows if told else ():
+        for place, row in enumerate(sorted(rows, key=lambda each: each["mean_delay"])):
             text = ", ".join(f"{symbols[key]} = {row[key]}" for key in told)
-            point = row["mean_delay"], row["val_loss"]
-            axes.annotate(text, point, (4, 4), textcoords="offset points", fontsize=7)
+            point, above = (row["mean_delay"], row["val_loss"]), place % 2
+            axes.annotate(
+                text, point, (5, 4 if above else -9), textcoords="offset points", fontsize=7
+            )
+    if set(lines) - known:
+        axes.legend(frameon=False, fontsize=8)
     axes.set_xlabel("mean delay of a gradient (updates)")
