@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from key_figures import key_figures
+from raw import BY_NAME, Result, by_micro_batches, measured, of_first_stage, results, row_of
 
 from paci.bench.convergence import Convergence
 from paci.bench.methods import METHODS
-from paci.bench.questions import QUESTIONS
 from paci.bench.record import table
 from paci.view.rows import Bar, bar_rows
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "results"
-Result = dict[str, Any]
 
 # What the emulations under results/ are, in the order in which they are shown.
 SETTINGS = {
@@ -92,21 +90,9 @@ _ALL = """
 """
 
 
-def results() -> dict[str, Result]:
-    """By name: the folder for those that have one, else the file."""
-    found = {}
-    for path in sorted(RESULTS.rglob("*.json")):
-        name = path.parent.name if path.parent != RESULTS else path.stem
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if result["bench"] in _QUESTIONS:
-            found[name] = result
-    return found
-
-
 # Benchmarks whose tables stand in convergence.md.
 _SWEEPS_DRAWN = ("convergence-muon", "convergence-adamw", "convergence-stages")
 _OF_LEARNING = ("convergence", "time-to-accuracy", "race")
-_QUESTIONS = {question.name: question for question in QUESTIONS}
 
 
 def page(folder: Path) -> None:
@@ -129,7 +115,7 @@ def page(folder: Path) -> None:
             f"{versions['torch']}, {result['date']}.{note}",
             "",
         ]
-        question = _QUESTIONS[result["bench"]]
+        question = BY_NAME[result["bench"]]
         lines += [table(question.summarize(rows), question.columns), ""]
     (folder / "benchmarks.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
@@ -139,10 +125,6 @@ def pictures(folder: Path) -> None:
     found = results()
     for name, draw in (("throughput", _speed), ("emulate", _waiting), ("memory", _memory)):
         (folder / "images" / f"bench-{name}.svg").write_text(draw(found), encoding="utf-8")
-
-
-def _measured(result: Result, key: str) -> Iterable[Result]:
-    return (row for row in result["rows"] if key in row and not row.get("problem"))
 
 
 def _label(row: Result) -> str:
@@ -160,10 +142,10 @@ def _speed(found: dict[str, Result]) -> str:
                 f"{row['share_of_limit']:.3f}",
                 row["runtime"] == "paci",
             )
-            for row in _measured(result, "share_of_limit")
+            for row in measured(result, "share_of_limit")
             if row["runtime"] != "limit"
         ]
-        for m, result in _by_micro_batches(found).items()
+        for m, result in by_micro_batches(found).items()
     }
     title = "Two real stages of a GPT on two cores: speed over that of the stages alone"
     return bar_rows(groups, title, dict.fromkeys(groups, ("each stage alone", 1.0)))
@@ -178,7 +160,7 @@ def _waiting(found: dict[str, Result]) -> str:
                 f"{row['asked_share']:.3f}",
                 row["runtime"] == "paci",
             )
-            for row in _measured(found[name], "asked_share")
+            for row in measured(found[name], "asked_share")
         ]
         for name, setting in SETTINGS.items()
         if name in found
@@ -187,31 +169,13 @@ def _waiting(found: dict[str, Result]) -> str:
 
 
 def _memory(found: dict[str, Result]) -> str:
-    rows = [row for row in _of_first_stage(found["memory"]) if row["num_workers"] == 8]
+    rows = [row for row in of_first_stage(found["memory"]) if row["num_workers"] == 8]
     groups: dict[str, list[Bar]] = {}
     for row in rows:
         parts = {name: row[key] / 2**20 for key, name in KINDS.items()}
         bar = Bar(f"{row['schedule']}, {row['weights']}", parts, f"{sum(parts.values()):.2f}")
         groups.setdefault(row["precision"], []).append(bar)
     return bar_rows(groups, "Stage 0 of 8, a GPT of 16 blocks: MiB by kind")
-
-
-def _of_first_stage(result: Result) -> list[Result]:
-    return [row for row in _measured(result, "total_bytes") if row["stage"] == 0]
-
-
-def _by_micro_batches(found: dict[str, Result]) -> dict[int, Result]:
-    return {
-        result["rows"][0]["num_micro_batches"]: result
-        for result in found.values()
-        if result["bench"] == "throughput"
-    }
-
-
-def _row(result: Result, runtime: str, schedule: str) -> Result:
-    """The row of an arm; an empty one where it is not there."""
-    rows = (r for r in result["rows"] if (r["runtime"], r["schedule"]) == (runtime, schedule))
-    return next(rows, {})
 
 
 def _shown(row: Result, key: str, form: str = ".2f") -> str:
@@ -227,10 +191,10 @@ def _speed_table(found: dict[str, Result]) -> list[str]:
         + " | theory for 1F1B |",
         "|---|---|---|" + "---|" * (len(rivals) + 1),
     ]
-    for m, result in _by_micro_batches(found).items():
-        cells = [str(m), _shown(_row(result, "paci", "paci"), "share_of_limit", ".3f")]
-        cells.append(_shown(_row(result, "paci", "1f1b"), "time_ratio"))
-        cells += [_shown(_row(result, "torch", name), "time_ratio") for name in rivals]
+    for m, result in by_micro_batches(found).items():
+        cells = [str(m), _shown(row_of(result, "paci", "paci"), "share_of_limit", ".3f")]
+        cells.append(_shown(row_of(result, "paci", "1f1b"), "time_ratio"))
+        cells += [_shown(row_of(result, "torch", name), "time_ratio") for name in rivals]
         lines.append("| " + " | ".join([*cells, f"{(m + 1) / m:.3f}"]) + " |")
     return lines
 
@@ -252,7 +216,7 @@ def _waiting_table(found: dict[str, Result]) -> list[str]:
     for name, setting in SETTINGS.items():
         if name not in found:
             continue
-        rows = {heading: _row(found[name], *arm) for heading, arm in arms.items()}
+        rows = {heading: row_of(found[name], *arm) for heading, arm in arms.items()}
         cells = [_shares(row) for row in rows.values()]
         cells.append(_shown(rows["`Schedule1F1B`"], "time_ratio"))
         lines.append(f"| {setting} | " + " | ".join(cells) + " |")
@@ -270,140 +234,13 @@ def _memory_table(found: dict[str, Result]) -> list[str]:
         "| schedule | weights | precision | " + " | ".join(KINDS.values()) + " | all | predicted |",
         "|---|---|---|" + "---|" * (len(KINDS) + 2),
     ]
-    for row in _of_first_stage(found["memory"]):
-        if row["num_workers"] == 8 and row["weights"] != "recompute":
+    for row in of_first_stage(found["memory"]):
+        if row["num_workers"] == 8:
             cells = [f"`{row['schedule']}`", f"`{row['weights']}`", row["precision"]]
             keys = [*KINDS, "total_bytes", "predicted_total_bytes"]
             cells += [f"{row[key] / 2**20:.2f}" for key in keys]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def _key_figures(found: dict[str, Result]) -> list[str]:
-    """The README's table: one line a question, each made of the rows of its result."""
-    rows = [
-        ("Speed over PyTorch's `Schedule1F1B`", *_speed_figure(found), "throughput"),
-        ("The same, of the speed of the stages alone", *_limit_figure(found), "throughput"),
-        ("Utilization", *_waiting_figure(found), "emulate"),
-        ("Host time per micro-batch and stage", *_overhead_figure(found), "overhead"),
-        ("Memory over 1F1B-flush", *_memory_figure(found), "memory"),
-        ("Utilization, predicted and measured", *_prediction_figure(found), "throughput, emulate"),
-        ("Validation loss against a flush's", *_loss_figure(found), "convergence"),
-        ("Time to that loss, of 1F1B over PACI", *_accuracy_figure(found), "time-to-accuracy"),
-        ("Seconds to that loss, of PyTorch's over ours", *_race_figure(found), "race"),
-    ]
-    lines = ["| | figure | of | `paci bench` |", "|---|---|---|---|"]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
-
-
-def _speed_figure(found: dict[str, Result]) -> tuple[str, str]:
-    by_size = _by_micro_batches(found)
-    ratios = (_row(result, "torch", "Schedule1F1B")["time_ratio"] for result in by_size.values())
-    ideal = ", ".join(f"{(m + 1) / m:.4g}" for m in by_size)
-    sizes = ", ".join(map(str, by_size))
-    return (
-        "**" + ", ".join(f"{ratio:.2f}" for ratio in ratios) + "**",
-        f"two real stages on two cores, {sizes} micro-batches per update (in theory {ideal})",
-    )
-
-
-def _limit_figure(found: dict[str, Result]) -> tuple[str, str]:
-    by_size = _by_micro_batches(found)
-    shares = (_row(result, "paci", "paci")["share_of_limit"] for result in by_size.values())
-    return "**" + ", ".join(f"{share:.1%}" for share in shares) + "**", "the same runs"
-
-
-def _waiting_figure(found: dict[str, Result]) -> tuple[str, str]:
-    parts, ratios = [], []
-    for name in ("emulate-8", "emulate-16"):
-        parts.append(f"{_row(found[name], 'paci', 'paci')['utilization']:.1%}")
-        ratios.append(f"{_row(found[name], 'torch', 'Schedule1F1B')['time_ratio']:.2f}")
-    words = "8 and 16 workers whose stages wait; an update of `Schedule1F1B` takes "
-    return f"**{', '.join(parts)}**", words + " and ".join(ratios) + " times as long"
-
-
-def _overhead_figure(found: dict[str, Result]) -> tuple[str, str]:
-    rows = found["overhead"]["rows"]
-    sizes = list(dict.fromkeys(row["num_workers"] for row in rows))
-
-    def figures(runtime: str, schedule: str) -> list[str]:
-        arms = [r for r in rows if (r["runtime"], r["schedule"]) == (runtime, schedule)]
-        return [
-            f"{min(r['overhead_us'] for r in arms if r['num_workers'] == n):.0f}" for n in sizes
-        ]
-
-    ours, theirs = figures("paci", "paci"), figures("torch", "Schedule1F1B")
-    return (
-        f"**{', '.join(ours)} us**",
-        f"empty stages, {' and '.join(map(str, sizes))} workers; PyTorch's {', '.join(theirs)} us",
-    )
-
-
-def _memory_figure(found: dict[str, Result]) -> tuple[str, str]:
-    rows = [
-        row
-        for row in _of_first_stage(found["memory"])
-        if row["num_workers"] == 8 and row["precision"] in ("bf16", "autocast")
-    ]
-    totals = {(r["schedule"], r["precision"], r["weights"]): r["total_bytes"] for r in rows}
-    flush = totals["1f1b", "bf16", "current"]
-    ours = {totals["paci", "bf16", policy] / flush for policy in ("current", "lookahead")}
-    stash = totals["paci", "bf16", "stash"] / flush
-    autocast = totals["paci", "autocast", "current"] / flush
-    return (
-        f"**{', '.join(f'{each:.2f}' for each in sorted(ours))}**",
-        f"stage 0 of 8 in bf16, looking ahead or not; a stash {stash:.2f}, autocast {autocast:.2f}",
-    )
-
-
-def _prediction_figure(found: dict[str, Result]) -> tuple[str, str]:
-    errors = [
-        abs(row["utilization"] - row["predicted_utilization"])
-        for result in found.values()
-        for row in _measured(result, "predicted_utilization")
-    ]
-    return (
-        f"**{100 * max(errors):.1f} points apart** at most",
-        f"all {len(errors)} rows of these results that have both",
-    )
-
-
-def _loss_figure(found: dict[str, Result]) -> tuple[str, str]:
-    parts, told = [], []
-    for name, precision in (("convergence-muon", "fp32"), ("convergence-bf16", "bf16")):
-        question = _QUESTIONS["convergence"]
-        rows = question.summarize(found[name]["rows"])
-        by_size = {row["accumulation"]: row for row in rows if row["method"] == "lookahead"}
-        parts.append(", ".join(f"{by_size[a]['against_flush']:+.1%}" for a in (8, 16)))
-        told.append(f"{precision}: {parts[-1]}")
-    return (
-        f"**{'; '.join(told)}**",
-        "8 stages, 8 and 16 micro-batches, both at their best rate, 3 seeds each",
-    )
-
-
-def _accuracy_figure(found: dict[str, Result]) -> tuple[str, str]:
-    rows = _QUESTIONS["time-to-accuracy"].summarize(found["time-to-accuracy"]["rows"])
-    wanted = {"num_micro_batches": 8, "optimizer": "muon", "precision": "fp32", "run_updates": 300}
-    of_setting = [row for row in rows if wanted.items() <= row.items()]
-    row, ahead = (
-        next(row for row in of_setting if row["rival"] == name) for name in ("flush", "flush-ahead")
-    )
-    finer, fastest = (row[name].partition(" ")[0] for name in ("fastest 1f1b", "fastest of all"))
-    return (
-        f"**{row['1f1b']}**",
-        f"8 stages, 8 micro-batches, times simulated; 1F1B that looks ahead too {ahead['1f1b']}, "
-        f"with smaller micro-batches {finer}, zero bubble {row['torch-zero-bubble']}, the fastest "
-        f"of all {fastest}",
-    )
-
-
-def _race_figure(found: dict[str, Result]) -> tuple[str, str]:
-    rows = _QUESTIONS["race"].summarize(found["race"]["rows"])
-    theirs = [row for row in rows if row["runtime"] == "torch"]
-    told = ", ".join(f"{row['time_ratio']:.2f}" for row in theirs)
-    sizes = " and ".join(str(row["num_micro_batches"]) for row in theirs)
-    return f"**{told}**", f"two real workers, {sizes} micro-batches per update, all costs in it"
 
 
 def _methods_table() -> list[str]:
@@ -416,7 +253,7 @@ def _methods_table() -> list[str]:
 
 def readme(path: Path) -> None:
     """Write the README to ``path``, with what stands between its markers made anew."""
-    _fill(ROOT / "README.md", path, {"figures": _key_figures(results())})
+    _fill(ROOT / "README.md", path, {"figures": key_figures(results())})
 
 
 def convergence(folder: Path) -> None:
@@ -424,7 +261,7 @@ def convergence(folder: Path) -> None:
     tables: dict[str, list[str]] = {"methods": _methods_table()}
     for name, result in results().items():
         if result["bench"] in _OF_LEARNING:
-            question = _QUESTIONS[result["bench"]]
+            question = BY_NAME[result["bench"]]
             shown = table(question.summarize(result["rows"]), question.columns)
             tables[name] = ["```bash", result["command"], "```", "", shown]
         if name in _SWEEPS_DRAWN:

@@ -137,20 +137,14 @@ def _measured_layers(
     def loss(logits: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
 
-    built: list[torch.nn.Module] = []
-
-    def build(layer: int) -> torch.nn.Module:
-        built.append(build_layer(config, layer, 0, device))
-        return built[-1]
-
-    def optimizer(_: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    def optimizer(layer: torch.nn.Module) -> torch.optim.Optimizer:
         # Names as within a stage, by which Muon's matrices are known.
-        return make_optimizer(training, torch.nn.Sequential(built.pop()))
+        return make_optimizer(training, torch.nn.Sequential(layer))
 
     names = ["embedding", *(f"block {k}" for k in config.layer_range[1:-1]), "head"]
     kinds = names if options.every else ["embedding", *["block"] * config.num_layers, "head"]
     profile = profile_layers(
-        [partial(build, layer) for layer in config.layer_range],
+        [partial(build_layer, config, layer, 0, device) for layer in config.layer_range],
         tokens,
         micro_batch_size=options.micro_batch_size,
         loss_fn=loss,

@@ -20,7 +20,7 @@ from paci.schedule.base import Schedule
 Transport = Literal["shared", "group", "local"]
 
 RECEIVES_AHEAD = 2  # that a receiver in a process group keeps posted
-_SLOTS_A_MESSAGE = 2  # of those that may be under way: one for it, one in the receiver's hands
+_SLOTS_PER_MESSAGE = 2  # of those that may be under way: one for it, one in the receiver's hands
 _ALIGNMENT_BYTES = 64  # as torch's own allocator: kernels give the same bits
 
 
@@ -137,7 +137,7 @@ def channel_bytes(
 
 def ring_slots(capacity: int) -> int:
     """Slots of a ring in which ``capacity`` messages may be under way."""
-    return _SLOTS_A_MESSAGE * capacity
+    return _SLOTS_PER_MESSAGE * capacity
 
 
 def ring_slot_bytes(message_bytes: Sequence[int]) -> int:

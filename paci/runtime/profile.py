@@ -26,7 +26,12 @@ from paci.runtime.transport import Tensors
 from paci.schedule.base import require_count
 
 BuildLayer = Callable[[], nn.Module]
+MakeOptimizer = Callable[[nn.Module], Optimizer]
 _NUM_WARM_UP = 2
+
+
+def _adamw(layer: nn.Module) -> Optimizer:
+    return torch.optim.AdamW(each for each in layer.parameters() if each.requires_grad)
 
 
 def profile_layers(
@@ -34,7 +39,7 @@ def profile_layers(
     inputs: Tensor | Tensors,
     *,
     micro_batch_size: int,
-    make_optimizer: Callable[[list[nn.Parameter]], Optimizer] = torch.optim.AdamW,
+    make_optimizer: MakeOptimizer = _adamw,
     loss_fn: Callable[[Any], Tensor] | None = None,
     names: Sequence[str] | None = None,
     kinds: Sequence[str] | None = None,
@@ -47,7 +52,7 @@ def profile_layers(
             ``nn.Sequential`` is ``[lambda layer=layer: layer for layer in sequential]``.
         inputs: of the first layer, one micro-batch.
         micro_batch_size: how many sequences (or samples) that is.
-        make_optimizer: from the parameters of one layer.
+        make_optimizer: for one layer, over those of its parameters that are trained.
         loss_fn: from the last layer's output to a scalar; counts as a part of that layer.
         names: of the layers.
         kinds: layers of one kind are alike, so only the first of each is measured.
@@ -98,14 +103,14 @@ class _Bench:
         self._parameters = [each for each in layer.parameters() if each.requires_grad]
 
     def measure(
-        self, make_optimizer: Callable[[list[nn.Parameter]], Optimizer], num_repeats: int
+        self, make_optimizer: MakeOptimizer, num_repeats: int
     ) -> tuple[LayerProfile, Tensors]:
         """The layer's costs, and what it hands on."""
         kept_bytes, outputs = self._kept()
         handed_on = tuple(each.detach() for each in outputs)
         parts = "forward", "backward", "input", "trial", "update"
         seconds: dict[str, list[float]] = {part: [] for part in parts}
-        optimizer = make_optimizer(self._parameters) if self._parameters else None
+        optimizer = make_optimizer(self._layer) if self._parameters else None
         del outputs
         for repeat in range(_NUM_WARM_UP + num_repeats):
             times = self._times(optimizer)

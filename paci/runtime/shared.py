@@ -3,7 +3,7 @@
 ::
 
     sender                       memory of the channel                       receiver
-    copies per message into  ->  slot 0 | slot 1 | slot 2 | ...  ->  computes with the slot itself
+    copies a message into  ->  slot 0 | slot 1 | slot 2 | ...  ->  computes with the slot itself
     says which on a socket  --------------------------------->  waits on the socket
     takes slots that are free  <-  a mark for each slot  <-  frees what nobody refers to
 

@@ -33,9 +33,8 @@ from paci.view.curves import loss_curve
 from paci.view.timeline import timeline_svg, window
 
 SUMMARY_FILE = "summary.json"
-# Updates that the timeline picture shows.
 _EVALUATED_AT_ONCE = 16  # windows
-_SHOWN_UPDATES = 3
+_SHOWN_UPDATES = 3  # in the picture of the timeline
 
 
 def summarize(trainer: Trainer) -> dict[str, Any]:
@@ -183,10 +182,8 @@ def evaluate_text(folder: Path, spec: str, num_batches: int) -> tuple[float, int
     model.eval()
     with torch.no_grad():
         tokens = np.concatenate(parts)
-        number = _EVALUATED_AT_ONCE * num_batches
-        for inputs, targets in validation_batches(
-            tokens, config.context, _EVALUATED_AT_ONCE, number
-        ):
+        size = _EVALUATED_AT_ONCE
+        for inputs, targets in validation_batches(tokens, config.context, size, size * num_batches):
             wanted = torch.from_numpy(targets)
             loss += criterion(model(torch.from_numpy(inputs)), wanted).double()
             count += int(criterion.num_tokens(wanted))

@@ -20,7 +20,7 @@ _RATIOS = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 def race_picture(rows: Sequence[Row], path: Path) -> None:
-    """Draw loss over seconds (left) and over updates (right), a line per racer and a seed.
+    """Draw loss over seconds (left) and over updates (right), a line per racer and seed.
 
     A number of micro-batches has a row of panels. Crosses mark where racers reach the last loss
     that all of them reach.
@@ -80,7 +80,7 @@ def _over(axes: Axes, rows: Sequence[Row], x: str, reached: str) -> None:
 
 
 def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
-    """Draw the time to a loss over PACI's, over the number of micro-batches, a line a schedule.
+    """Draw the time to a loss over PACI's, over the number of micro-batches, a line per schedule.
 
     Of the settings that were compared (optimizer, precision, length, flush) that with most numbers
     of micro-batches is drawn, the first of equals. Thin dashed lines are of the time of an update
@@ -111,20 +111,15 @@ def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
             if "time_ratio" in row and _setting(row) == drawn
         )
         if known:
-            look: dict[str, Any] = {
-                "color": colour,
-                "marker": "o",
-                "markersize": 5,
-                "linewidth": 1.4,
-            }
-            axes.plot(*zip(*known, strict=True), label=label, **look)
+            sizes, ratios = zip(*known, strict=True)
+            axes.plot(sizes, ratios, "o-", color=colour, markersize=5, linewidth=1.4, label=label)
         else:
             axes.plot([], [], "--", color=colour, linewidth=0.8, label=f"{label} (updates only)")
     axes.axhline(1.0, color="#000000", linewidth=1.2)
-    sizes = sorted({row["num_micro_batches"] for row in rows})
-    axes.text(sizes[-1], 0.98, "PACI", verticalalignment="top", horizontalalignment="right")
+    all_sizes = sorted({row["num_micro_batches"] for row in rows})
+    axes.text(all_sizes[-1], 0.98, "PACI", verticalalignment="top", horizontalalignment="right")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+    axes.set_xticks(all_sizes, labels=[str(size) for size in all_sizes])
     axes.set_xlabel("micro-batches per update (PACI's accumulation)")
     axes.set_yscale("log", base=2)
     lowest, highest = axes.get_ylim()
