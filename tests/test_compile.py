@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import distributed_helpers as ranks
+import launching
 import pytest
 import torch
 import torch.distributed as dist
@@ -70,7 +70,7 @@ def test_compiled_stages_train_as_they_are(compiler: None):
 
 @pytest.mark.slow
 def test_compiled_stages_in_two_processes(compiler: None, tmp_path: Path):
-    found = ranks.values(ranks.launch(tmp_path, 2, in_a_process, True))
+    found = launching.values(launching.launch(tmp_path, 2, in_a_process, True))
     losses, weights = train([0, 1], compiled=True)
     assert found[1][0] == losses  # to the last bit
     assert all(map(torch.equal, found[0][1] + found[1][1], weights))

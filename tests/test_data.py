@@ -9,31 +9,31 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_helpers import assert_one_line, split_text, write_folder
 
 from paci.data import (
-    IGNORE_INDEX,
     BpeTokenizer,
     ByteTokenizer,
     Corpus,
-    Sampler,
     Tokenizer,
     build_tokenizer,
     documents,
     load_tokenizer,
     prepare,
     store,
-    validation_batches,
 )
 from paci.data import tokenizer as tokenizer_module
 from paci.data.split import make_split
 from paci.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 # The package's name `prepare` is the function, which hides the module from `import ... as`.
 prepare_module = importlib.import_module("paci.data.prepare")
@@ -41,207 +41,9 @@ REPOSITORY = Path(str(prepare_module.__file__)).parents[2]
 HARD_TEXT = "naïve 漢字 🙂\r\n\ttabs  and\n\n\nlines <|endoftext|> it's \x00 end  "
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PACI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "corpus", num_files=40)
-
-
-def write_folder(path: Path, num_files: int) -> Path:
-    path.mkdir()
-    for i in range(num_files):
-        (path / f"{i:03}.txt").write_text(f"document {i} " + "the cat sat on the mat. " * (i % 7))
-    return path
-
-
-def split_text(corpus: Corpus) -> tuple[list[str], list[str]]:
-    """Both sides of a corpus as texts of documents."""
-
-    def cut(tokens: np.ndarray) -> list[str]:
-        ends = np.flatnonzero(tokens == corpus.tokenizer.end_of_text)
-        assert ends[-1] == len(tokens) - 1
-        return [corpus.tokenizer.decode(part[part < 256]) for part in np.split(tokens, ends + 1)]
-
-    assert isinstance(corpus.tokenizer, ByteTokenizer)
-    return cut(corpus.train)[:-1], cut(corpus.val)[:-1]
-
-
-def assert_one_line(error: pytest.ExceptionInfo[DataError]) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    assert ", got " in message
-    assert "; " in message.split(", got ", 1)[1]
-
-
-# Corpus
-
-
-def test_stdlib_holds_library_sources_and_nothing_else() -> None:
-    found = dict(documents("stdlib"))
-    root = Path(sysconfig.get_paths()["stdlib"])
-    assert found["json/decoder.py"] == (root / "json/decoder.py").read_bytes().decode()
-    assert list(found) == sorted(found)
-    assert len(found) > 300
-    for name in found:
-        assert name.endswith(".py")
-        parts = name.split("/")
-        assert not {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(parts)
-        assert not parts[-1].startswith("_sysconfigdata")
-
-
-def test_folder_is_recursive_sorted_and_skips_hidden_binary_and_blank_files(tmp_path: Path) -> None:
-    contents = {
-        "b.txt": b"bee",
-        "a/z.md": b"zed\r\n",
-        "a.txt": b"broken \xff utf-8",
-        "a/.hidden": b"no",
-        ".git/config": b"no",
-        "binary.dat": b"no\0no",
-        "blank.txt": b" \n\t\n",
-        "late_nul.txt": b"x" * 8192 + b"\0",
-    }
-    for name, content in contents.items():
-        path = tmp_path / "corpus" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    assert list(documents(str(tmp_path / "corpus"))) == [
-        ("a.txt", "broken \ufffd utf-8"),
-        ("a/z.md", "zed\r\n"),
-        ("b.txt", "bee"),
-        ("late_nul.txt", "x" * 8192 + "\0"),
-    ]
-
-
-def test_single_file_without_separator_is_one_document(tmp_path: Path) -> None:
-    (tmp_path / "one.txt").write_bytes(b"first\r\nsecond\n")
-    assert list(documents(str(tmp_path / "one.txt"))) == [("one.txt", "first\r\nsecond\n")]
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("a\n<|endoftext|>\nb\n", ["a\n", "b\n"]),
-        ("a<|endoftext|>b<|endoftext|>c", ["a", "b", "c"]),
-        ("a\r\n <|endoftext|> \r\nb", ["a\r\n", "b"]),
-        ("<|endoftext|>\na\n<|endoftext|>\n\n<|endoftext|>\nb<|endoftext|>", ["a\n", "b"]),
-        ("a\n<|endoftext|>b\nc\n", ["a\n", "b\nc\n"]),
-    ],
-)
-def test_single_file_splits_at_end_of_text(
-    tmp_path: Path, content: str, expected: list[str]
-) -> None:
-    path = tmp_path / "many.txt"
-    path.write_bytes(content.encode())
-    assert [text for _, text in documents(str(path))] == expected
-
-
-def test_a_document_of_a_file_keeps_its_name_when_others_join(tmp_path: Path) -> None:
-    path = tmp_path / "many.txt"
-    path.write_text("a<|endoftext|>b")
-    before = {text: name for name, text in documents(str(path))}
-    path.write_text("new<|endoftext|>a<|endoftext|>newer<|endoftext|>b")
-    after = {text: name for name, text in documents(str(path))}
-    assert before == {text: after[text] for text in before}
-    assert len(set(after.values())) == 4
-
-
-@pytest.mark.parametrize("spec", ["no/such/path", "", "bytes\nwith a line"])
-def test_missing_corpus(spec: str) -> None:
-    with pytest.raises(DataError, match="existing file or folder") as error:
-        documents(spec)
-    assert_one_line(error)
-
-
-def test_corpora_without_text(tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(DataError, match="got none under") as error:
-        documents(str(empty))
-    assert_one_line(error)
-    (empty / "blank.txt").write_text(" \n")
-    (empty / "binary").write_bytes(b"\0")
-    for path in (empty, empty / "blank.txt"):
-        with pytest.raises(DataError, match="must hold text") as error:
-            list(documents(str(path)))
-        assert_one_line(error)
-    with pytest.raises(DataError, match="NUL bytes") as error:
-        list(documents(str(empty / "binary")))
-    assert_one_line(error)
-
-
-# Hugging Face
-
-
-@pytest.fixture
-def parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
-    path = tmp_path / "pq"
-    path.mkdir()
-    rows = {"text": ["one", None, "", "two"], "title": ["A", "B", "C", "D"], "n": [1, 2, 3, 4]}
-    datasets.Dataset.from_dict(rows).to_parquet(path / "train.parquet")
-    return path
-
-
-def test_local_parquet_folder(parquet: Path) -> None:
-    assert [text for _, text in documents(f"hf:{parquet}")] == ["one", "two"]
-    assert [text for _, text in documents(f"hf:{parquet}:train:title")] == ["A", "B", "C", "D"]
-    assert [text for _, text in documents(f"hf:{parquet}:train[1:3]:title")] == ["B", "C"]
-    train, val = split_text(prepare(f"hf:{parquet}:train:title", "bytes"))
-    assert sorted(train + val) == ["A", "B", "C", "D"]
-
-
-@pytest.mark.parametrize(
-    ("rest", "message"),
-    [
-        (":nope", "split 'nope'.*must load"),
-        (":train:nope", r"one of \['text', 'title', 'n'\].*got 'nope'"),
-        (":train:n", "must hold text, got int"),
-    ],
-)
-def test_bad_split_and_column(parquet: Path, rest: str, message: str) -> None:
-    with pytest.raises(DataError, match=message) as error:
-        list(documents(f"hf:{parquet}{rest}"))
-    assert_one_line(error)
-
-
-@pytest.mark.parametrize(
-    "spec", ["hf:", "hf::train", "hf:name:", "hf:name::text", "hf:name:[1]:text"]
-)
-def test_bad_hugging_face_spec(spec: str) -> None:
-    with pytest.raises(DataError, match="NAME_OR_PATH") as error:
-        documents(spec)
-    assert_one_line(error)
-
-
-def test_hub_name_with_slash_offline_fails_quickly() -> None:
-    """In a process of its own, as the library reads HF_HUB_OFFLINE when it is imported."""
-    pytest.importorskip("datasets")
-    code = "from paci.data import prepare; prepare('hf:Skylion007/openwebtext', 'bytes')"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    last_line = done.stderr.strip().splitlines()[-1]
-    assert last_line.startswith("paci.errors.DataError: the split 'train' of the dataset 'Skylion")
-    assert "HF_HUB_OFFLINE" in last_line
-
-
-def test_datasets_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'paci\[datasets\]'") as error:
-        documents("hf:anything")
-    assert_one_line(error)
 
 
 # Tokenizers
@@ -619,110 +421,3 @@ def test_unigram_perplexity_by_hand(
     corpus = Corpus(tmp_path, TwoTokens(), train, val, "")
     # p = (3 + 1)/8, (1 + 1)/8, (1 + 1)/8; one token of 1/2 and three of 1/4
     assert corpus.unigram_perplexity() == pytest.approx((2 * 4 * 4 * 4) ** (1 / 4), rel=1e-12)
-
-
-# Batches
-
-
-def test_batch_is_windows_of_the_tokens() -> None:
-    tokens = np.random.default_rng(0).permutation(1000).astype(np.uint16)
-    inputs, targets = Sampler(tokens, context=16, batch_size=64, seed=1).batch(0)
-    assert inputs.shape == targets.shape == (64, 16)
-    assert inputs.dtype == targets.dtype == np.int64
-    position = np.argsort(tokens)
-    starts = position[inputs[:, 0]]
-    assert np.array_equal(inputs, tokens[starts[:, None] + np.arange(16)])
-    assert np.array_equal(targets, tokens[starts[:, None] + np.arange(1, 17)])
-
-
-def test_batches_depend_on_seed_and_step_alone() -> None:
-    tokens = np.arange(60000, dtype=np.uint16)
-    sampler = Sampler(tokens, context=4, batch_size=8, seed=7)
-    in_order = [sampler.batch(step)[0] for step in range(50)]
-    again = Sampler(tokens, context=4, batch_size=8, seed=7)
-    for step in (49, 3, 3, 0):
-        assert np.array_equal(again.batch(step)[0], in_order[step])
-    # No step and no seed repeats the rows of another, shifted or not.
-    rows = [row[0] for batch in in_order for row in batch]
-    for seed in (0, 6, 8, 7 + 2**32, 2**64 - 1):
-        other = Sampler(tokens, context=4, batch_size=8, seed=seed)
-        rows += [row[0] for step in range(50) for row in other.batch(step)[0]]
-    windows = {tuple(pair) for pair in np.lib.stride_tricks.sliding_window_view(rows, 2)}
-    assert len(windows) == len(rows) - 1
-
-
-def test_batch_is_pinned() -> None:
-    """A checkpoint resumed on another machine must see the same text."""
-    inputs, _ = Sampler(np.arange(1000, dtype=np.uint16), 2, batch_size=4, seed=5).batch(3)
-    assert inputs[:, 0].tolist() == [946, 816, 646, 630]
-
-
-def test_every_place_can_be_drawn() -> None:
-    sampler = Sampler(np.arange(6, dtype=np.uint16), context=3, batch_size=200, seed=0)
-    assert {row[0] for row in sampler.batch(0)[0]} == {0, 1, 2}
-    assert sampler.batch(0)[1].max() == 5
-    whole = Sampler(np.arange(4, dtype=np.uint16), context=3, batch_size=1, seed=0)
-    assert whole.batch(9)[1].tolist() == [[1, 2, 3]]
-
-
-def test_validation_windows_are_even_and_do_not_overlap() -> None:
-    tokens = np.arange(1001, dtype=np.uint16)
-    batches = list(validation_batches(tokens, context=10, batch_size=4, num_sequences=20))
-    assert len(batches) == 5
-    inputs = np.concatenate([x for x, _ in batches])
-    targets = np.concatenate([y for _, y in batches])
-    assert inputs[:, 0].tolist() == list(range(0, 1000, 50))
-    assert np.array_equal(targets, inputs + 1)
-    again = list(validation_batches(tokens, context=10, batch_size=4, num_sequences=20))
-    assert np.array_equal(inputs, np.concatenate([x for x, _ in again]))
-    exact = list(validation_batches(tokens[:30], context=10, batch_size=3, num_sequences=3))
-    assert exact[0][0][:, 0].tolist() == [0, 10, 0]  # a third window would lack its last target
-    uneven = validation_batches(tokens, context=10, batch_size=7, num_sequences=63)
-    starts = np.concatenate([x[:, 0] for x, _ in uneven])
-    assert len(starts) == 63
-    assert set(np.diff(starts)) == {10, 20}
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 50])
-def test_the_size_of_a_batch_does_not_choose_the_windows(batch_size: int) -> None:
-    tokens = np.arange(1001, dtype=np.uint16)
-    batches = list(validation_batches(tokens, 10, batch_size, num_sequences=20))
-    assert {x.shape for x, _ in batches} == {(batch_size, 10)}
-    known = [row for x, y in batches for row in x[(y != IGNORE_INDEX).all(axis=1)]]
-    assert [row[0] for row in known] == list(range(0, 1000, 50))
-
-
-def test_last_validation_batch_is_padded() -> None:
-    tokens = np.arange(1, 32, dtype=np.uint16)  # 3 windows of 10
-    batches = list(validation_batches(tokens, context=10, batch_size=2, num_sequences=10))
-    assert [x.shape for x, _ in batches] == [(2, 10), (2, 10)]
-    inputs = np.concatenate([x for x, _ in batches])
-    targets = np.concatenate([y for _, y in batches])
-    assert inputs.dtype == targets.dtype == np.int64
-    assert targets[:3].flatten().tolist() == list(range(2, 32))
-    assert IGNORE_INDEX == -100
-    assert (targets[3] == -100).all()
-    assert (inputs[3] == 0).all()
-
-
-@pytest.mark.parametrize("num_tokens", [0, 10])
-def test_corpus_shorter_than_a_window(num_tokens: int) -> None:
-    tokens = np.zeros(num_tokens, dtype=np.uint16)
-    with pytest.raises(DataError, match=f"context \\+ 1 = 11 tokens, got {num_tokens}") as error:
-        Sampler(tokens, context=10, batch_size=1, seed=0)
-    assert_one_line(error)
-    with pytest.raises(DataError, match="context \\+ 1 = 11 tokens"):
-        validation_batches(tokens, context=10, batch_size=1, num_sequences=1)
-
-
-def test_numbers_out_of_range() -> None:
-    tokens = np.zeros(100, dtype=np.uint16)
-    for arguments in ((0, 1, 0), (1, 0, 0), (1, 1, -1), (1, 1, 2**64)):
-        with pytest.raises(DataError) as error:
-            Sampler(tokens, *arguments)
-        assert_one_line(error)
-    with pytest.raises(DataError, match="step must be"):
-        Sampler(tokens, 1, 1, 0).batch(-1)
-    for arguments in ((0, 1, 1), (1, 0, 1), (1, 1, 0)):
-        with pytest.raises(DataError, match="at least 1, got 0"):
-            validation_batches(tokens, *arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import pickle
 import random
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from typing import Any
 
 import distributed_helpers as ranks_of
 import pytest
-from distributed_helpers import Rank, Run, Vee, is_alive, launch, make_stage, steps, train, values
-from distributed_helpers import __file__ as helpers_file
+from distributed_helpers import Run, Vee, make_stage, steps, train
+from launching import LAUNCH_S, Rank, end_session, is_alive, launch, values
+from launching import __file__ as launching_file
 
 import paci
 from paci.runtime import failures
@@ -189,22 +191,22 @@ def test_pipelines_side_by_side(tmp_path: Path, pipelines: list[tuple[tuple[int,
 
 def test_torchrun_starts_it(tmp_path: Path):
     run = RUNS["paci-2-current"]
-    job = ranks_of.pickle.dumps((2, "env", ranks_of.train_all, ({"run": run},)))
+    job = pickle.dumps((2, "env", ranks_of.train_all, ({"run": run},)))
     (tmp_path / "job").write_bytes(job)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with subprocess.Popen(
-        [*command, helpers_file, str(tmp_path)],
+        [*command, launching_file, str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=ranks_of.LAUNCH_S)
+            output, _ = process.communicate(timeout=LAUNCH_S)
         finally:
-            ranks_of.end_session(process.pid)
+            end_session(process.pid)
     assert process.returncode == 0, output
-    found = [ranks_of.pickle.loads((tmp_path / f"{i}.value").read_bytes()) for i in range(2)]
+    found = [pickle.loads((tmp_path / f"{i}.value").read_bytes()) for i in range(2)]
     require_equal(run, train(run), [each["run"] for each in found])
 
 

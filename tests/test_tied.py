@@ -13,7 +13,8 @@ from typing import ClassVar
 import distributed_helpers as ranks_of
 import pytest
 import torch
-from distributed_helpers import Run, launch, steps, train, values
+from distributed_helpers import Run, steps, train
+from launching import launch, values
 from torch import Tensor, nn
 from torch.nn import functional as F
 
