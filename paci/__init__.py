@@ -16,7 +16,8 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from paci.runtime.loss import CrossEntropy, Loss
-    from paci.runtime.pipeline import Pipeline, StepResult
+    from paci.runtime.pipeline import Pipeline
+    from paci.runtime.result import StepResult
     from paci.runtime.world import hosted_stages
     from paci.schedule.base import Schedule
     from paci.schedule.gpipe import GPipe
@@ -42,7 +43,7 @@ _HOMES = {
     "Pipeline": "paci.runtime.pipeline",
     "Schedule": "paci.schedule.base",
     "ScheduleError": "paci.errors",
-    "StepResult": "paci.runtime.pipeline",
+    "StepResult": "paci.runtime.result",
     "WorkerError": "paci.errors",
     "hosted_stages": "paci.runtime.world",
 }

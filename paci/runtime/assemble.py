@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
+from paci.runtime.checks import check_loss, check_module
 from paci.runtime.loss import Loss
 from paci.runtime.stage import Stage
 from paci.runtime.weights.base import WeightPolicy
@@ -49,10 +50,11 @@ def build_stages(
     held: Sequence[int],
     schedule: Schedule,
     modules: Sequence[nn.Module],
-    optimizers: Sequence[Optimizer],
+    optimizers: Sequence[Optimizer | None],
     lr_schedulers: Sequence[LRScheduler | None],
     policies: Sequence[WeightPolicy],
     loss: Loss,
+    loss_fn: Any,
     precision: str,
     seed: int,
 ) -> dict[int, Stage]:
@@ -60,6 +62,8 @@ def build_stages(
 
     Args:
         policies: of all stages of the pipeline.
+        loss: of the last stage.
+        loss_fn: what the user passed for it.
 
     Raises:
         ConfigError: they are not those of ``held``, have not an optimizer each, or share weights
@@ -71,6 +75,10 @@ def build_stages(
             f"{len(modules)} stages, {len(optimizers)} optimizers and {len(lr_schedulers)} "
             f"learning-rate schedulers; see Pipeline's argument `stage`"
         )
+    for index, module in zip(held, modules, strict=True):
+        check_module(index, module)
+    if held[-1] == schedule.num_stages - 1:
+        check_loss(loss_fn, modules[-1])
     owners = _owners(held, modules, schedule)
     stages: dict[int, Stage] = {}
     for index, module, optimizer, lr_scheduler in zip(

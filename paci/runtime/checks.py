@@ -3,18 +3,24 @@ state that it could not go on from."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+import functools
+import inspect
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paci.errors import ConfigError
+from paci.runtime.weights.base import WeightPolicy
+from paci.runtime.weights.stage_weights import StageWeights
 
 
 def check_optimizer(
-    index: int, module: nn.Module, optimizer: Optimizer, borrowed: Collection[int]
+    index: int, module: nn.Module, optimizer: Optimizer | None, borrowed: Collection[int]
 ) -> None:
     """Raise ``ConfigError`` unless ``optimizer`` can step by itself, and holds what stage ``index``
     is to train.
@@ -22,16 +28,23 @@ def check_optimizer(
     Args:
         index: of the stage.
         module: its module.
-        optimizer: its optimizer.
+        optimizer: its optimizer; None if it has nothing to train.
         borrowed: identities of parameters that an earlier stage updates.
     """
-    if isinstance(optimizer, LBFGS):
+    if optimizer is not None and _needs_closure(optimizer):
         raise ConfigError(
-            f"the optimizer of stage {index} must step without a closure, got LBFGS, which runs "
-            f"the model itself; take one that steps from the gradients there are, as AdamW"
+            f"the optimizer of stage {index} must step without a closure, got "
+            f"{type(optimizer).__name__}, which runs the model itself; take one that steps from "
+            f"the gradients there are, as AdamW"
         )
     named = [(n, p) for n, p in module.named_parameters() if id(p) not in borrowed]
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if optimizer is None and any(p.requires_grad for _, p in named):
+        raise ConfigError(
+            f"stage {index} must have an optimizer for its trainable parameters, got None; pass "
+            f"one, or freeze them"
+        )
+    groups = [] if optimizer is None else optimizer.param_groups
+    held = {id(p) for group in groups for p in group["params"]}
     foreign = len(held - {id(p) for _, p in named})
     missing = [n for n, p in named if p.requires_grad and id(p) not in held]
     if foreign or missing:
@@ -43,7 +56,66 @@ def check_optimizer(
         )
 
 
-def check_lr_scheduler(index: int, lr_scheduler: LRScheduler, optimizer: Optimizer) -> None:
+def _needs_closure(optimizer: Optimizer) -> bool:
+    if isinstance(optimizer, LBFGS):
+        return True
+    parameters = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    empty = inspect.Parameter.empty
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(p.default is empty and p.kind not in kinds for p in parameters)
+
+
+def check_module(index: int, module: nn.Module) -> None:
+    """Raise ``ConfigError`` if ``module`` is one whose gradients go past the pipeline."""
+    if any(isinstance(each, DistributedDataParallel) for each in module.modules()):
+        raise ConfigError(
+            f"the module of stage {index} must not be wrapped in DistributedDataParallel, got one: "
+            f"it would average some micro-batches and not others; pass the module itself"
+        )
+
+
+def check_loss(loss_fn: Any, module: nn.Module) -> None:
+    """Raise ``ConfigError`` if ``loss_fn`` has weights that nothing would train.
+
+    Args:
+        loss_fn: any callable; modules are looked for in itself, in its attributes, in what a
+            function encloses and in what a partial was given.
+        module: of the last stage, whose weights it may use.
+    """
+    own = {id(p) for p in module.parameters()}
+    for part in _parts(loss_fn):
+        if isinstance(part, nn.Module):
+            names = [n for n, p in part.named_parameters() if p.requires_grad and id(p) not in own]
+            if names:
+                raise ConfigError(
+                    f"the loss must have no trainable weights of its own, got "
+                    f"{', '.join(names[:3])} of {type(part).__name__}; make it a part of the last "
+                    f"stage's module, or freeze it with requires_grad_(False)"
+                )
+
+
+def _parts(loss_fn: Any) -> Iterator[Any]:
+    yield loss_fn
+    yield getattr(loss_fn, "__self__", None)
+    for cell in getattr(loss_fn, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # a cell that is not filled yet
+            yield cell.cell_contents
+    if isinstance(loss_fn, functools.partial):
+        yield from (loss_fn.func, *loss_fn.args, *loss_fn.keywords.values())
+    elif not isinstance(loss_fn, nn.Module) and hasattr(loss_fn, "__dict__"):
+        yield from vars(loss_fn).values()
+
+
+def check_policy(index: int, policy: WeightPolicy, weights: StageWeights) -> None:
+    """Raise ``ConfigError`` unless ``policy`` can be kept with these weights."""
+    if policy.exchanges and weights.has_shards:
+        raise ConfigError(
+            f"the weight policy {policy.name} needs whole parameters, got sharded ones at stage "
+            f"{index}; take current or lookahead, or do not shard the stage"
+        )
+
+
+def check_lr_scheduler(index: int, lr_scheduler: LRScheduler, optimizer: Optimizer | None) -> None:
     """Raise ``ConfigError`` unless ``lr_scheduler`` is for ``optimizer``, and steps by itself."""
     if isinstance(lr_scheduler, ReduceLROnPlateau):
         raise ConfigError(

@@ -250,31 +250,25 @@ class _Watched:
 
     def masters(self) -> Iterator[Tensor]:
         """Those that are not working weights."""
-        for master in self.stage.weights.masters.values():
-            if master not in self.working:
-                yield master
+        yield from self.stage.weights.tensors()
 
     def gradients(self) -> Iterator[Tensor]:
         """Of masters and working weights."""
-        weights = self.stage.weights
-        for weight in (*weights.masters.values(), *weights.working.values()):
-            if weight.grad is not None:
-                yield weight.grad
+        yield from self.stage.weights.gradients()
 
     def optimizer_state(self) -> Iterator[Tensor]:
         """Tensors that the optimizer keeps."""
-        for state in self.stage.optimizer.state.values():
+        optimizer = self.stage.optimizer
+        for state in () if optimizer is None else optimizer.state.values():
             yield from _tensors_in(state)
 
     def _look(self) -> None:
         """Note what the stage holds now."""
-        weights = self.stage.weights
-        masters = {id(master) for master in weights.masters.values()}
-        for weight in weights.working.values():
+        self.stage.enter()
+        for weight in self.stage.weights.working.values():
             self._note_weight(weight)
-        for tensor in (*_tensors_in(vars(weights)), *_tensors_in(vars(self.stage.policy))):
-            if id(tensor) not in masters:
-                self._note_weight(tensor)
+        for tensor in _tensors_in(vars(self.stage.policy)):
+            self._note_weight(tensor)
         for flight in self.stage.in_flight.values():
             for tensor in (*flight.inputs, *(() if self.stage.is_last else flight.outputs)):
                 self._note(tensor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from paci.runtime.execute import Engine, Feed, execute
 from paci.runtime.failures import FailureBoard, ended_by
 from paci.runtime.loss import as_loss, divisor
 from paci.runtime.recorder import Recorder
+from paci.runtime.result import StepResult
 from paci.runtime.stage import Target
 from paci.runtime.status import Status, StatusBoard, combine
 from paci.runtime.transport import Transport
@@ -33,24 +33,6 @@ from paci.schedule.sequence import Cursor, Sequencer
 from paci.trace import Trace
 
 _LONGEST_S = 1e9  # more is more than the system's own calls can wait
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What became known since the last step.
-
-    Attributes:
-        losses: the mean loss over the tokens of each update whose forwards have all ended since,
-            in order; 0-d tensors on the last stage's device, read without waiting for it. Empty on
-            processes without the last stage.
-    """
-
-    losses: tuple[Tensor, ...] = ()
-
-    @property
-    def loss(self) -> Tensor | None:
-        """The newest of ``losses``, or None."""
-        return self.losses[-1] if self.losses else None
 
 
 class Pipeline:
@@ -133,6 +115,7 @@ class Pipeline:
                 listed(lr_scheduler, len(modules)),
                 policies,
                 self._loss,
+                loss_fn,
                 precision,
                 seed,
             )
@@ -251,7 +234,7 @@ class Pipeline:
             refusal = self._world.disagreement(numbers)
         if refusal is not None:
             raise refusal
-        with self._working():
+        with self._working(), self._entered():
             own = evaluate(self._engine, pairs)
             parts = self._world.gather(own)
         loss, count = (sum(column) for column in zip(*parts, strict=True))
@@ -361,6 +344,8 @@ class Pipeline:
         """
         if self._board is not None:
             self._board.close()
+        for stage in self.stages.values():
+            stage.close()
         self._engine.transport.close()
         self._world.close()
 
@@ -382,8 +367,17 @@ class Pipeline:
         between them that cannot block: the one order of all workers, its own actions picked out.
         """
         own = (action for action in self._sequencer.actions() if action.stage in self.stages)
-        with torch.enable_grad():  # wherever the user's loop calls from
+        with torch.enable_grad(), self._entered():  # wherever the user's loop calls from
             execute(own, self._engine, self._feed)
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Parameters may hold working weights inside; afterwards they hold the masters."""
+        try:
+            yield
+        finally:
+            for stage in self.stages.values():
+                stage.leave()
 
     def _feed_batch(self, batch: MicroBatch | Sequence[MicroBatch] | None) -> None:
         if not self._num_fed:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from paci.runtime.batch import require_unwritten, writes_of
+from paci.runtime.weights.stage_weights import Leaf
 
 Tensors = tuple[Tensor, ...]
 
@@ -59,11 +60,15 @@ class Ledger:
         """Compute what was put off, and add all of it to the gradients of the weights."""
         while self.entries:
             weights, compute = self.entries.pop()
-            # A leaf's own backward: adds to its gradient and calls its hooks, as ever.
-            torch.autograd.backward(weights, compute())
+            gradients = compute()
+            pairs = [(w, g) for w, g in zip(weights, gradients, strict=True) if w.requires_grad]
+            if pairs:  # not all frozen since; a leaf's own backward calls its hooks, as ever
+                torch.autograd.backward([w for w, _ in pairs], [g for _, g in pairs])
         with torch.no_grad():
             while self.held:
                 weight, gradient = self.held.pop()
+                if not weight.requires_grad:  # frozen since
+                    continue
                 # Hooks on the gradient were called when it was computed; those on the sum are now.
                 add: Any = torch.autograd.graph.get_gradient_edge(weight).node
                 add(gradient)
@@ -101,10 +106,18 @@ class Splitter:
         self.ledger: Ledger | None = None
         self._index = index
         self._said = False
+        self._replaced: list[nn.Module] = []
         for layer in module.modules():
             run = _own_forward(layer)
-            if run is not None:
+            if run is not None and "forward" not in layer.__dict__:
                 layer.__dict__["forward"] = functools.partial(run, layer, self)
+                self._replaced.append(layer)
+
+    def close(self) -> None:
+        """Give the layers their own ``forward`` back."""
+        for layer in self._replaced:
+            layer.__dict__.pop("forward", None)
+        self._replaced = []
 
     @contextlib.contextmanager
     def recording(self, ledger: Ledger) -> Iterator[None]:
@@ -116,7 +129,12 @@ class Splitter:
             self.ledger = None
 
     def backward_input(
-        self, ledger: Ledger, roots: Tensors, gradients: Tensors, inputs: Tensors, leaves: Tensors
+        self,
+        ledger: Ledger,
+        roots: Tensors,
+        gradients: Tensors,
+        inputs: Tensors,
+        leaves: Sequence[Leaf],
     ) -> Tensors:
         """The first half of a backward.
 
@@ -125,27 +143,28 @@ class Splitter:
             roots: where the backward starts.
             gradients: of the roots.
             inputs: of the stage; those that require a gradient get one.
-            leaves: the weights that are trained.
+            leaves: the weights that are trained, as they were at the forward.
 
         Returns:
             The gradients of the inputs that require one, zero where none arrived.
         """
         wanted = tuple(x for x in inputs if x.requires_grad)
-        found: tuple[Tensor | None, ...] = (None,) * len(wanted + leaves)
-        if roots and wanted + leaves:
+        ends = (*wanted, *(leaf.edge for leaf in leaves))
+        found: tuple[Tensor | None, ...] = (None,) * len(ends)
+        if roots and ends:
             with self.recording(ledger):  # a checkpoint inside the module runs its forward again
-                found = torch.autograd.grad(roots, wanted + leaves, gradients, allow_unused=True)
+                found = torch.autograd.grad(roots, ends, gradients, allow_unused=True)
         rest = zip(leaves, found[len(wanted) :], strict=True)
-        ledger.held = [(leaf, gradient) for leaf, gradient in rest if gradient is not None]
+        ledger.held = [(leaf.weight, gradient) for leaf, gradient in rest if gradient is not None]
         if roots and not self._said:
             self._said = True
-            self._say_what_is_whole(ledger, leaves)
+            self._say_what_is_whole(ledger, [leaf.weight for leaf in leaves])
         return tuple(
             torch.zeros_like(x) if gradient is None else gradient
             for x, gradient in zip(wanted, found, strict=False)
         )
 
-    def _say_what_is_whole(self, ledger: Ledger, leaves: Tensors) -> None:
+    def _say_what_is_whole(self, ledger: Ledger, leaves: Sequence[Tensor]) -> None:
         num_held = sum(weight.numel() for weight, _ in ledger.held)
         num_all = sum(leaf.numel() for leaf in leaves)
         if 2 * num_held > num_all:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -14,12 +14,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
 from paci.runtime.batch import as_tensors, require_unwritten, to_device, writes_of
-from paci.runtime.checks import check_lr_scheduler, check_optimizer, check_state
+from paci.runtime.checks import check_lr_scheduler, check_optimizer, check_policy, check_state
 from paci.runtime.loss import Loss
 from paci.runtime.randomness import Seeded, mix
 from paci.runtime.split import Ledger, Splitter
-from paci.runtime.weights.base import StageWeights, Tensors, WeightPolicy
+from paci.runtime.weights.base import Tensors, WeightPolicy
+from paci.runtime.weights.stage_weights import Leaf, StageWeights
 
+UpdateHook = Callable[["Stage", int], None]
+_EXTRA = "_extra_state"  # how PyTorch ends the key of what get_extra_state gives
 # The dtype of working weights; None leaves every parameter as the module has it.
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -42,7 +45,7 @@ class _InFlight:
     inputs: Tensors
     target: Target | None
     writes: tuple[int, ...] = ()  # to the inputs, if a forward is to run on them again
-    leaves: Tensors = ()  # the working weights that the graph ends in
+    leaves: tuple[Leaf, ...] = ()  # where the graph ends, if the backward is to be split
     versions: tuple[int, ...] = ()  # at the forward, of each stage that has weights used here
     needs: tuple[bool, ...] = ()  # which outputs a gradient comes back for
     outputs: Tensors = ()
@@ -57,7 +60,8 @@ class Stage:
         is_last: whether the loss is computed here.
         module: any module; called with the tensors of the boundary before it, returns a tensor
             or a tuple of tensors.
-        optimizer: over the module's parameters; steps in place, once an update.
+        optimizer: over the module's parameters; steps in place, once an update; None for a stage
+            that has nothing to train.
         policy: which weights a forward and a backward see.
         loss: used by the last stage.
         accumulation: micro-batches of one update.
@@ -80,7 +84,7 @@ class Stage:
         index: int,
         is_last: bool,
         module: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         policy: WeightPolicy,
         loss: Loss,
         *,
@@ -108,8 +112,8 @@ class Stage:
         self.in_flight: dict[int, _InFlight] = {}
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._dtype = PRECISIONS[precision]
-        lent: dict[int, StageWeights] = {p: stage.weights for p, stage in lenders.items()}
-        self.weights: StageWeights = StageWeights(module, self._dtype, policy.separate, lent)
+        self.weights = StageWeights(index, module, self._dtype, policy.separate, lenders.keys())
+        check_policy(index, policy, self.weights)
         policy.attach(self.weights, optimizer)
         self._accumulation = accumulation
         # Whose weights the module computes with, this stage first.
@@ -117,7 +121,7 @@ class Stage:
         self._borrowers: list[Stage] = []
         for lender in self._owners[1:]:
             lender._borrowers.append(self)
-        self._buffers = {b.untyped_storage().data_ptr() for b in module.buffers() if b.numel()}
+        self._hooks: list[UpdateHook] = []
         self._loss = loss
         self._seed = seed
         self._seeded = Seeded(self.device)
@@ -129,6 +133,37 @@ class Stage:
         if self._dtype is None:
             return moved
         return tuple(x.to(self._dtype) if x.is_floating_point() else x for x in moved)
+
+    def enter(self) -> None:
+        """Let the parameters hold working weights, of the stages that this one borrows from too;
+        every action does."""
+        for owner in self._owners:
+            if not owner.weights.is_inside:
+                is_drained = not any(user.in_flight for user in (owner, *owner._borrowers))
+                touched = owner.weights.enter(is_drained)
+                if touched:
+                    check_optimizer(
+                        owner.index, owner.module, owner.optimizer, owner._borrowed_ids()
+                    )
+                if is_drained:
+                    owner.policy.renew()
+                elif touched:
+                    owner.policy.take_over(touched)
+
+    def leave(self) -> None:
+        """Let the parameters hold the masters: the user's code runs from now on."""
+        self.weights.leave()
+
+    def close(self) -> None:
+        """Leave a plain module with plain parameters behind."""
+        self.weights.close()
+        if self._splitter is not None:
+            self._splitter.close()
+
+    def on_update(self, hook: UpdateHook) -> None:
+        """Call ``hook(stage, version)`` in each update, after the optimizer's step: parameters hold
+        the masters then, and what it writes to them is taken over."""
+        self._hooks.append(hook)
 
     def forward(self, micro_batch: int, inputs: Tensors, target: Target | None) -> Tensors:
         """Run the micro-batch forward and keep what its backward needs.
@@ -143,12 +178,18 @@ class Stage:
             is to come back; on the last stage the share of this micro-batch in the update's
             mean loss, a scalar that nothing flows back to.
         """
+        self.enter()
+        key = (self.index, micro_batch)
         for owner in self._owners:
-            owner.policy.before_forward(micro_batch // self._accumulation - owner.version)
+            owner.policy.before_forward(key, micro_batch // self._accumulation - owner.version)
         versions = tuple(owner.version for owner in self._owners)
+        weight_writes = [owner.weights.writes() for owner in self._owners]
         writes = () if self.policy.keeps_graph else writes_of(inputs)
-        flight = _InFlight(inputs, target, writes, self.weights.leaves, versions)
+        leaves = () if self._splitter is None else self.weights.leaves()
+        flight = _InFlight(inputs, target, writes, leaves, versions)
         outputs = self.policy.forward(lambda: self._run(micro_batch, flight))
+        for owner, before in zip(self._owners, weight_writes, strict=True):
+            owner.weights.adopt(before, owner.policy.before_own_write)
         if self.policy.keeps_graph:
             flight.needs = tuple(output.requires_grad for output in outputs)
             flight.outputs = outputs
@@ -157,47 +198,57 @@ class Stage:
             flight.needs = tuple(o.is_floating_point() or o.is_complex() for o in outputs)
         self.in_flight[micro_batch] = flight
         return tuple(
-            self._own(output).requires_grad_(need and not self.is_last)
+            self._to_hand_on(output, inputs).requires_grad_(need and not self.is_last)
             for output, need in zip(outputs, flight.needs, strict=True)
         )
 
     def backward(self, micro_batch: int, gradients: Tensors) -> Tensors:
         """Run the whole backward; return the gradients of the inputs that require one."""
+        self.enter()
         flight = self.in_flight.pop(micro_batch)
         roots, root_gradients = self._roots(micro_batch, flight, gradients)
         if roots:
             _differentiate(roots, root_gradients)
             if self._splitter is not None:
                 flight.ledger.settle()
+        self._after_backward()
         return _gradients(flight.inputs)
 
     def backward_input(self, micro_batch: int, gradients: Tensors) -> Tensors:
         """Run the input's half of the backward; keep only what the weights' half needs."""
+        self.enter()
         flight = self.in_flight[micro_batch]
         if self._splitter is None:
             self._splitter = Splitter(self.index, self.module)
         roots, root_gradients = self._roots(micro_batch, flight, gradients)
+        leaves = flight.leaves or self.weights.leaves()
         found = self._splitter.backward_input(
-            flight.ledger, roots, root_gradients, flight.inputs, flight.leaves
+            flight.ledger, roots, root_gradients, flight.inputs, leaves
         )
+        self._after_backward()
         self.in_flight[micro_batch] = _InFlight((), None, ledger=flight.ledger)
         return found
 
     def backward_weight(self, micro_batch: int) -> None:
         """Run the weights' half of the backward that ``backward_input`` began."""
+        self.enter()
         self.in_flight.pop(micro_batch).ledger.settle()
 
     def update(self) -> None:
         """Let the optimizer step on the masters, and publish them to the working weights."""
-        with self.weights.changing():
+        self.enter()
+        with self.weights.at_masters():
             self.policy.before_update()
-            self.optimizer.step()
-            users = (self, *self._borrowers)
-            self.policy.publish(sum(len(stage.in_flight) for stage in users))
-        self.optimizer.zero_grad()
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
-        self.version += 1
+            if self.optimizer is not None:
+                self.optimizer.step()
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+            self.version += 1
+            for hook in self._hooks:
+                hook(self, self.version)
+            if self.optimizer is not None:
+                self.optimizer.zero_grad()
+        self.policy.publish(sum(len(user.in_flight) for user in (self, *self._borrowers)))
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensors, target: Any) -> Tensors:
@@ -209,7 +260,9 @@ class Stage:
             What goes to the next stage; on the last stage the summed loss and the number of
             tokens, both float64 scalars.
         """
-        self.policy.settle()
+        self.enter()
+        for owner in self._owners:
+            owner.policy.settle()
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
@@ -234,7 +287,8 @@ class Stage:
         return {
             "weights": {name: p.detach() for name, p in self.weights.masters.items()},
             "buffers": buffers,
-            "optimizer": _rename(self.optimizer.state_dict(), self._parameter_names()),
+            "extra": {name: value for name, value in saved.items() if name.endswith(_EXTRA)},
+            "optimizer": self._optimizer_state(),
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
             "version": self.version,
             "policy": self.policy.state_dict(),
@@ -257,25 +311,56 @@ class Stage:
             with torch.no_grad():
                 for name, tensor in own[part].items():
                     tensor.copy_(state[part][name])
-        positions = {name: position for position, name in self._parameter_names().items()}
-        self.optimizer.load_state_dict(_rename(state["optimizer"], positions))
+        if state.get("extra"):
+            self.module.load_state_dict(state["extra"], strict=False)
+        if self.optimizer is not None:
+            positions = {name: position for position, name in self._parameter_names().items()}
+            renamed = _rename(state["optimizer"], positions)
+            renamed["state"] |= state["optimizer"].get("global", {})
+            self.optimizer.load_state_dict(renamed)
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.version = state["version"]
         self.policy.load_state_dict(state["policy"])
 
-    def _own(self, output: Tensor) -> Tensor:
-        """``output`` to be handed on: a copy if it is a weight or a buffer, which may change
-        before it has arrived."""
-        place = output.untyped_storage().data_ptr()
-        if place in self.weights.storages or place in self._buffers:
-            return output.detach().clone()
-        return output.detach()
+    def _to_hand_on(self, output: Tensor, inputs: Tensors) -> Tensor:
+        """``output`` for the next stage: a copy if it lies in something that the stage may write to
+        again before it has arrived (a weight, a buffer, a tensor that the stage fills again)."""
+        base = output if output._base is None else output._base
+        is_new = base.grad_fn is not None
+        if not is_new:
+            place = output.untyped_storage().data_ptr()
+            is_new = any(place == x.untyped_storage().data_ptr() for x in inputs) or not (
+                self.weights.holds(output)
+                or any(place == b.untyped_storage().data_ptr() for b in self.module.buffers())
+            )
+        if is_new and (output.is_inference() or output._version == 0):
+            return output.detach()
+        return output.detach().clone()
+
+    def _after_backward(self) -> None:
+        for owner in self._owners:
+            owner.policy.after_backward()
+
+    def _borrowed_ids(self) -> set[int]:
+        own = {id(p) for p in self.weights.masters.values()}
+        return {id(p) for p in self.module.parameters()} - own
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """By the names of parameters; what is of no parameter apart."""
+        if self.optimizer is None:
+            return {"state": {}, "param_groups": []}
+        saved = self.optimizer.state_dict()
+        shared = {key: value for key, value in saved["state"].items() if isinstance(key, str)}
+        saved["state"] = {k: v for k, v in saved["state"].items() if k not in shared}
+        named = _rename(saved, self._parameter_names())
+        return {**named, "global": shared} if shared else named
 
     def _parameter_names(self) -> dict[Any, Any]:
         """Name of each parameter at its position in the optimizer's own state."""
         names = {id(master): name for name, master in self.weights.masters.items()}
-        held = (p for group in self.optimizer.param_groups for p in group["params"])
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        held = (p for group in groups for p in group["params"])
         return {position: names[id(parameter)] for position, parameter in enumerate(held)}
 
     def _run(self, micro_batch: int, flight: _InFlight) -> Tensors:
@@ -302,13 +387,13 @@ class Stage:
     ) -> tuple[Tensors, Tensors]:
         """Where the backward starts, and with which gradients."""
         for owner, version in zip(self._owners, flight.versions, strict=True):
-            owner.policy.before_backward(owner.version - version)
+            owner.policy.before_backward((self.index, micro_batch), owner.version - version)
         if not self.policy.keeps_graph:
             what = f"the input of micro-batch {micro_batch} at stage {self.index}"
             require_unwritten(flight.inputs, flight.writes, what)
         outputs = self.policy.graph(flight.outputs, lambda: self._run(micro_batch, flight))
         if not self.policy.keeps_graph:
-            flight.leaves = self.weights.leaves
+            flight.leaves = ()
         if self.is_last:
             gradients = tuple(torch.ones_like(output) for output in outputs)
             if not outputs[0].requires_grad:

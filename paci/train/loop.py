@@ -169,6 +169,7 @@ class Trainer:
 
     def _learning_rate(self) -> float:
         last = self.pipeline.stages[self.plan.schedule.num_stages - 1]
+        assert last.optimizer is not None
         return float(last.optimizer.param_groups[0]["lr"])
 
     def _evaluate(self) -> None:

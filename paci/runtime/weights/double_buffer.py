@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from paci.errors import ConfigError
-from paci.runtime.weights.base import Leaves, StageWeights, WeightPolicy
+from paci.runtime.weights.base import Key, WeightPolicy
+from paci.runtime.weights.stage_weights import StageWeights, Values
 from paci.schedule.base import Schedule
 from paci.schedule.versions import MicroBatchVersions, steady_update
 
@@ -34,6 +36,7 @@ class DoubleBuffer(WeightPolicy):
     summary: ClassVar[str] = "one update late at every stage, two working copies (PipeDream-2BW)"
     separate: ClassVar[bool] = True
     consistent: ClassVar[bool] = True
+    exchanges: ClassVar[bool] = True
 
     def prepare(self, schedule: Schedule, stage: int) -> None:
         """Refuse a schedule that empties itself, or updates too often for two versions."""
@@ -59,40 +62,71 @@ class DoubleBuffer(WeightPolicy):
         """Two versions."""
         return 2, 0
 
-    def attach(self, weights: StageWeights, optimizer: Optimizer) -> None:
-        """Start with two buffers of one content."""
+    def attach(self, weights: StageWeights, optimizer: Optimizer | None) -> None:
+        """Nothing is in flight yet, and there are no buffers."""
         super().attach(weights, optimizer)
-        self._older, self._newest = weights.fresh(), weights.fresh()
-        self._use(self._newest)
+        self._older: Values = {}
+        self._newest: Values = {}
+        self._met: dict[Key, Values] = {}  # by micro-batches in flight
 
-    def before_forward(self, delay: int) -> None:
-        """Pick the buffer. The graph keeps it until the backward, so that has no choice."""
+    def before_forward(self, key: Key, delay: int) -> None:
+        """Pick the buffer."""
         assert 0 <= delay <= 1, f"no buffer for a delay of {delay}"
-        chosen = self._newest if delay else self._older
-        if chosen is not self._used:
-            self._use(chosen)
+        self._met[key] = self._newest if delay else self._older
+        self.weights.use(self._met[key])
+
+    def before_backward(self, key: Key, drift: int) -> None:
+        """That of its forward."""
+        self.weights.use(self._met.pop(key))
 
     def publish(self, num_in_flight: int) -> None:
         """To the older buffer: all who used it have gone into this update."""
         self._older, self._newest = self._newest, self._older
-        self._use(self._newest)
+        self.weights.use(self._newest)
         self.weights.write_in_place()
+
+    def renew(self) -> None:
+        """Both buffers, where the masters are not what the newest update left."""
+        self._met.clear()
+        fresh = self.weights.fresh()
+        changed = {
+            name
+            for name, value in fresh.items()
+            if name not in self._newest or not _same(self._newest[name], value)
+        }
+        kept = {n: v for n, v in self._older.items() if n in fresh and n not in changed}
+        if not self._newest:  # the first time; what has been loaded is there already
+            kept = {n: v for n, v in self._older.items() if n in fresh}
+        self._older = {name: kept.get(name, value) for name, value in fresh.items()}
+        self._newest = self.weights.fresh()
+        self.weights.use(self._newest)
+
+    def take_over(self, names: Collection[str]) -> None:
+        """To new tensors, in both buffers."""
+        older = {n: v for n, v in self._older.items() if n not in names}
+        newest = {n: v for n, v in self._newest.items() if n not in names}
+        self._older = {**older, **self.weights.fresh(names)}
+        self._newest = {**newest, **self.weights.fresh(names)}
+        self.weights.use(self._newest)
+
+    def before_own_write(self, name: str) -> Tensor | None:
+        """Two versions cannot both be told."""
+        return None
 
     def settle(self) -> None:
         """The newest."""
-        self._use(self._newest)
+        self.weights.use(self._newest)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The older version, which the next micro-batches see."""
-        return {name: leaf.detach() for name, leaf in self._older.items()}
+        return {**self._older} or self.weights.fresh()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Fill both buffers."""
-        self._use(self._newest)
-        super().load_state_dict(state)
-        for name, leaf in self._older.items():
-            leaf.detach().copy_(state[name])
+        """The older version; the newest follows from the masters."""
+        self._older = {name: value.clone() for name, value in state.items()}
+        self._newest = {}
 
-    def _use(self, leaves: Leaves) -> None:
-        self._used = leaves
-        self.weights.use(leaves)
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit, not-a-number included."""
+    return torch.equal(one, other) or torch.equal(one.isnan(), other.isnan())

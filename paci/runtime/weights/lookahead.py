@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from paci.errors import ConfigError
 from paci.optim.trial import trial_steps
-from paci.runtime.weights.base import StageWeights, WeightPolicy
+from paci.runtime.weights.base import Key, WeightPolicy
+from paci.runtime.weights.stage_weights import StageWeights, local
 from paci.schedule.base import require_count
 
 
@@ -70,19 +72,19 @@ class Lookahead(WeightPolicy):
             age += 1
         return number / len(delays)
 
-    def attach(self, weights: StageWeights, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, weights: StageWeights, optimizer: torch.optim.Optimizer | None) -> None:
         """Start at the masters."""
         super().attach(weights, optimizer)
         self._ahead = 0.0  # steps from the masters to the working weights
         self._age = 0  # backwards since they were written
 
-    def before_forward(self, delay: int) -> None:
+    def before_forward(self, key: Key, delay: int) -> None:
         """Look ahead, anew if that is to be farther or enough backwards have passed."""
         ahead = self.reach * delay + self.beyond
         if ahead != self._ahead or (ahead and self._age >= self.refresh):
             self._write(ahead)
 
-    def before_backward(self, drift: int) -> None:
+    def before_backward(self, key: Key, drift: int) -> None:
         """Count it."""
         self._age += 1
 
@@ -90,17 +92,44 @@ class Lookahead(WeightPolicy):
         """The masters, in place."""
         self._write(0.0)
 
+    def renew(self) -> None:
+        """The masters, in place."""
+        self._write(0.0)
+
+    def take_over(self, names: Collection[str]) -> None:
+        """The masters, in place; the next forward looks ahead from there."""
+        self._write(0.0)
+
+    def before_own_write(self, name: str) -> Tensor | None:
+        """Known as long as no gradient has come since the forward looked ahead."""
+        if not self._ahead:
+            return super().before_own_write(name)
+        return None if self._age else self._looked(name)
+
     def settle(self) -> None:
         """The masters, in place."""
         if self._ahead:
             self._write(0.0)
 
-    @torch.no_grad()
     def _write(self, ahead: float) -> None:
         self._ahead, self._age = ahead, 0
-        with self.weights.changing():
-            self.weights.write_in_place()
-            if ahead:
-                for master, step in trial_steps(self.optimizer):
-                    there = step.mul_(ahead).add_(master)
-                    self.weights.working[self.weights.name_of(master)].copy_(there)
+        self.weights.write_in_place()
+        if ahead and self.optimizer is not None:
+            with self.weights.for_trial():
+                steps = trial_steps(self.optimizer)
+                for master, step in steps:
+                    name = self.weights.name_of(master)
+                    self.weights.write(name, self._there(name, step))
+
+    def _there(self, name: str, step: Tensor) -> Tensor:
+        return local(step).mul_(self._ahead).add_(self.weights.master(name))
+
+    def _looked(self, name: str) -> Tensor:
+        """What the working weight was made, from the same trial once more."""
+        assert self.optimizer is not None
+        with self.weights.for_trial():
+            for master, step in trial_steps(self.optimizer):
+                if self.weights.name_of(master) == name:
+                    there = self._there(name, step)
+                    return there.to(self.weights.as_working(name).dtype)
+        return self.weights.as_working(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from paci.errors import ConfigError
-from paci.runtime.weights.base import StageWeights, WeightPolicy
+from paci.runtime.weights.base import Key, WeightPolicy
+from paci.runtime.weights.stage_weights import StageWeights, local
 from paci.schedule.base import Schedule
 from paci.schedule.versions import steady_update
 
@@ -62,39 +63,46 @@ class PipeMare(WeightPolicy):
         """One, and a mean change where anything is late."""
         return 1, int(num_versions > 1)
 
-    def attach(self, weights: StageWeights, optimizer: Optimizer) -> None:
+    def attach(self, weights: StageWeights, optimizer: Optimizer | None) -> None:
         """Start at the masters, which have not changed yet."""
         super().attach(weights, optimizer)
         self._behind = 0
         self._before: dict[str, Tensor] = {}  # masters, during an update
         self._deltas: dict[str, Tensor] = {}
-        if self._mean_drift:
-            trained = {n: w for n, w in weights.masters.items() if w.requires_grad}
-            self._deltas = {name: torch.zeros_like(w.detach()) for name, w in trained.items()}
+        self._add_deltas()
 
-    def before_forward(self, delay: int) -> None:
+    def before_forward(self, key: Key, delay: int) -> None:
         """The newest."""
         self._write(0)
 
-    def before_backward(self, drift: int) -> None:
+    def before_backward(self, key: Key, drift: int) -> None:
         """As many mean changes back as there were updates since the forward."""
         self._write(drift)
 
     def before_update(self) -> None:
         """Remember what will change."""
-        masters = self.weights.masters
-        self._before = {name: masters[name].detach().clone() for name in self._deltas}
+        self._before = {name: self.weights.master(name).clone() for name in self._deltas}
 
     def publish(self, num_in_flight: int) -> None:
         """In place; the change goes into the mean."""
         if self._deltas:
             share = 1 - self.decay ** (1 / self._mean_drift)
             for name, delta in self._deltas.items():
-                change = self.weights.masters[name].detach() - self._before[name]
+                change = self.weights.master(name) - self._before[name]
                 delta.lerp_(change, share)
         self._before = {}
         self._behind = 0
         self.weights.write_in_place()
+
+    def renew(self) -> None:
+        """In place; what was unfrozen has not changed yet."""
+        self._add_deltas()
+        self._behind = 0
+        self.weights.write_in_place()
+
+    def take_over(self, names: Collection[str]) -> None:
+        """In place; what the user writes is no update, and does not go into the mean."""
+        self.renew()
 
     def settle(self) -> None:
         """The newest."""
@@ -108,8 +116,11 @@ class PipeMare(WeightPolicy):
         """Take the mean changes over."""
         for name, delta in self._deltas.items():
             delta.copy_(state[name])
-        self._behind = 0
-        super().load_state_dict(state)
+
+    def _add_deltas(self) -> None:
+        for name, master in self.weights.masters.items() if self._mean_drift else ():
+            if master.requires_grad and name not in self._deltas:
+                self._deltas[name] = torch.zeros_like(local(self.weights.master(name)))
 
     def _write(self, behind: int) -> None:
         if behind != self._behind:

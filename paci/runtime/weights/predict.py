@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from paci.optim.momentum import momentum_steps, require_momentum
-from paci.runtime.weights.base import StageWeights, WeightPolicy
+from paci.runtime.weights.base import Key, WeightPolicy
+from paci.runtime.weights.stage_weights import StageWeights, local
 
 
 @dataclass
@@ -42,18 +44,19 @@ class Predict(WeightPolicy):
         """One, and a step where anything is late."""
         return 1, int(num_versions > 1)
 
-    def attach(self, weights: StageWeights, optimizer: Optimizer) -> None:
+    def attach(self, weights: StageWeights, optimizer: Optimizer | None) -> None:
         """Start at the masters."""
         super().attach(weights, optimizer)
-        require_momentum(optimizer)
+        if optimizer is not None:
+            require_momentum(optimizer)
         self._steps: dict[str, Tensor] | None = None  # of this version, once they are asked for
         self._ahead = 0  # of the masters, in updates
 
-    def before_forward(self, delay: int) -> None:
+    def before_forward(self, key: Key, delay: int) -> None:
         """As far ahead as the gradient will be late."""
         self._write(delay)
 
-    def before_backward(self, drift: int) -> None:
+    def before_backward(self, key: Key, drift: int) -> None:
         """The newest."""
         self._write(0)
 
@@ -62,19 +65,31 @@ class Predict(WeightPolicy):
         self._steps, self._ahead = None, 0
         self.weights.write_in_place()
 
+    def renew(self) -> None:
+        """In place; the optimizer's state may be another."""
+        self.publish(0)
+
+    def take_over(self, names: Collection[str]) -> None:
+        """In place; the next forward is predicted from there."""
+        self.publish(0)
+
+    def before_own_write(self, name: str) -> Tensor | None:
+        """From the step that is kept."""
+        if not self._ahead or self._steps is None or name not in self._steps:
+            return super().before_own_write(name)
+        there = torch.add(self.weights.master(name), local(self._steps[name]), alpha=self._ahead)
+        return there.to(self.weights.as_working(name).dtype)
+
     def settle(self) -> None:
         """The newest."""
         self._write(0)
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """There is no state: steps follow from the optimizer's."""
-        self.publish(0)
-
     def _write(self, ahead: int) -> None:
-        if ahead == self._ahead:
+        if ahead == self._ahead or self.optimizer is None:
             return
         self._ahead = ahead
         if self._steps is None:
-            found = momentum_steps(self.optimizer)
-            self._steps = {self.weights.name_of(master): step for master, step in found}
+            with self.weights.for_trial():
+                found = momentum_steps(self.optimizer)
+                self._steps = {self.weights.name_of(master): step for master, step in found}
         self.weights.write_shifted(self._steps, ahead)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-from paci.runtime.weights.base import WeightPolicy
+from torch.optim import Optimizer
+
+from paci.runtime.weights.base import Key, WeightPolicy
+from paci.runtime.weights.stage_weights import StageWeights, Values
 
 
 @dataclass
 class Stash(WeightPolicy):
     """A backward uses the very weights of its forward.
 
-    An update while micro-batches are in flight writes the working weights to new tensors; the
-    old ones live in the graphs that use them and go when the last of these has gone backward.
-    So a stage keeps one set for every version in flight, beside its masters.
+    An update while micro-batches are in flight writes the working weights to new tensors. The
+    parameters hold the old ones again for as long as a backward runs that met them in its forward,
+    so whatever runs inside it (a checkpoint that computes its forward again, a function of the
+    user's own) meets them too. So a stage keeps one set for every version in flight, beside its
+    masters.
 
     Source: weight stashing of PipeDream, arXiv 1806.03377, section 3.3.
     """
@@ -23,10 +29,44 @@ class Stash(WeightPolicy):
     summary: ClassVar[str] = "the weights of its forward, a copy a version in flight (PipeDream)"
     separate: ClassVar[bool] = True
     consistent: ClassVar[bool] = True
+    exchanges: ClassVar[bool] = True
+
+    def attach(self, weights: StageWeights, optimizer: Optimizer | None) -> None:
+        """Nothing is in flight yet."""
+        super().attach(weights, optimizer)
+        self._newest: Values = {}
+        self._met: dict[Key, Values] = {}  # by micro-batches in flight
+
+    def before_forward(self, key: Key, delay: int) -> None:
+        """The newest."""
+        self._met[key] = self._newest
+
+    def before_backward(self, key: Key, drift: int) -> None:
+        """Those of its forward."""
+        self.weights.use(self._met.pop(key))
+
+    def after_backward(self) -> None:
+        """The newest again."""
+        self.weights.use(self._newest)
 
     def publish(self, num_in_flight: int) -> None:
         """To new tensors if any micro-batch in flight still needs the old ones."""
-        if num_in_flight:
-            self.weights.write_fresh()
+        if self._met:
+            self._use(self.weights.fresh())
         else:
             self.weights.write_in_place()
+
+    def renew(self) -> None:
+        """In place."""
+        self._met.clear()
+        self._use({**self.weights.in_use})
+        self.weights.write_in_place()
+
+    def take_over(self, names: Collection[str]) -> None:
+        """To new tensors."""
+        kept = {n: v for n, v in self.weights.in_use.items() if n not in names}
+        self._use({**kept, **self.weights.fresh(names)})
+
+    def _use(self, values: Values) -> None:
+        self._newest = values
+        self.weights.use(values)

@@ -1,0 +1,446 @@
+"""The weights of one stage: what its parameters hold, and when.
+
+A parameter is the user's object for ever; what changes is what it holds::
+
+    outside of the pipeline's calls     the master; .grad is the sum of this update so far
+    while an update runs                the master; .grad is the sum of the whole update
+    in a forward or a backward          the working weight
+
+For a plain parameter the two are exchanged by ``parameter.data``, which moves no value; graphs in
+flight refer to the parameter and see what it holds at their backward. A sharded parameter
+(DTensor) ignores such an exchange, so there the values are exchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from paci.errors import ConfigError
+
+Values = dict[str, Tensor]  # by the name of the weight
+
+
+class _Seen(NamedTuple):
+    """What a parameter looked like when the user's code got it back."""
+
+    writes: int
+    place: int
+    is_trained: bool
+
+
+class Leaf(NamedTuple):
+    """A parameter that is trained, and the edge of the graph at which its gradient arrives. A
+    parameter that changes its dtype between forward and backward has another edge afterwards."""
+
+    weight: Tensor
+    edge: Any
+
+
+class StageWeights:
+    """*Masters*, which the stage's optimizer updates, and *working* weights, which its module
+    computes with.
+
+    Without a ``dtype`` both are the same tensors unless ``separate`` is asked for; a frozen weight
+    is kept once wherever the dtypes agree. A gradient in another dtype than the master's is added
+    to the update's sum, in the master's dtype, as soon as a backward has made it.
+
+    Args:
+        index: of the stage, for messages.
+        module: the stage's module.
+        dtype: of the working weights of floating-point masters; None for the masters' own.
+        separate: keep working weights of trained masters apart even where the dtype is the same.
+        borrowed: identities of parameters that another stage updates.
+
+    Attributes:
+        masters: the module's own parameters by name, without those that are borrowed.
+        is_inside: whether the parameters hold working weights now.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        dtype: torch.dtype | None,
+        separate: bool,
+        borrowed: Collection[int] = (),
+    ) -> None:
+        self._index = index
+        self._module = module
+        named = dict(module.named_parameters())
+        self.masters: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in named.items() if id(parameter) not in borrowed
+        }
+        self._all = tuple(named.values())
+        self._names = {id(master): name for name, master in self.masters.items()}
+        self._is_separate = separate
+        self._like = {name: (p.dtype, p.device, p.shape) for name, p in self.masters.items()}
+        self._dtypes = {
+            name: dtype if dtype and master.is_floating_point() else master.dtype
+            for name, master in self.masters.items()
+        }
+        self._sharded = frozenset(name for name, p in self.masters.items() if is_sharded(p))
+        self._other_dtype = [n for n, p in self.masters.items() if self._dtypes[n] != p.dtype]
+        if self._sharded.intersection(self._other_dtype):
+            raise ConfigError(
+                f"the sharded parameters of stage {index} must be computed with in their own "
+                f"dtype, got precision bf16; pass precision='fp32' and leave bf16 to FSDP's "
+                f"MixedPrecisionPolicy"
+            )
+        self._adders: dict[str, RemovableHandle] = {}
+        self._gradients: Values = {}  # sums of this update that are not in ``.grad``
+        self._set_aside: Values = {}  # masters that are not in their parameters now
+        self._used: Values = {}  # working weights that are in the parameters when inside
+        self.is_inside = False
+        self._seen: dict[str, _Seen] = {}
+        self._outside = contextlib.ExitStack()
+        self._hand_back()
+
+    # --- what there is -----------------------------------------------------------------------
+
+    @property
+    def separate(self) -> list[str]:
+        """Weights whose working copy is not the master itself, in order."""
+        return [
+            name
+            for name, p in self.masters.items()
+            if self._dtypes[name] != self._like[name][0] or (self._is_separate and p.requires_grad)
+        ]
+
+    @property
+    def has_shards(self) -> bool:
+        """Whether any parameter is sharded over other processes."""
+        return bool(self._sharded)
+
+    @property
+    def working(self) -> Values:
+        """What the module computes with, by name."""
+        return {name: self._used.get(name, p) for name, p in self.masters.items()}
+
+    @property
+    def in_use(self) -> Values:
+        """The working weights apart from masters that parameters hold when inside, by name."""
+        return self._used
+
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The parameters of the module that are trained, those that are borrowed included, and
+        where a forward that comes now will end in them."""
+        edge = torch.autograd.graph.get_gradient_edge
+        return tuple(Leaf(p, edge(p)) for p in self._all if p.requires_grad)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` lies in what the module computes with."""
+        place = tensor.untyped_storage().data_ptr()
+        return any(place == local(p).untyped_storage().data_ptr() for p in self._all if p.numel())
+
+    def writes(self) -> tuple[int, ...]:
+        """How often each parameter has been written to, as autograd counts."""
+        return tuple(p._version for p in self.masters.values())
+
+    def name_of(self, master: Tensor) -> str:
+        """The name of one of the masters."""
+        return self._names[id(master)]
+
+    def master(self, name: str) -> Tensor:
+        """The master's values, wherever they are; of a sharded one this process's."""
+        held = self._set_aside.get(name)
+        return local(self.masters[name]) if held is None else held
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Of all masters that are not working weights too."""
+        names = self._used.keys()
+        return (self.master(name) for name in names)
+
+    def gradients(self) -> Iterator[Tensor]:
+        """All that are kept now."""
+        yield from self._gradients.values()
+        yield from (p.grad for p in self.masters.values() if p.grad is not None)
+
+    def as_working(self, name: str) -> Tensor:
+        """The master's values in the dtype of the working weight, in a tensor of its own."""
+        return self.master(name).to(self._dtypes[name], copy=True)
+
+    # --- in and out --------------------------------------------------------------------------
+
+    def enter(self, is_drained: bool) -> set[str]:
+        """Let the parameters hold working weights; the user's code has run since ``leave``.
+
+        Args:
+            is_drained: whether nothing is in flight.
+
+        Returns:
+            The weights that the user's code wrote to, froze or unfroze.
+
+        Raises:
+            ConfigError: a parameter has been replaced, moved or converted.
+        """
+        if is_drained:
+            self._require_same_parameters()
+        touched = {name for name, p in self.masters.items() if self._look(p) != self._seen[name]}
+        for name in touched:
+            self._require_like(name)
+        self._outside.close()  # what the user wrote does not count as a mistake
+        self._outside = contextlib.ExitStack()
+        wanted = self.separate
+        for name in self._used.keys() - set(wanted):
+            del self._used[name]
+        for name in wanted:
+            if name not in self._used:
+                self._used[name] = self.as_working(name)
+                touched.add(name)
+        self._exchange_for_working()
+        for name in self._other_dtype:  # behind the user's hooks, which see this gradient alone
+            if name in self._adders:
+                self._adders.pop(name).remove()
+            if self.masters[name].requires_grad:
+                adder = _Adder(self, name)
+                self._adders[name] = self.masters[name].register_post_accumulate_grad_hook(adder)
+        self.is_inside = True
+        return touched
+
+    def leave(self) -> None:
+        """Let the parameters hold the masters again, and the sums of this update so far."""
+        if self.is_inside:
+            self._exchange_for_masters()
+            self.is_inside = False
+            self._hand_back()
+
+    def close(self) -> None:
+        """Leave plain parameters behind."""
+        self.leave()
+        self._outside.close()
+        for adder in self._adders.values():
+            adder.remove()
+        self._adders = {}
+        self._used = {}
+
+    @contextlib.contextmanager
+    def at_masters(self) -> Iterator[None]:
+        """Inside: let the parameters hold the masters for a while, and ``.grad`` the sums.
+
+        What is written to them does not count as a mistake of the user's: that a backward in
+        flight multiplies with the new weights is what the method is about.
+        """
+        self._exchange_for_masters()
+        try:
+            with _unnoticed(self.masters.values()):
+                yield
+        finally:
+            self._exchange_for_working()
+
+    @contextlib.contextmanager
+    def for_trial(self) -> Iterator[None]:
+        """Inside: let optimizer and gradients fit together, in the masters' dtype; what a
+        parameter of the masters' own dtype holds does not matter to a trial."""
+        if not self._other_dtype:
+            yield
+            return
+        self._exchange_for_masters()
+        try:
+            yield
+        finally:
+            self._exchange_for_working()
+
+    # --- working values ----------------------------------------------------------------------
+
+    def write_in_place(self, names: Collection[str] | None = None) -> None:
+        """Make the working weights that are in use equal to the masters, where they are.
+
+        Graphs of micro-batches in flight see the new values.
+
+        Args:
+            names: of those to write; None for all.
+        """
+        chosen = [n for n in self._used if names is None or n in names]
+        if chosen:
+            with torch.no_grad(), self._in_shards(chosen):
+                for name in chosen:
+                    self._used[name].copy_(self.master(name))
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Make a working weight that is in use equal to ``values``, where it is."""
+        if name in self._used:
+            with torch.no_grad(), self._in_shards((name,)):
+                self._used[name].copy_(local(values))
+
+    def write_shifted(self, shifts: Mapping[str, Tensor], scale: float) -> None:
+        """Let working weights be ``master + scale * shift``, where they are.
+
+        Graphs of micro-batches in flight see the new values. Those without a shift stay.
+        """
+        with torch.no_grad():
+            for name, shift in shifts.items():
+                self.write(name, torch.add(self.master(name), local(shift), alpha=scale))
+
+    def adopt(self, before: tuple[int, ...], told: Callable[[str], Tensor | None]) -> None:
+        """Inside: take over to the masters what a forward wrote to the working weights.
+
+        Args:
+            before: ``writes()`` before that forward.
+            told: gives what a working weight held before it, or None.
+
+        Raises:
+            ConfigError: that is not known any more.
+        """
+        for (name, parameter), writes in zip(self.masters.items(), before, strict=True):
+            if parameter._version == writes or name not in self._used:
+                continue
+            old, now = told(name), self._used[name]
+            if old is None:
+                raise ConfigError(
+                    f"the forward of stage {self._index} must leave its trained weights alone "
+                    f"under this weight policy, got a write to {name} that cannot be told from "
+                    f"the policy's own; take weights='current', or write in an update hook"
+                )
+            with torch.no_grad():
+                master = self.master(name)
+                master.copy_(torch.where(now != old, now.to(master.dtype), master))
+
+    def fresh(self, names: Collection[str] | None = None) -> Values:
+        """Working weights of their own, equal to the masters; in no parameter yet."""
+        chosen = self.separate if names is None else [n for n in self.separate if n in names]
+        return {name: self.as_working(name) for name in chosen}
+
+    def use(self, values: Values) -> None:
+        """Let the parameters hold ``values``, a set of working weights, or what ``fresh`` gave."""
+        if values is self._used:
+            return
+        if self.is_inside:
+            for name in self._used.keys() - values.keys():
+                self.masters[name].data = self._set_aside.pop(name)
+            for name, value in values.items():
+                parameter = self.masters[name]
+                if name not in self._set_aside:
+                    self._set_aside[name] = parameter.data
+                parameter.data = value
+        self._used = values
+
+    # --- within ------------------------------------------------------------------------------
+
+    def _exchange_for_working(self) -> None:
+        for name in self._used:
+            parameter = self.masters[name]
+            if self._dtypes[name] != parameter.dtype and parameter.grad is not None:
+                self._gradients[name] = parameter.grad
+                parameter.grad = None
+            self._set_aside[name] = self._exchange(name, self._used)
+
+    def _exchange_for_masters(self) -> None:
+        for name in list(self._set_aside):
+            parameter = self.masters[name]
+            parameter_dtype = parameter.dtype
+            self._used[name] = self._exchange(name, self._set_aside)
+            del self._set_aside[name]
+            if parameter.dtype != parameter_dtype:
+                parameter.grad = self._gradients.pop(name, None)
+
+    def _exchange(self, name: str, values: Values) -> Tensor:
+        """Put ``values[name]`` into the parameter; return what that held. Afterwards
+        ``values[name]`` is where the parameter's values are."""
+        parameter = self.masters[name]
+        if name not in self._sharded:
+            held = parameter.data
+            parameter.data = values[name]
+            return held
+        shard, other = local(parameter), values[name]
+        with torch.no_grad(), _unnoticed((parameter,)):
+            before = shard.clone()
+            shard.copy_(other)
+            other.copy_(before)
+        values[name] = shard
+        return other
+
+    def _in_shards(self, names: Collection[str]) -> contextlib.AbstractContextManager[None]:
+        """Writes to these go unnoticed by autograd where they go to the parameter itself."""
+        return _unnoticed([self.masters[n] for n in names if n in self._sharded])
+
+    def _hand_back(self) -> None:
+        """From now on the user's code may write to the parameters."""
+        self._seen = {name: self._look(p) for name, p in self.masters.items()}
+        self._outside.enter_context(_unnoticed(self.masters.values()))
+
+    @staticmethod
+    def _look(parameter: nn.Parameter) -> _Seen:
+        place = local(parameter).data_ptr()
+        return _Seen(parameter._version, place, parameter.requires_grad)
+
+    def _require_same_parameters(self) -> None:
+        now = dict(self._module.named_parameters())
+        known = {id(p) for p in self._all}
+        strange = [name for name, p in now.items() if id(p) not in known]
+        if strange or len(now) != len(self._all):
+            raise ConfigError(
+                f"the parameters of stage {self._index} must stay the objects that the pipeline "
+                f"was built with, got others ({', '.join(strange[:3]) or 'some are gone'}); load "
+                f"without assign=True, or build a new pipeline"
+            )
+
+    def _require_like(self, name: str) -> None:
+        parameter = self.masters[name]
+        now = (parameter.dtype, parameter.device, parameter.shape)
+        if now != self._like[name]:
+            raise ConfigError(
+                f"parameter {name} of stage {self._index} must keep its dtype, device and shape "
+                f"while the pipeline is open, got {_said(*now)} after {_said(*self._like[name])}; "
+                f"convert the module before the pipeline is built, or close() it first"
+            )
+
+
+class _Adder:
+    """Adds a gradient in the working dtype to the sum in the master's.
+
+    Args:
+        weights: of the stage.
+        name: of the weight.
+    """
+
+    def __init__(self, weights: StageWeights, name: str) -> None:
+        self._weights, self._name = weights, name
+
+    def __call__(self, parameter: Tensor) -> None:
+        weights, name = self._weights, self._name
+        if name not in weights._set_aside:  # a backward of the user's own, on the masters
+            return
+        assert parameter.grad is not None
+        total = weights._gradients.get(name)
+        if total is None:
+            weights._gradients[name] = parameter.grad.to(weights._like[name][0])
+        else:
+            total.add_(parameter.grad)
+        parameter.grad = None
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process holds a part of ``parameter`` only (DTensor)."""
+    return hasattr(parameter, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's values, without a graph."""
+    if is_sharded(tensor):
+        sharded: Any = tensor.detach()
+        local: Tensor = sharded.tolocal()
+        return local
+    return tensor.detach()
+
+
+@contextlib.contextmanager
+def _unnoticed(parameters: Collection[Tensor]) -> Iterator[None]:
+    """Let writes to ``parameters`` inside go unnoticed by autograd.
+
+    Autograd would refuse the backward of graphs in flight; the counters are kept as they were.
+    """
+    with contextlib.ExitStack() as kept:
+        for parameter in parameters:  # one by one: PyTorch 2.6 takes no tuple
+            keeper: Callable[[Tensor], Any] = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+            kept.enter_context(keeper(parameter))
+        yield
+
+
+def _said(dtype: torch.dtype, device: torch.device, shape: torch.Size) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"
