@@ -15,9 +15,14 @@ if TYPE_CHECKING:
         ScheduleError,
         WorkerError,
     )
+    from paci.optim.muon import MuonWithAdamW
+    from paci.plan.partition import balanced_cut
+    from paci.runtime.batch import Split, Whole
     from paci.runtime.loss import CrossEntropy, Loss
     from paci.runtime.pipeline import Pipeline
     from paci.runtime.result import StepResult
+    from paci.runtime.weights.base import WeightPolicy
+    from paci.runtime.weights.lookahead import Lookahead
     from paci.runtime.world import hosted_stages
     from paci.schedule.base import Schedule
     from paci.schedule.gpipe import GPipe
@@ -35,7 +40,9 @@ _HOMES = {
     "DataError": "paci.errors",
     "DriftError": "paci.errors",
     "GPipe": "paci.schedule.gpipe",
+    "Lookahead": "paci.runtime.weights.lookahead",
     "Loss": "paci.runtime.loss",
+    "MuonWithAdamW": "paci.optim.muon",
     "OneFOneBFlush": "paci.schedule.one_f_one_b",
     "PACI": "paci.schedule.paci",
     "PaciError": "paci.errors",
@@ -43,8 +50,12 @@ _HOMES = {
     "Pipeline": "paci.runtime.pipeline",
     "Schedule": "paci.schedule.base",
     "ScheduleError": "paci.errors",
+    "Split": "paci.runtime.batch",
     "StepResult": "paci.runtime.result",
+    "WeightPolicy": "paci.runtime.weights.base",
+    "Whole": "paci.runtime.batch",
     "WorkerError": "paci.errors",
+    "balanced_cut": "paci.plan.partition",
     "hosted_stages": "paci.runtime.world",
 }
 
@@ -56,16 +67,22 @@ __all__ = [
     "DataError",
     "DriftError",
     "GPipe",
+    "Lookahead",
     "Loss",
+    "MuonWithAdamW",
     "OneFOneBFlush",
     "PaciError",
     "PaciV",
     "Pipeline",
     "Schedule",
     "ScheduleError",
+    "Split",
     "StepResult",
+    "WeightPolicy",
+    "Whole",
     "WorkerError",
     "__version__",
+    "balanced_cut",
     "hosted_stages",
 ]
 

@@ -195,7 +195,8 @@ def build(
         torch.optim.Adam([p for p in module.parameters() if owner[id(p)] is module], lr=0.01)
         for module in modules
     ]
-    arguments = {"weights": run.weights, "precision": run.precision, "seed": 3, "timeout_s": 100.0}
+    weights = run.weights or run.schedule.weights
+    arguments = {"weights": weights, "precision": run.precision, "seed": 3, "timeout_s": 100.0}
     return paci.Pipeline(
         modules, run.schedule, optimizers, F.mse_loss, group=group, **(arguments | options)
     )
@@ -418,16 +419,6 @@ def train_into_trouble(
         pipeline.step(make_batch(number, 2 * run.schedule.accumulation))
 
 
-def change_shapes(rank: int, num_ranks: int, run: Run, file: Path) -> None:
-    """Change the rows of a micro-batch without draining."""
-    pipeline = build(run, dist.group.WORLD)
-    for number in range(4):
-        pipeline.step(make_batch(number, 2 * run.schedule.accumulation))
-    file.write_text(str(time.time()))
-    while True:
-        pipeline.step(make_batch(9, 5 * run.schedule.accumulation))
-
-
 def hand_over_too_much(rank: int, num_ranks: int, run: Run, file: Path) -> None:
     """The last rank hands over one stage too many."""
     modules = [make_stage("block", i, 4) for i in range(1 + (rank == num_ranks - 1))]
@@ -443,7 +434,7 @@ def outrun(rank: int, num_ranks: int, capacity: int, num_messages: int, shared: 
     """
     store = dist.distributed_c10d._get_default_store()
     messages = [Message(Payload.ACTIVATION, 1, j) for j in range(num_messages)]
-    sender, receiver = _channel(rank, capacity, shared, store)
+    sender, receiver = make_channel(rank, capacity, shared, store)
     if receiver is not None:
         store.wait(["go"])
         kept = [receiver.receive(message)[0] for message in messages]
@@ -471,8 +462,8 @@ def outrun(rank: int, num_ranks: int, capacity: int, num_messages: int, shared: 
     return [held_at, len(sent)]
 
 
-def _channel(
-    rank: int, capacity: int, shared: bool, store: dist.Store
+def make_channel(
+    rank: int, capacity: int, shared: bool, store: dist.Store, name: str = ""
 ) -> tuple[Sender | None, Receiver | None]:
     """The end of a channel from rank 0 to rank 1 that ``rank`` has."""
     ends = Ends(rank, 1 - rank, 60.0)
@@ -481,10 +472,10 @@ def _channel(
         return (RemoteSender(link, capacity), None) if rank == 0 else (None, RemoteReceiver(link))
     if rank == 0:
         meeting = Meeting()
-        store.set("path", meeting.path)
+        store.set(f"path{name}", meeting.path)
         connection = meeting.accept(60.0)
         meeting.close()
         return SharedSender(connection, ends, capacity), None
-    connection = visit(store.get("path").decode())
+    connection = visit(store.get(f"path{name}").decode())
     assert connection is not None
     return None, SharedReceiver(connection, ends, capacity)

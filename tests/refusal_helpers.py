@@ -29,6 +29,8 @@ def pipeline(modules: list[nn.Module] | None = None, **changes: Any) -> paci.Pip
         "schedule": paci.PACI(N, A),
         "optimizer": [sgd(module) for module in modules],
         "loss_fn": F.mse_loss,
+        "weights": "current",
+        "flush_first": 0,
     }
     return paci.Pipeline(**{**options, **changes})
 

@@ -105,6 +105,7 @@ def make_pipeline(
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = momentum,
     **options: Any,
 ) -> paci.Pipeline:
+    options.setdefault("weights", schedule.weights)  # the method as published
     return paci.Pipeline(
         list(modules), schedule, [optimizer(m) for m in modules], loss_fn, **options
     )

@@ -40,6 +40,7 @@ def train(indices: list[int], compiled: bool, **options: Any) -> tuple[list[floa
     """Losses and weights of some updates of the stages ``indices`` of two."""
     modules = [make(index, compiled) for index in indices]
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in modules]
+    options.setdefault("weights", "current")
     pipeline = paci.Pipeline(modules, paci.PACI(2, 2), optimizers, nn.MSELoss(), **options)
     generator = torch.Generator().manual_seed(0)
     losses: list[float] = []

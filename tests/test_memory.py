@@ -81,8 +81,8 @@ def test_nothing_that_lives_is_missed(policy: str, precision: str):
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
         for receivers in (pipeline.transport.receivers_of(stage) for stage in range(4))
         for receiver in receivers
-        for message in receiver._queue
-        for x in message
+        for tensors, *_ in receiver._queue
+        for x in tensors
     }
     shared = shared_bytes(pipeline)
     unseen = live_bytes([*before, *given]) - (counted - shared)
@@ -207,21 +207,22 @@ def test_two_stages_on_a_worker_count_together():
 
 
 def test_a_stage_that_autocasts_is_found_out():
-    linear = nn.Linear(8, 8, bias=False)
-    module = footprint.Autocast(linear)
+    first = nn.Linear(8, 8, bias=False).requires_grad_(False)
+    module = nn.Sequential(first, footprint.Autocast(nn.Linear(8, 8, bias=False)))
     pipeline = paci.Pipeline(
         module,
         paci.PACI(1, 2),
         torch.optim.SGD(module.parameters(), lr=0.1),
         nn.MSELoss(),
+        weights="current",
     )
     meter = MemoryMeter(pipeline)
     pipeline.step((torch.ones(2, 8), torch.ones(2, 8)))
     # The graph of x W' needs no W unless x wants a gradient.
-    assert meter.peaks[0].working_weight_bytes == 8 * 8 * 4
-    leaves = [torch.ones(1, 8, requires_grad=True) for _ in range(2)]
-    pipeline.step([(x, torch.ones(1, 8)) for x in leaves])
-    assert meter.peaks[0].working_weight_bytes == 8 * 8 * 4 + 8 * 8 * 2
+    assert meter.peaks[0].working_weight_bytes == 2 * 8 * 8 * 4
+    first.requires_grad_(True)
+    pipeline.step((torch.ones(2, 8), torch.ones(2, 8)))
+    assert meter.peaks[0].working_weight_bytes == 2 * 8 * 8 * 4 + 8 * 8 * 2
 
 
 WORK = GPTWork(4, 16, 1, 32, 1, 8)

@@ -28,9 +28,8 @@ from paci.plan.profile import (
 )
 from paci.plan.search import explain, search
 from paci.plan.stages import Layout
-from paci.runtime import distributed
-from paci.runtime.boundary import Spec, specs_of
-from paci.runtime.distributed import RemoteReceiver
+from paci.runtime.boundary import Form, Spec, notice_of, specs_of
+from paci.runtime.distributed import Lane, RemoteReceiver
 from paci.runtime.shared import SharedReceiver, SharedSender
 from paci.runtime.transport import Ends
 from paci.runtime.weights import lookahead
@@ -195,19 +194,18 @@ def test_workers_with_several_stages_are_evened_out():
 
 
 class Posted:
-    """A link that brings the description of ``specs``, then whatever."""
+    """A link that brings the form of a message of ``specs``, then whatever."""
 
     device = torch.device("cpu")
 
-    def __init__(self, specs: list[Spec]) -> None:
-        self._specs: list[Spec] | None = specs
+    def __init__(self, specs: tuple[Spec, ...]) -> None:
+        self._notice = notice_of(Form(specs).encode())
 
-    def receive(self, tensor: torch.Tensor, message: Message) -> None:
-        if self._specs is not None:
-            tensor.copy_(distributed._header(self._specs, self.device)[0])
-            self._specs = None
+    def receive(self, tensor: torch.Tensor, message: Message, lane: Lane) -> None:
+        if lane is Lane.NOTICE:
+            tensor[: len(self._notice)] = torch.frombuffer(self._notice, dtype=torch.uint8)
 
-    def wait(self, work: None, verb: str, message: Message) -> None:
+    def wait(self, work: None, verb: str, message: Message, lane: Lane) -> None:
         pass
 
 

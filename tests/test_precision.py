@@ -185,7 +185,11 @@ def test_masters_gradients_and_optimizer_state_are_fp32(policy: str):
 def test_boundaries_and_inputs_are_bf16():
     module = nn.Linear(8, 3)
     stage = make_stage(module, "bf16")
-    assert [x.dtype for x in stage.take_in((block_input(), torch.arange(3)))] == [BF16, torch.int64]
+    taken = stage.call.take_in((block_input(), torch.arange(3)))
+    assert [x.dtype for x in taken] == [
+        BF16,
+        torch.int64,
+    ]
     (output,) = stage.forward(0, (block_input().to(BF16).requires_grad_(),), None)
     assert output.dtype == BF16
     (gradient,) = stage.backward(0, (torch.ones_like(output),))
@@ -197,7 +201,7 @@ def test_fp32_leaves_every_dtype_as_it_is():
     module[1].to(BF16)
     stage = make_stage(module, "fp32")
     assert [p.dtype for p in stage.weights.working.values()] == [torch.float64] * 2 + [BF16] * 2
-    assert [x.dtype for x in stage.take_in(block_input())] == [FP32]
+    assert [x.dtype for x in stage.call.take_in(block_input())] == [FP32]
 
 
 # --- what adds up in fp32 -------------------------------------------------------------------

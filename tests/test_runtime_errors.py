@@ -137,7 +137,7 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a triple": (
         lambda: pipeline().step((*batch(), None)),
-        "a batch must be a pair (inputs, targets), got tuple; put it into one",
+        "a batch must be a pair (inputs, targets), got tuple of 3; put it into one",
     ),
     "a mapping": (
         lambda: pipeline().step({"inputs": batch()[0], "targets": batch()[1]}),
@@ -174,11 +174,11 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "inputs that are no tensors": (
         lambda: pipeline().step(([1.0, 2.0], batch()[1])),
-        "inputs and targets of a batch must be a tensor or a tuple of tensors, got list; convert",
+        "inputs must be a tensor or a tuple of tensors, got tuple of float, float; convert it",
     ),
     "a tuple of other things": (
         lambda: pipeline().step(((batch()[0], "text"), batch()[1])),
-        "inputs and targets of a batch must be a tensor or a tuple of tensors, got tuple; convert",
+        "inputs must be a tensor or a tuple of tensors, got tuple of Tensor, str; convert it",
     ),
     "no inputs": (
         lambda: pipeline().step((None, batch()[1])),
@@ -200,8 +200,8 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a loss that is not reduced": (
         lambda: pipeline(loss_fn=nn.MSELoss(reduction="none")).step(batch()),
-        "the loss must be a scalar, got a tensor of shape [2, 4]; let loss_fn return a mean, or a "
-        "sum if it counts tokens",
+        "the loss must be a scalar tensor, or a pair (loss, metrics) with a dict of such, got a "
+        "tensor of shape [2, 4]; let loss_fn return a mean, or a sum if it counts tokens",
     ),
     "a loss that nothing trains": (
         lambda: pipeline(frozen(linears())).step(batch()),

@@ -81,6 +81,7 @@ def tied_pipeline(schedule: paci.Schedule, lr: float = 0.05, **options) -> paci.
     if options.get("precision", "fp32") == "fp32":
         modules = [module.double() for module in modules]
         modules[3].layers["3"].vocabulary.weight = modules[0].layers["0"].token.weight
+    options.setdefault("weights", schedule.weights)
     return paci.Pipeline(
         modules, schedule, optimizers_of(modules, lr), paci.CrossEntropy(), **options
     )

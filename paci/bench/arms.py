@@ -130,6 +130,7 @@ class _Paci(Running):
             schedule,
             [work.optimizer(module) for module in modules],
             work.loss,
+            weights=schedule.weights,
             share_memory=arm.share_memory,
             group=dist.group.WORLD if num_workers > 1 else None,
         )

@@ -172,7 +172,7 @@ def _count_arm(rank: int, num_workers: int, work: GPTWork, arm: Kept) -> _Found:
         schedule,
         [work.optimizer(module) for module in modules],
         work.loss,
-        weights=arm.weights,
+        weights=arm.weights or schedule.weights,
         precision="fp32" if arm.precision == "autocast" else arm.precision,
     )
     meter = MemoryMeter(pipeline)

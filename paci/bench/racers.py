@@ -111,15 +111,10 @@ class _Paci(Running):
     """Our own runtime."""
 
     def __init__(self, config: TrainConfig, plan: Plan) -> None:
-        self._config = config
-        self._num_updates = 0
         self._pipeline = make_pipeline(config, plan, _CPU)
 
     def update(self, batch: Batch) -> None:
         self._pipeline.step(batch)
-        self._num_updates += 1
-        if self._config.flushes_after(self._num_updates):
-            self._pipeline.drain()
 
     def drain(self) -> None:
         self._pipeline.drain()

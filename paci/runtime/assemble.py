@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -17,12 +17,20 @@ from paci.runtime.stage import Stage
 from paci.runtime.weights.base import WeightPolicy
 from paci.schedule.base import Schedule
 
+OptimizerMaker = Callable[[list[nn.Parameter]], Optimizer]
+SchedulerMaker = Callable[[Optimizer], LRScheduler]
+
 
 def listed(value: Any, num_absent: int = 1) -> list[Any]:
     """One thing or a list of them as a list; None as ``num_absent`` times None."""
     if value is None:
         return [None] * num_absent
     return list(value) if isinstance(value, Sequence | nn.ModuleList) else [value]
+
+
+def _makes(value: Any, kind: type) -> bool:
+    """Whether ``value`` is a function that makes one of ``kind``, and not one itself."""
+    return callable(value) and not isinstance(value, kind)
 
 
 def choose_group(
@@ -50,8 +58,8 @@ def build_stages(
     held: Sequence[int],
     schedule: Schedule,
     modules: Sequence[nn.Module],
-    optimizers: Sequence[Optimizer | None],
-    lr_schedulers: Sequence[LRScheduler | None],
+    optimizers: Sequence[Any],
+    lr_schedulers: Sequence[Any],
     policies: Sequence[WeightPolicy],
     loss: Loss,
     loss_fn: Any,
@@ -61,6 +69,8 @@ def build_stages(
     """The stages of a process, by index.
 
     Args:
+        optimizers: one for each, or what makes one from a list of parameters.
+        lr_schedulers: likewise, from an optimizer.
         policies: of all stages of the pipeline.
         loss: of the last stage.
         loss_fn: what the user passed for it.
@@ -69,6 +79,10 @@ def build_stages(
         ConfigError: they are not those of ``held``, have not an optimizer each, or share weights
             that they cannot share.
     """
+    if len(optimizers) == 1 and _makes(optimizers[0], Optimizer):
+        optimizers = list(optimizers) * len(modules)
+    if len(lr_schedulers) == 1 and _makes(lr_schedulers[0], LRScheduler):
+        lr_schedulers = list(lr_schedulers) * len(modules)
     if not len(held) == len(modules) == len(optimizers) == len(lr_schedulers):
         raise ConfigError(
             f"this process must hand over the stages {list(held)} with an optimizer each, got "
@@ -84,6 +98,11 @@ def build_stages(
     for index, module, optimizer, lr_scheduler in zip(
         held, modules, optimizers, lr_schedulers, strict=True
     ):
+        if _makes(optimizer, Optimizer):
+            own = [p for p in module.parameters() if owners[id(p)] == index]
+            optimizer = optimizer(own) if own else None
+        if _makes(lr_scheduler, LRScheduler):
+            lr_scheduler = None if optimizer is None else lr_scheduler(optimizer)
         shared = (id(p) for p in module.parameters() if owners[id(p)] != index)
         stages[index] = Stage(
             index,

@@ -3,29 +3,72 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from paci.errors import ConfigError
 
-MicroBatch = tuple[Any, Any]
+_NONE = -1  # the batch dimension of a tensor without dimensions
 
 
-def split_batch(batch: MicroBatch | Sequence[MicroBatch], num: int) -> list[MicroBatch]:
+@dataclass(frozen=True)
+class Whole:
+    """A value of a batch that every micro-batch gets as it is: it has no batch dimension.
+
+    Args:
+        value: a tensor, or anything else.
+    """
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Split:
+    """A tensor of a batch that is cut into micro-batches along another dimension than the first.
+
+    Args:
+        value: the tensor.
+        dim: the dimension that is the batch.
+    """
+
+    value: Tensor
+    dim: int
+
+
+class MicroBatch(NamedTuple):
+    """What one micro-batch brings.
+
+    Attributes:
+        inputs: of the first stage.
+        targets: of the loss.
+        direct: keyword inputs, for every stage whose forward has a parameter of that name.
+    """
+
+    inputs: Any
+    targets: Any
+    direct: Mapping[str, Any]
+
+
+def split_batch(batch: Any, num: int, direct: Mapping[str, Any] | None = None) -> list[MicroBatch]:
     """Cut a batch into ``num`` micro-batches.
 
     Args:
-        batch: ``(inputs, targets)``, each a tensor or a tuple of tensors whose first dimension is
-            the batch, cut into equal parts (``[inputs, targets]`` if both are tensors, as torch's
-            DataLoader makes it); or a list of ``num`` such pairs, taken as they are.
+        batch: ``(inputs, targets)``, or ``[inputs, targets]`` as torch's DataLoader makes it, each
+            a tensor, or tensors in tuples, lists and dicts; or a list of ``num`` tuples
+            ``(inputs, targets)`` or ``(inputs, targets, direct)``, taken as they are. Tensors are
+            cut along their first dimension, which must be one and the same; ``Split`` names
+            another dimension, and ``Whole`` is not cut. What is no tensor goes to every
+            micro-batch.
         num: micro-batches of one update.
+        direct: keyword inputs of the batch, cut likewise.
 
     Raises:
-        ConfigError: the first dimension is not divisible by ``num``, or the list is of another
-            length.
+        ConfigError: the batch is not divisible by ``num``, its tensors differ in their batch
+            dimension, or a list is of another length.
     """
     if isinstance(batch, list) and not _is_collated(batch):
         if len(batch) != num:
@@ -33,10 +76,42 @@ def split_batch(batch: MicroBatch | Sequence[MicroBatch], num: int) -> list[Micr
                 f"a list of micro-batches must hold those of one update ({num}), got "
                 f"{len(batch)}; pass {num}, or change the accumulation"
             )
-        return [as_pair(micro_batch) for micro_batch in batch]
-    inputs, targets = as_pair(batch)
-    parts = zip(_split(inputs, num), _split(targets, num), strict=True)
-    return list(parts)
+        whole = {name: _as_given(value) for name, value in (direct or {}).items()}
+        given = [as_micro_batch(each) for each in batch]
+        return [each._replace(direct={**whole, **each.direct}) for each in given]
+    pair = as_micro_batch(batch)
+    pair = pair._replace(direct={**(direct or {}), **pair.direct})
+    sizes = _sizes(tuple(pair))
+    if not sizes and not all(each is None for each in pair[:2]):
+        raise ConfigError(
+            "a batch must hold a tensor that can be cut into micro-batches, got none; pass "
+            "(inputs, targets)"
+        )
+    _require_divisible(sizes, num)
+    parts = (_split(each, num) for each in pair)
+    return [MicroBatch(*each) for each in zip(*parts, strict=True)]
+
+
+def as_micro_batch(batch: Any) -> MicroBatch:
+    """``(inputs, targets)`` or ``(inputs, targets, direct)``, with what a loader made lists of as
+    tuples.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    is_one = isinstance(batch, tuple | list) and (
+        len(batch) == 2 or (len(batch) == 3 and isinstance(batch[2], Mapping))
+    )
+    if not is_one:
+        got = f"{type(batch).__name__}"
+        if isinstance(batch, tuple | list):
+            got += f" of {len(batch)}"
+        raise ConfigError(
+            f"a batch must be a pair (inputs, targets), got {got}; put it into one, several inputs "
+            f"as a tuple"
+        )
+    inputs, targets = (tuple(each) if isinstance(each, list) else each for each in batch[:2])
+    return MicroBatch(inputs, targets, batch[2] if len(batch) == 3 else {})
 
 
 def as_tensors(value: Any, what: str) -> tuple[Tensor, ...]:
@@ -45,24 +120,41 @@ def as_tensors(value: Any, what: str) -> tuple[Tensor, ...]:
         return (value,)
     if isinstance(value, tuple) and all(isinstance(each, Tensor) for each in value):
         return value
-    raise ConfigError(
-        f"{what} must be a tensor or a tuple of tensors, got {type(value).__name__}; convert it"
-    )
+    got = type(value).__name__
+    if isinstance(value, tuple):
+        got += " of " + ", ".join(type(each).__name__ for each in value)
+    raise ConfigError(f"{what} must be a tensor or a tuple of tensors, got {got}; convert it")
+
+
+def tensors_in(value: Any) -> tuple[Tensor, ...]:
+    """The tensors in tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        return (value,)
+    return tuple(itertools.chain(*map(tensors_in, _parts(value))))
+
+
+def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """``value`` with ``function`` of its tensors in their places."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: mapped(function, each) for key, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(function, each) for each in value))
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(function, each) for each in value)
+    return value
 
 
 def to_device(value: Any, device: torch.device) -> Any:
     """``value`` with its tensors on ``device``."""
-    if isinstance(value, tuple):
-        return tuple(to_device(each, device) for each in value)
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    return mapped(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 def writes_of(value: Any) -> tuple[int, ...]:
     """How often each tensor in ``value`` has been written to in place, as autograd counts: it also
     counts what was written to a view of it, or to what it is a view of."""
-    if isinstance(value, Tensor):
-        return () if value.is_inference() else (value._version,)
-    return tuple(itertools.chain(*map(writes_of, value))) if isinstance(value, tuple) else ()
+    return tuple(each._version for each in tensors_in(value) if not each.is_inference())
 
 
 def require_unwritten(value: Any, writes: tuple[int, ...], what: str) -> None:
@@ -78,34 +170,71 @@ def require_unwritten(value: Any, writes: tuple[int, ...], what: str) -> None:
         )
 
 
-def _is_collated(batch: list[Any]) -> bool:
-    """Whether a list is one pair, as torch's DataLoader makes it."""
-    return len(batch) == 2 and all(isinstance(each, Tensor) for each in batch)
-
-
-def as_pair(batch: Any) -> MicroBatch:
-    """``batch`` as a pair ``(inputs, targets)``.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
+def require_no_graph(value: Any, what: str) -> None:
+    """Raise ``ConfigError`` if a tensor in ``value`` would want a gradient, which ends here."""
+    if any(tensor.requires_grad for tensor in tensors_in(value)):
         raise ConfigError(
-            f"a batch must be a pair (inputs, targets), got {type(batch).__name__}; put it into one"
+            f"{what} must carry no graph, got a tensor that requires a gradient, which none would "
+            f"come back to; detach() it, or make the layer that computes it a part of a stage"
         )
-    inputs, targets = batch
-    return inputs, targets
+
+
+def _is_collated(batch: list[Any]) -> bool:
+    """Whether a list is one pair, as torch's DataLoader makes it: micro-batches are tuples."""
+    return len(batch) == 2 and not any(isinstance(each, tuple) for each in batch)
+
+
+def _as_given(value: Any) -> Any:
+    return value.value if isinstance(value, Whole | Split) else value
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    if isinstance(value, Mapping):
+        return tuple(value.values())
+    if isinstance(value, Whole):
+        return (value.value,)
+    return value if isinstance(value, tuple | list) else ()
+
+
+def _sizes(value: Any) -> list[int]:
+    """The batch dimension of every tensor that is to be cut."""
+    if isinstance(value, Whole):
+        return []
+    if isinstance(value, Split):
+        return [value.value.shape[value.dim]]
+    if isinstance(value, Tensor):
+        return [len(value) if value.dim() else _NONE]
+    return list(itertools.chain(*map(_sizes, _parts(value))))
+
+
+def _require_divisible(sizes: list[int], num: int) -> None:
+    for size in sizes:
+        if size % num or size <= 0:
+            raise ConfigError(
+                f"a batch must be divisible into {num} micro-batches, got a first dimension of "
+                f"{'none' if size == _NONE else size}; change the batch or the accumulation, or pass what has no "
+                f"batch dimension as paci.Whole(...)"
+            )
+    if len(set(sizes)) > 1:
+        raise ConfigError(
+            f"all tensors of a batch must have one batch dimension, got "
+            f"{', '.join(map(str, dict.fromkeys(sizes)))}; pass what is not to be cut as "
+            f"paci.Whole(...), and what is to be cut elsewhere as paci.Split(..., dim)"
+        )
 
 
 def _split(value: Any, num: int) -> list[Any]:
-    if value is None:
-        return [None] * num
-    tensors = as_tensors(value, "inputs and targets of a batch")
-    for tensor in tensors:
-        if tensor.dim() == 0 or len(tensor) % num or len(tensor) == 0:
-            raise ConfigError(
-                f"a batch must be divisible into {num} micro-batches, got a first dimension of "
-                f"{len(tensor) if tensor.dim() else 'none'}; change the batch or the accumulation"
-            )
-    parts = [tensor.chunk(num) for tensor in tensors]
-    return list(zip(*parts, strict=True)) if isinstance(value, tuple) else list(parts[0])
+    if isinstance(value, Whole):
+        return [value.value] * num
+    if isinstance(value, Split):
+        return list(value.value.chunk(num, value.dim))
+    if isinstance(value, Tensor):
+        return list(value.chunk(num))
+    if isinstance(value, Mapping):
+        columns = {key: _split(each, num) for key, each in value.items()}
+        return [{key: column[j] for key, column in columns.items()} for j in range(num)]
+    if isinstance(value, tuple | list):
+        rows = zip(*(_split(each, num) for each in value), strict=True) if value else [()] * num
+        kind: Any = type(value)
+        return [kind(*row) if hasattr(value, "_fields") else kind(row) for row in rows]
+    return [value] * num

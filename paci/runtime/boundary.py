@@ -1,19 +1,32 @@
-"""What crosses a boundary between stages: how many tensors, of which shapes and dtypes.
+"""What crosses a boundary between stages: values made of tensors, and what tells of them.
 
-It is told once a stretch, ahead of the first message, and must not change within one.
+A stage hands on a tensor, or tuples, lists, dicts and NamedTuples of tensors, None, numbers and
+strings::
+
+    value  --flatten-->  tensors    which a channel carries
+                         structure  all else   --+
+                         specs of the tensors  --+-- the form of the message
+    value  <-unflatten-  tensors, structure
+
+A form is told when it differs from that of the message before, and goes without saying otherwise.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
-from collections.abc import Sequence
-from typing import NamedTuple
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from paci.errors import ConfigError
-from paci.schedule.action import Message
+from paci.plan.memory import aligned
+
+# --- tensors ------------------------------------------------------------------------------------
 
 
 class Spec(NamedTuple):
@@ -32,14 +45,10 @@ class Spec(NamedTuple):
         """Of its values."""
         return self.shape.numel() * self.dtype.itemsize
 
-    def __str__(self) -> str:
-        gradient = " with a gradient" if self.requires_grad else ""
-        return f"{list(self.shape)} {_name(self.dtype)}{gradient}"
 
-
-def specs_of(tensors: Sequence[Tensor]) -> list[Spec]:
+def specs_of(tensors: Sequence[Tensor]) -> tuple[Spec, ...]:
     """What ``tensors`` are."""
-    return [Spec(t.shape, t.dtype, t.requires_grad) for t in tensors]
+    return tuple(Spec(t.shape, t.dtype, t.requires_grad) for t in tensors)
 
 
 def all_are(tensors: Sequence[Tensor], specs: Sequence[Spec]) -> bool:
@@ -56,27 +65,257 @@ def all_are(tensors: Sequence[Tensor], specs: Sequence[Spec]) -> bool:
     return True
 
 
-def encode(specs: Sequence[Spec]) -> bytes:
-    """As bytes, none of them zero."""
-    return json.dumps([[list(s.shape), _name(s.dtype), s.requires_grad] for s in specs]).encode()
+def tensors_in(memory: memoryview, specs: Sequence[Spec]) -> tuple[Tensor, ...]:
+    """A message's tensors in CPU memory set aside for them, which they keep alive."""
+    tensors: list[Tensor] = []
+    offset = 0
+    for spec in specs:
+        count = spec.shape.numel()
+        if count == 0:
+            tensors.append(spec.empty(torch.device("cpu")))
+            continue
+        flat = torch.frombuffer(memory, dtype=spec.dtype, count=count, offset=offset)
+        tensors.append(flat.view(spec.shape))
+        offset += aligned(spec.num_bytes)
+    return tuple(tensors)
 
 
-def decode(text: bytes) -> list[Spec]:
-    """What ``encode`` was given."""
-    return [
-        Spec(torch.Size(shape), getattr(torch, dtype), requires_grad)
-        for shape, dtype, requires_grad in json.loads(text)
-    ]
+# --- structures ---------------------------------------------------------------------------------
 
 
-def changed(message: Message, before: Sequence[Spec], now: Sequence[Spec]) -> ConfigError:
-    """The error of a sender whose tensors changed within a stretch."""
-    return ConfigError(
-        f"tensors between stages must keep shapes and dtypes until the pipeline is drained, got "
-        f"{', '.join(map(str, now))} after {', '.join(map(str, before))} from stage "
-        f"{message.sender}; pad micro-batches to one size, or drain() in between"
+class Structure(NamedTuple):
+    """A value without its tensors; equal structures give equal values, and can be hashed.
+
+    Attributes:
+        kind: ``tensor``; ``none``, ``bool``, ``int``, ``float``, ``str`` or ``size`` of a value
+            without parts; ``tuple``, ``list``, ``dict`` or ``class`` of one with parts.
+        about: the value itself, a float in hexadecimal; the keys of a dict; the class of a
+            NamedTuple or of what torch returns, as ``module:name``.
+        parts: in order.
+    """
+
+    kind: str
+    about: Any = None
+    parts: tuple[Structure, ...] = ()
+
+
+_TENSOR, _NONE = Structure("tensor"), Structure("none")
+
+
+def flatten(
+    value: object, what: str = "a value at a boundary"
+) -> tuple[tuple[Tensor, ...], Structure]:
+    """Take ``value`` apart.
+
+    Args:
+        value: see the head of this module.
+        what: named if it is something else.
+
+    Returns:
+        Its tensors, in the order in which they stand in it, and the rest.
+
+    Raises:
+        ConfigError: it holds what no channel carries.
+    """
+    tensors: list[Tensor] = []
+    structure = _flatten(value, tensors, "", what)
+    return tuple(tensors), structure
+
+
+def unflatten(structure: Structure, tensors: Sequence[Tensor]) -> Any:
+    """Put together what ``flatten`` took apart."""
+    left = iter(tensors)
+    value = _unflatten(structure, left)
+    assert next(left, None) is None, "a structure must take all tensors that came with it"
+    return value
+
+
+def arguments(structure: Structure | None, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What the module behind a boundary is called with: each element of a tuple or list, or else
+    the value itself.
+
+    Args:
+        structure: None for a tuple of tensors and nothing else.
+        tensors: that came with it.
+    """
+    if structure is None:
+        return tuple(tensors)
+    value = unflatten(structure, tensors)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _flatten(value: object, tensors: list[Tensor], place: str, what: str) -> Structure:
+    if isinstance(value, Tensor):
+        _require_dense(value, place, what)
+        tensors.append(value)
+        return _TENSOR
+    if value is None:
+        return _NONE
+    cls: type[Any] = type(value)
+    if cls is bool or cls is int or cls is str:
+        return Structure(cls.__name__, value)
+    if isinstance(value, float) and cls is float:
+        return Structure("float", value.hex())  # so that nan is nan, and 0.0 is not -0.0
+    if isinstance(value, torch.Size):
+        return Structure("size", tuple(value))
+    if isinstance(value, dict) and cls is dict and all(type(key) is str for key in value):
+        return Structure(
+            "dict",
+            tuple(value),
+            tuple(_flatten(v, tensors, f"{place}[{key!r}]", what) for key, v in value.items()),
+        )
+    if isinstance(value, tuple | list):
+        name = None if cls is tuple or cls is list else _name_of(cls)
+        if cls is tuple or cls is list or name is not None:
+            return Structure(
+                "class" if name else cls.__name__,
+                name,
+                tuple(_flatten(v, tensors, f"{place}[{i}]", what) for i, v in enumerate(value)),
+            )
+    kind = "a dict with other keys than strings" if cls is dict else cls.__qualname__
+    raise ConfigError(
+        f"{what} must be made of tensors, None, numbers, strings, and tuples, lists, dicts by "
+        f"string or importable NamedTuples of these, got {kind}{_at(place)}; hand on a dict or a "
+        f"tuple of what it holds"
     )
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _unflatten(structure: Structure, tensors: Iterator[Tensor]) -> Any:
+    kind, about, parts = structure
+    match kind:
+        case "tensor":
+            return next(tensors)
+        case "none":
+            return None
+        case "bool" | "int" | "str":
+            return about
+        case "float":
+            return float.fromhex(about)
+        case "size":
+            return torch.Size(about)
+    values = [_unflatten(part, tensors) for part in parts]
+    match kind:
+        case "tuple":
+            return tuple(values)
+        case "list":
+            return values
+        case "dict":
+            return dict(zip(about, values, strict=True))
+        case "class":
+            return _maker_of(about)(values)
+    raise AssertionError(kind)
+
+
+def _require_dense(tensor: Tensor, place: str, what: str) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else str(tensor.layout)
+        raise ConfigError(
+            f"tensors at a boundary must be dense and hold values, got a tensor that is "
+            f"{kind.removeprefix('torch.')} in {what}{_at(place)}; hand on its parts"
+        )
+
+
+def _at(place: str) -> str:
+    return f" at {place}" if place else ""
+
+
+def _name_of(cls: type) -> str | None:
+    """``module:name`` of a NamedTuple, or of a class that torch's functions return; None if it is
+    neither, or cannot be imported by that name."""
+    if not hasattr(cls, "_make") and cls.__module__ != "torch.return_types":
+        return None
+    name = f"{cls.__module__}:{cls.__qualname__}"
+    try:
+        return name if _class_named(name) is cls else None
+    except (ImportError, AttributeError):
+        return None
+
+
+@functools.cache
+def _maker_of(name: str) -> Callable[[list[Any]], Any]:
+    """What makes an object of such a class from its elements."""
+    cls = _class_named(name)
+    maker: Callable[[list[Any]], Any] = getattr(cls, "_make", cls)
+    return maker
+
+
+def _class_named(name: str) -> Any:
+    module, _, path = name.partition(":")
+    return functools.reduce(getattr, path.split("."), importlib.import_module(module))
+
+
+# --- forms --------------------------------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    """What a message looks like.
+
+    Attributes:
+        specs: of its tensors.
+        structure: of the value that they come from; None if nobody asks.
+    """
+
+    specs: tuple[Spec, ...]
+    structure: Structure | None = None
+
+    def fits(self, tensors: Sequence[Tensor], structure: Structure | None) -> bool:
+        """Whether a message of these is of this form."""
+        return all_are(tensors, self.specs) and structure == self.structure
+
+    @property
+    def layout(self) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+        """What memory for its tensors depends on."""
+        return tuple((spec.shape, spec.dtype) for spec in self.specs)
+
+    def encode(self) -> bytes:
+        """As text."""
+        specs = [(list(s.shape), str(s.dtype).removeprefix("torch."), s[2]) for s in self.specs]
+        return json.dumps((specs, self.structure), separators=(",", ":")).encode()
+
+    @staticmethod
+    def decode(text: bytes) -> Form:
+        """What ``encode`` gave ``text`` for."""
+        specs, structure = json.loads(text)
+        return Form(
+            tuple(
+                Spec(torch.Size(shape), getattr(torch, dtype), requires_grad)
+                for shape, dtype, requires_grad in specs
+            ),
+            None if structure is None else _structure_from(structure),
+        )
+
+
+def _structure_from(node: list[Any]) -> Structure:
+    kind, about, parts = node
+    return Structure(
+        kind,
+        tuple(about) if isinstance(about, list) else about,
+        tuple(map(_structure_from, parts)),
+    )
+
+
+# --- notices ------------------------------------------------------------------------------------
+
+NOTICE_BYTES = 256
+_LENGTH = struct.Struct("<I")
+
+
+def notice_of(text: bytes) -> bytearray:
+    """A few bytes that hold the text of a form, or how long it is if it does not fit; of no text
+    that the form is as before."""
+    notice = bytearray(NOTICE_BYTES)
+    _LENGTH.pack_into(notice, 0, len(text))
+    if fits_a_notice(len(text)):
+        notice[_LENGTH.size : _LENGTH.size + len(text)] = text
+    return notice
+
+
+def fits_a_notice(num_bytes: int) -> bool:
+    """Whether a text of so many bytes goes into a notice; else it must come by itself."""
+    return _LENGTH.size + num_bytes <= NOTICE_BYTES
+
+
+def read_notice(notice: memoryview) -> tuple[int, bytes]:
+    """How many bytes the text has, and the text if it fits."""
+    (num_bytes,) = _LENGTH.unpack_from(notice)
+    return num_bytes, bytes(notice[_LENGTH.size : _LENGTH.size + num_bytes])

@@ -17,6 +17,29 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from paci.errors import ConfigError
 from paci.runtime.weights.base import WeightPolicy
 from paci.runtime.weights.stage_weights import StageWeights
+from paci.schedule.base import require_count
+
+_LONGEST_S = 1e9  # more is more than the system's own calls can wait
+
+
+def check_options(seed: int, trace_capacity: int, timeout_s: float) -> None:
+    """Raise ``ConfigError`` unless these are options of a pipeline."""
+    require_count("seed", seed, least=0)
+    require_count("trace_capacity", trace_capacity)
+    if not 0 < timeout_s <= _LONGEST_S:
+        raise ConfigError(
+            f"timeout_s must be above 0 and at most {_LONGEST_S:g}, got {timeout_s!r}; pass seconds"
+        )
+
+
+def check_stages_of_state(held: Collection[int], state: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` unless ``state`` has all the stages of this process, ``held``."""
+    missing = sorted(set(held) - state["stages"].keys())
+    if missing:
+        raise ConfigError(
+            f"the state must hold the stages {sorted(held)} of this process, got "
+            f"none of {missing}; load the state of the same cut"
+        )
 
 
 def check_optimizer(

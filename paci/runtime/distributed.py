@@ -5,30 +5,63 @@ their calls, so in a shared one a receive that waits for the future would hold u
 behind it. On gloo a wait that passes its time-out breaks the whole group, which here is one
 channel and no more.)
 
-The first message of a stretch is preceded by a header that tells shapes, dtypes and which
-tensors want a gradient. From then on the receiver keeps ``RECEIVES_AHEAD`` receives posted: while
-one micro-batch is computed the next is already on its way. Those that are left over when the
-stretch ends are answered with fillers, so that a channel is always left clean.
+Each message begins with a notice, a few bytes which say whether it looks like the one before, or
+else what it looks like::
+
+    bare notice: a form              payload 0  of that form
+    notice: as before, payload 1
+    notice: as before, payload 2
+    notice: a form, filler           filler               payload 3  of the new form
+    bare notice: as before           payload 4
+
+The receiver keeps ``RECEIVES_AHEAD`` receives posted: while one micro-batch is computed the next
+is already on its way. They have room for a payload like the last. If it then looks otherwise, it
+comes by itself, and fillers take their room; so a channel is left clean, also when the stretch
+ends. After a change only bare notices are posted ahead, until ``_STEADY`` messages in a row were
+alike: there are no fillers where all differ. Each end keeps the same count (``_Line``).
+
+Of tensors in CPU memory notice and payload are one operation. Those on CUDA go by NCCL, of which
+the host reads nothing, so as to wait for no device; their notices go from host to host by gloo.
 """
 
 from __future__ import annotations
 
+import enum
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paci.errors import ConfigError
-from paci.plan.memory import RECEIVES_AHEAD
-from paci.runtime.boundary import Spec, all_are, changed, decode, encode, specs_of
-from paci.runtime.transport import Ends, LinkError, Receiver, Sender, Tensors
+from paci.plan.memory import RECEIVES_AHEAD, ring_slot_bytes
+from paci.runtime.boundary import (
+    NOTICE_BYTES,
+    Form,
+    Spec,
+    Structure,
+    fits_a_notice,
+    notice_of,
+    read_notice,
+    specs_of,
+    tensors_in,
+)
+from paci.runtime.transport import Ends, LinkError, Received, Receiver, Sender, Tensors, plain
 from paci.schedule.action import Message, Payload
 
-_HEADER_BYTES = 4096
 _MOST_TAGS = 1 << 20
+_STEADY = 8  # messages alike after which receives are posted ahead again
+_AS_BEFORE = torch.frombuffer(notice_of(b""), dtype=torch.uint8)
+
+
+class Lane(enum.IntEnum):
+    """What goes over a link side by side, each in an order of its own."""
+
+    NOTICE = 0  # and what comes with it
+    TEXT = 1  # of a form that does not fit into a notice
+    PAYLOAD = 2
 
 
 class Link:
@@ -38,9 +71,9 @@ class Link:
     every message, is checks of what cannot change on a channel.
 
     Args:
-        group: of the two.
+        group: of the two; it takes tensors in CPU memory, and those of ``device``.
         ends: who they are.
-        device: of the tensors on this end.
+        device: of the payloads on this end.
     """
 
     def __init__(self, group: dist.ProcessGroup, ends: Ends, device: torch.device) -> None:
@@ -48,24 +81,27 @@ class Link:
         self._group = group
         self._ends = ends
         self._place = dist.get_group_rank(group, ends.peer)
-        # On CUDA only the current stream waits: to name a time-out would block the process until
-        # the operation is complete. There the time-out is that of the group, kept by NCCL itself.
-        self._limit = () if device.type == "cuda" else (timedelta(seconds=ends.timeout_s),)
-        self._num_started = 0
+        self._limit = timedelta(seconds=ends.timeout_s)
+        self._num_started = [0 for _ in Lane]
 
-    def send(self, tensor: Tensor, message: Message) -> dist.Work:
+    def send(self, tensor: Tensor, message: Message, lane: Lane) -> dist.Work:
         """Start to send; the tensor must live until ``wait`` has returned."""
-        return self._start(self._group.send, tensor, "send", message)
+        return self._start(self._group.send, tensor, "send", message, lane)
 
-    def receive(self, tensor: Tensor, message: Message) -> dist.Work:
+    def receive(self, tensor: Tensor, message: Message, lane: Lane) -> dist.Work:
         """Start to receive into ``tensor``."""
-        return self._start(self._group.recv, tensor, "receive", message)
+        return self._start(self._group.recv, tensor, "receive", message, lane)
 
     def _start(
-        self, operation: Callable[..., dist.Work], tensor: Tensor, verb: str, message: Message
+        self,
+        operation: Callable[..., dist.Work],
+        tensor: Tensor,
+        verb: str,
+        message: Message,
+        lane: Lane,
     ) -> dist.Work:
-        tag = self._num_started % _MOST_TAGS
-        self._num_started += 1
+        tag = self._num_started[lane] % _MOST_TAGS * len(Lane) + lane
+        self._num_started[lane] += 1
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
         try:
@@ -73,24 +109,95 @@ class Link:
         except RuntimeError as error:
             raise self._failure(verb, message, error) from error
 
-    def wait(self, work: dist.Work, verb: str, message: Message) -> None:
+    def wait(self, work: dist.Work, verb: str, message: Message, lane: Lane) -> None:
         """Wait for an operation on this link.
 
         Raises:
             LinkError: it failed, or took longer than the time-out.
         """
         try:
-            work.wait(*self._limit)
+            if lane is Lane.PAYLOAD and self.device.type == "cuda":
+                # Only the current stream waits: to name a time-out would block the process until
+                # the operation is complete. There the time-out is that of the group, kept by NCCL.
+                work.wait()
+            else:
+                work.wait(self._limit)
         except RuntimeError as error:
             raise self._failure(verb, message, error) from error
 
     def restart(self) -> None:
         """Count operations from the first again; nothing may be under way."""
-        self._num_started = 0
+        self._num_started = [0 for _ in Lane]
 
     def _failure(self, verb: str, message: Message, error: BaseException) -> LinkError:
         text = str(error).lower()
         return self._ends.failure(verb, message, "timed out" in text or "timeout" in text)
+
+
+class _Line:
+    """What the receiver has posted ahead, of which each end keeps the same account."""
+
+    def __init__(self) -> None:
+        self.num_posted = 1
+        self.has_room = False  # each of them, for a payload like the last
+        self._num_alike = _STEADY
+
+    def take(self) -> bool:
+        """The oldest is used; whether it had room for a payload."""
+        self.num_posted -= 1
+        return self.has_room
+
+    def went_on(self) -> None:
+        """A payload was like the last."""
+        self._num_alike += 1
+
+    def changed(self) -> int:
+        """A payload was not: how many of the posted are in vain."""
+        num_in_vain = self.num_posted if self.has_room else 0
+        self.num_posted -= num_in_vain
+        self._num_alike = 0
+        return num_in_vain
+
+    def refill(self) -> tuple[int, bool]:
+        """How many to post now, and whether with room.
+
+        All in line are of one kind, or a payload would overtake the one before.
+        """
+        steady = self._num_alike >= _STEADY
+        if self.num_posted and steady is not self.has_room:
+            return 0, steady
+        num = RECEIVES_AHEAD - self.num_posted
+        self.num_posted, self.has_room = RECEIVES_AHEAD, steady
+        return num, steady
+
+
+class _Packet(NamedTuple):
+    """A notice and the tensors after it, in one piece of CPU memory.
+
+    Attributes:
+        whole: that memory.
+        tensors: theirs.
+    """
+
+    whole: Tensor
+    tensors: Tensors
+
+    @classmethod
+    def of(cls, specs: Sequence[Spec]) -> Self:
+        """Its values are undefined."""
+        size = ring_slot_bytes([spec.num_bytes for spec in specs])
+        whole = torch.empty(NOTICE_BYTES + size, dtype=torch.uint8)
+        return cls(whole, tensors_in(whole.numpy().data[NOTICE_BYTES:], specs))
+
+
+class _Started(NamedTuple):
+    """An operation that has been started, and what it needs until it is complete."""
+
+    work: dist.Work
+    lane: Lane
+    tensor: Tensor | None = None
+    packet: _Packet | None = None
+    home: list[_Packet] | None = None  # where the packet goes when it is free again
 
 
 class RemoteSender(Sender):
@@ -103,58 +210,132 @@ class RemoteSender(Sender):
 
     def __init__(self, link: Link, capacity: int) -> None:
         self._link = link
+        self._packs = link.device.type == "cpu"
         self._capacity = capacity
-        self._specs: list[Spec] | None = None
-        self._under_way: deque[tuple[Message, list[dist.Work], Tensors]] = deque()
+        self._form: Form | None = None
+        self._line = _Line()
+        self._under_way: deque[tuple[Message, list[_Started]]] = deque()
+        self._spare: list[_Packet] = []  # for messages of this form
 
     def open(self, message: Message) -> None:
         """Exchange a first byte: a link that does not work is found before training starts, and
         NCCL, which connects on first use, does not do so in the midst of a schedule."""
-        self._start(message, (torch.zeros(1, dtype=torch.uint8, device=self._link.device),))
+        started = self._begin(message)
+        self._start(started, _AS_BEFORE, Lane.NOTICE)
+        byte = torch.zeros(1, dtype=torch.uint8, device=self._link.device)
+        self._start(started, byte, Lane.PAYLOAD)
         self.finish()
 
-    def send(self, message: Message, tensors: Tensors) -> None:
+    def send(self, message: Message, tensors: Tensors, structure: Structure | None = None) -> None:
         """Start to send; wait for the oldest only when ``capacity`` are under way."""
-        header: Tensors = ()
-        if self._specs is None or not all_are(tensors, self._specs):
-            header = self._start_stretch(message, specs_of(tensors))
-        packed = tuple(t if t.is_contiguous() else _packed(t) for t in tensors)
-        self._start(message, header + packed)
+        started = self._begin(message)
+        before, form = self._form, self._form
+        if form is None or not form.fits(tensors, structure):
+            self._form = form = Form(specs_of(tensors), structure)
+        is_new = form is not before
+        changed = is_new and before is not None and before.layout != form.layout
+        text = form.encode() if is_new else b""
+        notice = _bytes(notice_of(text)) if text else _AS_BEFORE
+        has_room = self._line.take()
+        comes_along = has_room and not changed
+        room = before.specs if has_room and before is not None else ()
+        self._put(started, notice, room, tensors if comes_along else None)
+        if changed:
+            for _ in range(self._line.changed()):
+                self._put(started, _AS_BEFORE, room, None)
+            self._spare = []
+        elif before is not None:
+            self._line.went_on()
+        if not fits_a_notice(len(text)):
+            self._start(started, _bytes(bytearray(text)), Lane.TEXT)
+        if not comes_along:
+            self._put(started, None, form.specs, tensors)
+        self._line.refill()
+        # What is sent must stay alive until it has been; the oldest is waited for only when so
+        # many followed it that, by the schedule, it arrived long ago.
+        if len(self._under_way) > self._capacity:
+            self._wait_for_oldest()
 
     def seal(self) -> None:
         """Answer the receives that are posted ahead."""
-        if self._specs is None:
+        if self._form is None:
             return
-        filler = tuple(spec.empty(self._link.device) for spec in self._specs)
-        for _ in range(RECEIVES_AHEAD):
-            self._start(self._under_way[-1][0], filler)
+        started = self._begin(self._under_way[-1][0])
+        room = self._form.specs if self._line.has_room else ()
+        for _ in range(self._line.num_posted):
+            self._put(started, _AS_BEFORE, room, None)
 
     def finish(self) -> None:
         """Wait for everything under way."""
         while self._under_way:
             self._wait_for_oldest()
-        self._specs = None
+        self._form, self._line, self._spare = None, _Line(), []
         self._link.restart()
 
-    def _start_stretch(self, message: Message, specs: list[Spec]) -> Tensors:
-        """What goes before the first message of a stretch, to say what is to come."""
-        if self._specs is not None:
-            raise changed(message, self._specs, specs)
-        self._specs = specs
-        return _header(specs, self._link.device)
+    def _begin(self, message: Message) -> list[_Started]:
+        """What is started from now on belongs to ``message``."""
+        started: list[_Started] = []
+        self._under_way.append((message, started))
+        return started
 
-    def _start(self, message: Message, tensors: Tensors) -> None:
-        works = [self._link.send(tensor, message) for tensor in tensors]
-        # What is sent must stay alive until it has been; the oldest is waited for only when so
-        # many followed it that, by the schedule, it arrived long ago.
-        self._under_way.append((message, works, tensors))
-        if len(self._under_way) > self._capacity:
-            self._wait_for_oldest()
+    def _put(
+        self,
+        started: list[_Started],
+        notice: Tensor | None,
+        specs: Sequence[Spec],
+        tensors: Tensors | None,
+    ) -> None:
+        """Send what the receiver has posted with room for ``specs``.
+
+        Args:
+            started: what belongs to the message, to be added to.
+            notice: None where a payload comes by itself.
+            specs: none for a bare notice.
+            tensors: None for a filler.
+        """
+        lane = Lane.PAYLOAD if notice is None else Lane.NOTICE
+        if specs and self._packs:
+            packet = self._packet(specs, _AS_BEFORE if notice is None else notice)
+            for place, tensor in zip(packet.tensors, tensors or (), strict=tensors is not None):
+                place.copy_(tensor.detach())
+            home = self._spare if notice is None or notice is _AS_BEFORE else None
+            work = self._link.send(packet.whole, self._under_way[-1][0], lane)
+            started.append(_Started(work, lane, None, packet, home))
+            return
+        if notice is not None:
+            self._start(started, notice, lane)
+        if tensors is None:
+            tensors = tuple(spec.empty(self._link.device) for spec in specs)
+        for tensor in tensors if specs else ():
+            self._start(started, plain(tensor), Lane.PAYLOAD)
+
+    def _packet(self, specs: Sequence[Spec], notice: Tensor) -> _Packet:
+        """One that can be written to, with this notice in it."""
+        if notice is _AS_BEFORE and self._spare:
+            return self._spare.pop()
+        packet = _Packet.of(specs)
+        packet.whole[:NOTICE_BYTES].copy_(notice)
+        return packet
+
+    def _start(self, started: list[_Started], tensor: Tensor, lane: Lane) -> None:
+        work = self._link.send(tensor, self._under_way[-1][0], lane)
+        started.append(_Started(work, lane, tensor))
 
     def _wait_for_oldest(self) -> None:
-        message, works, _ = self._under_way.popleft()
-        for work in works:
-            self._link.wait(work, "send", message)
+        message, started = self._under_way.popleft()
+        for work, lane, _, packet, home in started:
+            self._link.wait(work, "send", message, lane)
+            if packet is not None and home is self._spare:
+                home.append(packet)
+
+
+class _Posted(NamedTuple):
+    """A receive of what comes in one go: of a notice, of a payload or of both."""
+
+    notice: Tensor  # begins with it
+    specs: Sequence[Spec]
+    works: list[tuple[dist.Work, Lane]]
+    tensors: Tensors
 
 
 class RemoteReceiver(Receiver):
@@ -166,71 +347,101 @@ class RemoteReceiver(Receiver):
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._specs: list[Spec] | None = None
-        self._posted: deque[list[tuple[Tensor, dist.Work]]] = deque()
+        self._packs = link.device.type == "cpu"
+        self._form: Form | None = None
+        self._line = _Line()
+        self._posted: deque[_Posted] = deque()
         self._newest = Message(Payload.ACTIVATION, 0, 0)  # named when a filler does not come
 
     def open(self, message: Message) -> None:
         """See ``RemoteSender.open``."""
+        notice = self._post((), Lane.NOTICE, message)
         byte = torch.empty(1, dtype=torch.uint8, device=self._link.device)
-        self._link.wait(self._link.receive(byte, message), "receive", message)
+        work = self._link.receive(byte, message, Lane.PAYLOAD)
+        self._take(notice, message)
+        self._link.wait(work, "receive", message, Lane.PAYLOAD)
         self._link.restart()
 
-    def receive(self, message: Message) -> Tensors:
-        """Wait for the oldest posted receive, after posting another behind the rest."""
-        self._newest = message
-        if self._specs is None:
-            header = torch.empty(_HEADER_BYTES, dtype=torch.uint8, device=self._link.device)
-            self._link.wait(self._link.receive(header, message), "receive", message)
-            self._specs = _read_header(header)
-            for _ in range(RECEIVES_AHEAD):
-                self._post_next(message)
-        self._post_next(message)
-        return self._take(message, self._specs)
+    def receive(self, message: Message) -> Received:
+        """Wait for the next message, then post another receive behind those that are."""
+        self._newest, before = message, self._form
+        if before is None:
+            self._posted.append(self._post((), Lane.NOTICE, message))
+        posted = self._posted.popleft()
+        form = self._hear(posted, message)
+        comes_along = self._line.take()
+        if before is not None and form is not before and before.layout != form.layout:
+            comes_along = False
+            self._take(posted, message)
+            for _ in range(self._line.changed()):
+                self._take(self._posted.popleft(), message)
+        elif before is not None:
+            self._line.went_on()
+        if not comes_along:
+            posted = self._post(form.specs, Lane.PAYLOAD, message)
+        num, has_room = self._line.refill()
+        for _ in range(num):
+            self._posted.append(self._post(form.specs if has_room else (), Lane.NOTICE, message))
+        tensors = self._take(posted, message)
+        for tensor, spec in zip(tensors, form.specs, strict=True):
+            if spec.requires_grad:
+                tensor.requires_grad_()
+        return Received(tensors, form.structure)
 
     def finish(self) -> None:
         """Take in the fillers."""
         while self._posted:
-            assert self._specs is not None
-            self._take(self._newest, self._specs)
-        self._specs = None
+            self._take(self._posted.popleft(), self._newest)
+        self._form, self._line = None, _Line()
         self._link.restart()
 
     @property
     def reserved_bytes(self) -> int:
-        """Of the receives that are posted ahead."""
-        return sum(tensor.nbytes for posted in self._posted for tensor, _ in posted)
+        """Of the payloads that are posted ahead."""
+        return sum(spec.num_bytes for posted in self._posted for spec in posted.specs)
 
-    def _take(self, message: Message, specs: list[Spec]) -> Tensors:
-        taken = []
-        for (tensor, work), spec in zip(self._posted.popleft(), specs, strict=True):
-            self._link.wait(work, "receive", message)
-            taken.append(tensor.requires_grad_() if spec.requires_grad else tensor)
-        return tuple(taken)
+    def _hear(self, posted: _Posted, message: Message) -> Form:
+        """What the next message looks like."""
+        work, lane = posted.works.pop(0)
+        self._link.wait(work, "receive", message, lane)
+        num_bytes, text = read_notice(posted.notice.numpy().data)
+        if num_bytes:
+            if not fits_a_notice(num_bytes):
+                content = bytearray(num_bytes)
+                work = self._link.receive(_bytes(content), message, Lane.TEXT)
+                self._link.wait(work, "receive", message, Lane.TEXT)
+                text = bytes(content)
+            self._form = Form.decode(text)
+        assert self._form is not None
+        return self._form
 
-    def _post_next(self, message: Message) -> None:
-        """Args: ``message`` is named if that fails."""
-        assert self._specs is not None
-        device = self._link.device
-        tensors = [spec.empty(device) for spec in self._specs]
-        self._posted.append([(each, self._link.receive(each, message)) for each in tensors])
+    def _post(self, specs: Sequence[Spec], lane: Lane, message: Message) -> _Posted:
+        """Post a receive with room for ``specs``, and for a notice unless in the payloads' lane.
+
+        Args: ``message`` is named if that fails.
+        """
+        if self._packs and specs:
+            whole, tensors = _Packet.of(specs)
+            return _Posted(
+                whole, specs, [(self._link.receive(whole, message, lane), lane)], tensors
+            )
+        notice = torch.empty(NOTICE_BYTES, dtype=torch.uint8)
+        tensors = tuple(spec.empty(self._link.device) for spec in specs)
+        works: list[tuple[dist.Work, Lane]] = []
+        if lane is Lane.NOTICE:
+            works.append((self._link.receive(notice, message, lane), lane))
+        works += [
+            (self._link.receive(tensor, message, Lane.PAYLOAD), Lane.PAYLOAD) for tensor in tensors
+        ]
+        return _Posted(notice, specs, works, tensors)
+
+    def _take(self, posted: _Posted, message: Message) -> Tensors:
+        """What came."""
+        for work, lane in posted.works:
+            self._link.wait(work, "receive", message, lane)
+        return posted.tensors
 
 
-def _packed(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous()
-
-
-def _header(specs: list[Spec], device: torch.device) -> Tensors:
-    text = encode(specs)
-    if len(text) > _HEADER_BYTES:
-        raise ConfigError(
-            f"a boundary's description must fit in {_HEADER_BYTES} bytes, got {len(text)} for "
-            f"{len(specs)} tensors; hand over fewer tensors"
-        )
-    header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
-    header[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return (header.to(device),)
-
-
-def _read_header(header: Tensor) -> list[Spec]:
-    return decode(bytes(header.cpu().tolist()).rstrip(b"\0"))
+def _bytes(content: bytearray) -> Tensor:
+    """A tensor in the memory of ``content``."""
+    return torch.frombuffer(content, dtype=torch.uint8)

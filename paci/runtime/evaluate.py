@@ -24,12 +24,15 @@ def evaluate(engine: Engine, batches: Sequence[MicroBatch]) -> tuple[float, floa
     """
     device = next(iter(engine.stages.values())).device
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    for j, (inputs, targets) in enumerate(batches):
+    for j, (inputs, targets, direct) in enumerate(batches):
         for index, stage in engine.stages.items():
             action = Action(Kind.FORWARD, index, j)
             needed = consumes(action, engine.num_stages)
-            came = stage.take_in(inputs) if needed is None else engine.transport.receive(needed)
-            outputs = stage.evaluate(came, to_device(targets, stage.device))
+            came = (
+                stage.call.take_in(inputs) if needed is None else engine.transport.receive(needed)
+            )
+            given = stage.call.take_direct(direct)
+            outputs = stage.evaluate(came, to_device(targets, stage.device), given)
             message = produces(action, engine.num_stages)
             if message is None:
                 total += torch.stack(outputs).to(device)

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-
-from torch import Tensor
+from dataclasses import dataclass
 
 from paci.runtime.drift import DriftMeter
+from paci.runtime.feed import Feed
 from paci.runtime.recorder import Recorder
-from paci.runtime.stage import Stage, Target
+from paci.runtime.stage import Stage
 from paci.runtime.transport import Tensors, Transport
 from paci.schedule.action import Action, Kind, consumes, produces
-
-
-@dataclass
-class Feed:
-    """Micro-batches on their way in, and losses on their way out.
-
-    Attributes:
-        first_micro_batch: how many micro-batches came before this stretch.
-        inputs: of the first stage, by micro-batch of this stretch, until its forward.
-        targets: of the last stage, likewise.
-        losses: by micro-batch of this stretch: its share of its update's mean loss.
-    """
-
-    first_micro_batch: int = 0
-    inputs: dict[int, Tensors] = field(default_factory=dict)
-    targets: dict[int, Target] = field(default_factory=dict)
-    losses: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,9 +61,11 @@ def _run(action: Action, stage: Stage, received: Tensors, feed: Feed) -> Tensors
         case Kind.FORWARD:
             inputs = feed.inputs.pop(j) if action.stage == 0 else received
             target = feed.targets.pop(j) if stage.is_last else None
-            made = stage.forward(micro_batch, inputs, target)
-            if stage.is_last:
+            direct = feed.direct.pop((action.stage, j), {})
+            made = stage.forward(micro_batch, inputs, target, direct)
+            if target is not None:
                 feed.losses[j] = made[0]
+                feed.metrics[j] = target.metrics
             return made
         case Kind.BACKWARD:
             return stage.backward(micro_batch, received)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paci.errors import ConfigError
+
 
 @runtime_checkable
 class Loss(Protocol):
@@ -75,6 +77,33 @@ class MeanOverMicroBatches:
 def as_loss(loss_fn: Callable[[Any, Any], Tensor]) -> Loss:
     """``loss_fn`` itself if it is a ``Loss``, else as a mean over micro-batches."""
     return loss_fn if isinstance(loss_fn, Loss) else MeanOverMicroBatches(loss_fn)
+
+
+def with_metrics(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a loss returned, as the loss and metrics beside it.
+
+    Args:
+        result: a scalar tensor, or a pair of it and a dict of scalar tensors. Metrics are summed or
+            averaged as the loss itself is.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    loss, metrics = result if _is_pair(result) else (result, {})
+    for value in (loss, *metrics.values()):
+        if not isinstance(value, Tensor) or value.dim():
+            got = type(value).__name__
+            if isinstance(value, Tensor):
+                got = f"a tensor of shape {list(value.shape)}"
+            raise ConfigError(
+                f"the loss must be a scalar tensor, or a pair (loss, metrics) with a dict of such, "
+                f"got {got}; let loss_fn return a mean, or a sum if it counts tokens"
+            )
+    return loss, metrics
+
+
+def _is_pair(result: Any) -> bool:
+    return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
 
 
 def divisor(loss: Loss, targets: list[Any]) -> Tensor | float:

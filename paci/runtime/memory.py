@@ -278,9 +278,11 @@ class _Watched:
             for _, gradient in flight.ledger.held:
                 self._note(gradient)
 
-    def _note_batch(self, _: int, inputs: Sequence[Tensor], target: Target | None) -> None:
+    def _note_batch(
+        self, _: int, inputs: Sequence[Tensor], target: Target | None, *direct: Any
+    ) -> None:
         of_batch = inputs if self.stage.index == 0 else ()
-        for tensor in (*of_batch, *_tensors_in(target and target.value)):
+        for tensor in (*of_batch, *_tensors_in(target and target.value), *_tensors_in(direct)):
             self._others.note(tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:

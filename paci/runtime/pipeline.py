@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,29 +14,39 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError, WorkerError
-from paci.runtime.assemble import build_stages, choose_group, listed
-from paci.runtime.batch import MicroBatch, as_pair, split_batch, to_device
+from paci.runtime.assemble import (
+    OptimizerMaker,
+    SchedulerMaker,
+    build_stages,
+    choose_group,
+    listed,
+)
+from paci.runtime.batch import as_micro_batch, split_batch
+from paci.runtime.checks import check_options, check_stages_of_state
 from paci.runtime.drift import DriftMeter, DriftReport
 from paci.runtime.evaluate import evaluate
-from paci.runtime.execute import Engine, Feed, execute
+from paci.runtime.execute import Engine, execute
 from paci.runtime.failures import FailureBoard, ended_by
-from paci.runtime.loss import as_loss, divisor
+from paci.runtime.feed import Feed
+from paci.runtime.loss import as_loss
 from paci.runtime.recorder import Recorder
 from paci.runtime.result import StepResult
-from paci.runtime.stage import Target
+from paci.runtime.stage import UpdateHook
 from paci.runtime.status import Status, StatusBoard, combine
 from paci.runtime.transport import Transport
-from paci.runtime.weights.registry import prepare_weight_policies
+from paci.runtime.weights.base import WeightPolicy
+from paci.runtime.weights.registry import prepare_weight_policies, recommended_weights
 from paci.runtime.world import World
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.sequence import Cursor, Sequencer
 from paci.trace import Trace
 
-_LONGEST_S = 1e9  # more is more than the system's own calls can wait
+# A tenth of a run of `paci train` with its defaults.
+DEFAULT_FLUSH_FIRST = 40
 
 
 class Pipeline:
-    """Runs a schedule over the stages of a model, in one process or in many.
+    """Runs a schedule over the stages of a model, in one process or in many; ``with`` closes it.
 
     A process that hands over all stages runs them all by itself (the *virtual* way: any machine,
     any device, the same bits). Otherwise each process of ``group`` hands over the stages that
@@ -47,14 +57,22 @@ class Pipeline:
             called with the tensors that the one before returned. Parameters must be on the device
             that the stage is to run on.
         schedule: what runs when; the same on every process.
-        optimizer: over the stage's parameters, or a list, one for each stage.
+        optimizer: over the stage's parameters, or a list, one for each stage (None for a stage
+            that has nothing to train); or a function that makes one from a list of parameters, as
+            ``functools.partial(torch.optim.AdamW, lr=3e-3)``.
         loss_fn: ``loss_fn(output, target)``, on the last stage. Either a ``paci.Loss`` (a sum over
             tokens and a count of them, for the exact mean over an update's tokens whatever the
             micro-batches hold) or any criterion that returns a mean over its micro-batch, in which
-            case all micro-batches weigh the same.
-        lr_scheduler: stepped after each update of its stage; one, or a list.
-        weights: name of the weight policy, with options as ``lookahead:reach=2``; the schedule's
-            own by default.
+            case all micro-batches weigh the same. Instead of a loss it may return a pair
+            ``(loss, metrics)`` with a dict of scalars, which are summed or averaged likewise.
+        lr_scheduler: stepped after each update of its stage; one, or a list; or a function that
+            makes one from an optimizer.
+        weights: the weight policy: its name, with options as ``lookahead:reach=2``, or an object
+            as ``paci.Lookahead(reach=2)``. By default what the documents recommend: looking ahead
+            under a schedule that never empties. The method as published is ``"current"``.
+        flush_first: how many updates, at the start of training, each empty the pipeline; early
+            updates are large, and delay costs most among them. By default
+            ``DEFAULT_FLUSH_FIRST`` if ``weights`` is left to its default, else none.
         precision: ``"fp32"``, or ``"bf16"`` for one bf16 working copy of each weight beside fp32
             masters, gradients and optimizer state; buffers stay as they are. Do not use autocast
             in a stage: it keeps a copy of each weight for every micro-batch in flight.
@@ -66,6 +84,8 @@ class Pipeline:
         trace_capacity: newest events that ``trace`` can show, per process.
         share_memory: let processes of one host hand over CPU tensors in shared memory, where the
             system can, instead of through torch.distributed: faster, with the same bits.
+        on_update: called in each update of a stage of this process, after the optimizer's step,
+            with the stage and its version; see ``Stage.on_update``.
 
     Raises:
         ConfigError: stages, optimizers, processes or their configurations do not fit.
@@ -77,33 +97,33 @@ class Pipeline:
         self,
         stage: nn.Module | Sequence[nn.Module],
         schedule: Schedule,
-        optimizer: Optimizer | Sequence[Optimizer],
+        optimizer: OptimizerMaker | Optimizer | Sequence[Optimizer | OptimizerMaker | None] | None,
         loss_fn: Callable[[Any, Any], Tensor],
         *,
-        lr_scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
-        weights: str | None = None,
+        lr_scheduler: SchedulerMaker | LRScheduler | Sequence[Any] | None = None,
+        weights: str | WeightPolicy | None = None,
+        flush_first: int | None = None,
         precision: str = "fp32",
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
         timeout_s: float = 600.0,
         trace_capacity: int = 20_000,
         share_memory: bool = True,
+        on_update: UpdateHook | None = None,
     ) -> None:
-        require_count("seed", seed, least=0)
-        require_count("trace_capacity", trace_capacity)
-        if not 0 < timeout_s <= _LONGEST_S:
-            raise ConfigError(
-                f"timeout_s must be above 0 and at most {_LONGEST_S:g}, got {timeout_s!r}; pass "
-                f"seconds"
-            )
+        check_options(seed, trace_capacity, timeout_s)
         modules = listed(stage)
         self.schedule = schedule
         self._loss = as_loss(loss_fn)
         self._world = World(schedule, choose_group(group, len(modules), schedule), timeout_s)
-        policies = prepare_weight_policies(weights or schedule.weights, schedule)
+        if flush_first is None:
+            flush_first = DEFAULT_FLUSH_FIRST if weights is None else 0
+        require_count("flush_first", flush_first, least=0)
+        self._num_flushed = 0 if schedule.flushes else flush_first
+        policies = prepare_weight_policies(weights or recommended_weights(schedule), schedule)
         self._world.agree(
             {"the schedule": repr(schedule), "weights": repr(policies[0]), "precision": precision}
-            | {"the seed": seed, "share_memory": share_memory}
+            | {"the seed": seed, "share_memory": share_memory, "flush_first": self._num_flushed}
         )
         held = self._world.stages
         with self._world.refusing_together():
@@ -111,7 +131,7 @@ class Pipeline:
                 held,
                 schedule,
                 modules,
-                listed(optimizer),
+                listed(optimizer, len(modules)),
                 listed(lr_scheduler, len(modules)),
                 policies,
                 self._loss,
@@ -119,6 +139,9 @@ class Pipeline:
                 precision,
                 seed,
             )
+        if on_update is not None:
+            for each in self.stages.values():
+                each.on_update(on_update)
         devices = {index: each.device for index, each in self.stages.items()}
         self._engine = Engine(
             schedule.num_stages,
@@ -130,14 +153,10 @@ class Pipeline:
             ),
         )
         self._board = None if self._world.group is None else FailureBoard(dist.get_rank())
-        self._status_board = (
-            None
-            if self._world.group is None
-            else StatusBoard(self._world.ranks, self._world.position)
-        )
+        self._status_board = StatusBoard(self._world.ranks, self._world.position)
         self._num_done = 0  # micro-batches of all stretches that have been drained
         self._num_fed = 0  # micro-batches of the one that is running
-        self._kept_losses: list[Tensor] = []  # known, and not yet in a result
+        self._kept = StepResult()  # known, and not yet given back
         self._failure: BaseException | None = None
         self._start_stretch()
 
@@ -166,18 +185,21 @@ class Pipeline:
         """Micro-batches fed since the start of training."""
         return self._num_done + self._num_fed
 
-    def step(self, batch: MicroBatch | Sequence[MicroBatch] | None = None) -> StepResult:
+    def step(self, batch: Any = None, targets: Any = None, /, **direct: Any) -> StepResult:
         """Feed the micro-batches of one update and run until the schedule asks for more.
 
-        Does not empty the pipeline (unless the schedule flushes): what it could not finish, later
-        steps or ``drain`` will.
+        Does not empty the pipeline (unless the schedule flushes, or for ``flush_first``): what it
+        could not finish, later steps or ``drain`` will.
 
         Args:
-            batch: ``(inputs, targets)`` to be cut along the first dimension, or a list of
-                micro-batches. Inputs are read by the process with the first stage, targets by
-                that with the last; others may pass None, or any batch. It must stay unchanged
-                until its backwards have run, which later steps or ``drain`` may do: pass fresh
-                tensors with each step.
+            batch: ``(inputs, targets)`` or a list of micro-batches, see ``split_batch``; or the
+                inputs alone, if ``targets`` are given. The process with the first stage reads
+                inputs, that with the last targets; others may pass None. It must stay unchanged
+                until its backwards have run, perhaps in later steps: pass fresh tensors.
+            targets: see ``batch``.
+            direct: inputs for every stage whose forward has a parameter of that name, which cross
+                no boundary (an attention mask); cut likewise. Every process passes those of its
+                stages.
 
         Raises:
             ConfigError: the batch cannot be cut, this process needs one and got none, or one of
@@ -187,11 +209,13 @@ class Pipeline:
         """
         self._require_whole()
         with self.failing_together():
-            self._feed_batch(batch)
+            self._feed_batch(batch if targets is None else (batch, targets), direct)
         with self._working():
             self._num_fed += self.schedule.accumulation
             self._sequencer.feed(self._num_fed)
             self._run()
+        if self.num_micro_batches <= self._num_flushed * self.schedule.accumulation:
+            return self.drain()
         return self._result()
 
     def drain(self) -> StepResult:
@@ -213,7 +237,7 @@ class Pipeline:
         self._num_fed = 0
         return result
 
-    def evaluate(self, batches: Iterable[MicroBatch]) -> float:
+    def evaluate(self, batches: Iterable[Any]) -> float:
         """The mean loss over the tokens of ``batches``, the same number on every process.
 
         Drains the pipeline first. Modules run in evaluation mode, with the working weights.
@@ -229,7 +253,7 @@ class Pipeline:
         """
         self._drain_between_steps()
         with self.failing_together():
-            pairs = [as_pair(batch) for batch in batches]
+            pairs = [as_micro_batch(batch) for batch in batches]
             numbers = {"the number of evaluation batches": len(pairs)}
             refusal = self._world.disagreement(numbers)
         if refusal is not None:
@@ -245,14 +269,8 @@ class Pipeline:
         self._drain_between_steps()
         recorder = self._engine.recorder
         with self._working():
-            rows = self._world.gather((self._world.clock_shift_s(), recorder.events()))
-        return recorder.trace(
-            [
-                event._replace(start_s=event.start_s + shift_s, end_s=event.end_s + shift_s)
-                for shift_s, events in rows
-                for event in events
-            ]
-        )
+            shift_s = self._world.clock_shift_s()
+        return recorder.trace(self.gather((shift_s, recorder.events())))
 
     def utilization(self) -> float:
         """Busy time over workers times span, since the start, on all processes. Drains.
@@ -262,9 +280,7 @@ class Pipeline:
         self._drain_between_steps()
         recorder = self._engine.recorder
         pairs = self.gather((recorder.busy_s, recorder.span_s))
-        span_s = max(span for _, span in pairs)
-        busy_s = sum(busy for busy, _ in pairs)
-        return busy_s / (recorder.num_rows * span_s) if span_s else 0.0
+        return recorder.utilization(pairs)
 
     def drift(self) -> dict[int, DriftReport]:
         """What every stage of the pipeline met so far, from all processes. Drains."""
@@ -282,8 +298,6 @@ class Pipeline:
         """
         drifts = [max(m.report.drift, default=0) for m in self._engine.meters.values()]
         own = Status(self._engine.recorder.share_busy, max(drifts))
-        if self._status_board is None:
-            return own
         return combine([own, *self._status_board.exchange(own)])
 
     def state_dict(self) -> dict[str, Any]:
@@ -308,12 +322,7 @@ class Pipeline:
         """
         self._require_drained("load_state_dict")
         with self._world.refusing_together():
-            missing = sorted(self.stages.keys() - state["stages"].keys())
-            if missing:
-                raise ConfigError(
-                    f"the state must hold the stages {sorted(self.stages)} of this process, got "
-                    f"none of {missing}; load the state of the same cut"
-                )
+            check_stages_of_state(self.stages.keys(), state)
             for index, stage in self.stages.items():
                 stage.require_state(state["stages"][index], state["num_micro_batches"])
         self._world.agree({"the state's number of micro-batches": state["num_micro_batches"]})
@@ -349,6 +358,12 @@ class Pipeline:
         self._engine.transport.close()
         self._world.close()
 
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _start_stretch(self) -> None:
         """Begin with an empty pipeline; programs count micro-batches from 0 again."""
         self._feed = Feed(self._num_done)
@@ -379,35 +394,31 @@ class Pipeline:
             for stage in self.stages.values():
                 stage.leave()
 
-    def _feed_batch(self, batch: MicroBatch | Sequence[MicroBatch] | None) -> None:
+    def _feed_batch(self, batch: Any, direct: Mapping[str, Any]) -> None:
         if not self._num_fed:
             self._start_stretch()
-        if not (self.holds_first or self.holds_last):
-            return
-        if batch is None:
+        if batch is None and (self.holds_first or self.holds_last):
             raise ConfigError(
                 "a process with the first or the last stage must be given a batch, got None; pass "
                 "(inputs, targets)"
             )
-        parts = split_batch(batch, self.schedule.accumulation)
-        if self.holds_first:
-            for j, (inputs, _) in enumerate(parts, start=self._num_fed):
-                self._feed.inputs[j] = self.stages[0].take_in(inputs)
-        if self.holds_last:
-            device = self.stages[self.schedule.num_stages - 1].device
-            targets = [to_device(target, device) for _, target in parts]
-            total = divisor(self._loss, targets)
-            for j, target in enumerate(targets, start=self._num_fed):
-                self._feed.targets[j] = Target(target, total)
+        if not (self.holds_first or self.holds_last):
+            batch = (None, None)
+        known = [n for n in direct if any(each.call.accepts(n) for each in self.stages.values())]
+        strange = [name for name in direct if name not in known]
+        if strange and len(self.stages) == self.schedule.num_stages:
+            raise ConfigError(
+                f"a keyword input must be a parameter of a stage's forward, got "
+                f"{', '.join(strange)}; add it there, or leave it out"
+            )
+        parts = split_batch(batch, self.schedule.accumulation, direct)
+        self._feed.put(self._num_fed, parts, self.stages, self._loss)
 
     def _result(self) -> StepResult:
-        """Losses of the updates whose micro-batches have all gone forward."""
-        a, waiting = self.schedule.accumulation, self._feed.losses
-        losses, self._kept_losses = self._kept_losses, []
-        while len(waiting) >= a:
-            first = min(waiting)
-            losses.append(torch.stack([waiting.pop(j) for j in range(first, first + a)]).sum())
-        return StepResult(tuple(losses))
+        """What became known, and what was kept back."""
+        losses, metrics = self._feed.take_losses(self.schedule.accumulation)
+        kept, self._kept = self._kept, StepResult()
+        return StepResult((*kept.losses, *losses), (*kept.all_metrics, *metrics))
 
     def gather(self, own: Any) -> list[Any]:
         """``own`` of every process, in their order, on every process; any picklable value."""
@@ -434,7 +445,7 @@ class Pipeline:
 
     def _drain_between_steps(self) -> None:
         """Drain; the losses that it makes known are kept for the next result."""
-        self._kept_losses = list(self.drain().losses)
+        self._kept = self.drain()
 
     def _require_drained(self, what: str) -> None:
         if self._num_fed:

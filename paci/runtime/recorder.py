@@ -108,8 +108,17 @@ class Recorder:
         """The newest events of this process, in order of their actions."""
         return tuple(self._events)
 
-    def trace(self, events: Sequence[Event]) -> Trace:
-        """The trace of ``events``, which may come from all processes."""
+    def trace(self, parts: Sequence[tuple[float, Sequence[Event]]]) -> Trace:
+        """The trace of all processes' events.
+
+        Args:
+            parts: of each process, what to add to its clock, in seconds, and its events.
+        """
+        events = [
+            event._replace(start_s=event.start_s + shift_s, end_s=event.end_s + shift_s)
+            for shift_s, own in parts
+            for event in own
+        ]
         return Trace.of(events, self._num_rows, "virtual" if self.is_virtual else "wall")
 
     @property
@@ -119,6 +128,12 @@ class Recorder:
         span_s = self.span_s + (0.0 if self._finished else running_s)
         rows = self._num_rows if self.is_virtual else 1
         return self.busy_s / (rows * span_s) if span_s else 0.0
+
+    def utilization(self, parts: Sequence[tuple[float, float]]) -> float:
+        """Busy time over workers times span, from that of each process."""
+        span_s = max(span for _, span in parts)
+        busy_s = sum(busy for busy, _ in parts)
+        return busy_s / (self._num_rows * span_s) if span_s else 0.0
 
     @property
     def num_rows(self) -> int:

@@ -7,6 +7,9 @@
     says which on a socket  --------------------------------->  waits on the socket
     takes slots that are free  <-  a mark for each slot  <-  frees what nobody refers to
 
+What messages look like is told on the socket, in line with them, whenever it changes. If one does
+not fit into a slot, larger memory comes along; what lies in the old one is received from there.
+
 One copy and one system call a message at the sender, one system call at the receiver; no thread and
 no polling, of which gloo needs the one and does the other. A process that dies
 closes its socket, which its neighbours notice at once.
@@ -31,11 +34,10 @@ import weakref
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from paci.plan.memory import aligned, ring_slot_bytes, ring_slots
-from paci.runtime.boundary import Spec, all_are, changed, decode, encode, specs_of
-from paci.runtime.transport import Ends, Receiver, Sender, Tensors
+from paci.runtime.boundary import Form, Structure, specs_of, tensors_in
+from paci.runtime.transport import Ends, Received, Receiver, Sender, Tensors
 from paci.schedule.action import Message
 
 # Whether this system can: sockets with names in the file system that carry file descriptors.
@@ -43,6 +45,7 @@ AVAILABLE = hasattr(socket, "AF_UNIX") and hasattr(socket, "send_fds")
 
 _FREE, _SENT, _HELD = 0, 1, 2
 _SLOT = struct.Struct("<H")
+_NEWS = 0xFFFF  # in place of a slot: what the next messages look like
 _HEADER = struct.Struct("<QI?")  # bytes of a slot, bytes of the description, whether memory comes
 _CROWDED_S = 0.001  # between two looks for a free slot, once a sender is far ahead
 
@@ -145,21 +148,6 @@ class _Memory:
         return self._map[: self.num_slots].count(_SENT)
 
 
-def _tensors_in(slot: memoryview, specs: list[Spec]) -> Tensors:
-    """A message's tensors in the memory of its slot, which they keep alive."""
-    tensors: list[Tensor] = []
-    offset = 0
-    for spec in specs:
-        count = spec.shape.numel()
-        if count == 0:
-            tensors.append(spec.empty(torch.device("cpu")))
-            continue
-        flat = torch.frombuffer(slot, dtype=spec.dtype, count=count, offset=offset)
-        tensors.append(flat.view(spec.shape))
-        offset += aligned(spec.num_bytes)
-    return tuple(tensors)
-
-
 class SharedSender(Sender):
     """The sending end.
 
@@ -175,19 +163,24 @@ class SharedSender(Sender):
         self._ends = ends
         self._capacity = capacity
         self._memory: _Memory | None = None
-        self._specs: list[Spec] | None = None
-        self._slots: list[Tensors] = []
+        self._older: list[_Memory] = []  # from which something is still to be received
+        self._form: Form | None = None
+        self._slots: dict[int, Tensors] = {}  # by index, once used for messages of this form
 
-    def send(self, message: Message, tensors: Tensors) -> None:
+    def send(self, message: Message, tensors: Tensors, structure: Structure | None = None) -> None:
         """Copy ``tensors`` into a free slot and say so; wait only if there is none."""
-        if self._specs is None or not all_are(tensors, self._specs):
-            self._start_stretch(message, specs_of(tensors))
-        memory = self._memory
+        if self._form is None or not self._form.fits(tensors, structure):
+            self._tell(message, Form(specs_of(tensors), structure))
+        memory, form = self._memory, self._form
         assert memory is not None
+        assert form is not None
         index = memory.free_slot()
-        if index < 0 or memory.num_sent() >= self._capacity:
+        if index < 0 or self._num_under_way(memory) >= self._capacity:
             index = self._wait_for_slot(memory, message)
-        for place, tensor in zip(self._slots[index], tensors, strict=True):
+        places = self._slots.get(index)
+        if places is None:
+            places = self._slots[index] = tensors_in(memory.slot(index), form.specs)
+        for place, tensor in zip(places, tensors, strict=True):
             place.copy_(tensor.detach())
         memory.marks[index] = _SENT
         try:
@@ -200,26 +193,31 @@ class SharedSender(Sender):
 
     def finish(self) -> None:
         """What was sent is in the memory: nothing to wait for."""
-        self._specs = None
 
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
 
-    def _start_stretch(self, message: Message, specs: list[Spec]) -> None:
+    def _tell(self, message: Message, form: Form) -> None:
         """Say what is to come, and hand over memory if there is none or its slots are too small."""
-        if self._specs is not None:
-            raise changed(message, self._specs, specs)
-        self._specs = specs
-        text = encode(specs)
-        needed = ring_slot_bytes([spec.num_bytes for spec in specs])
+        text = form.encode()
+        needed = ring_slot_bytes([spec.num_bytes for spec in form.specs])
         files: list[int] = []
-        if self._memory is None or self._memory.slot_bytes < needed:
+        before = self._memory
+        if before is None:
             self._memory, file = _Memory.create(needed, ring_slots(self._capacity))
             files.append(file)
+        elif before.slot_bytes < needed:
+            # Half as much again at least: sizes that grow step by step need new memory seldom.
+            enough = max(needed, aligned(before.slot_bytes + before.slot_bytes // 2))
+            self._older.append(before)
+            self._memory, file = _Memory.create(enough, ring_slots(self._capacity))
+            files.append(file)
         memory = self._memory
+        assert memory is not None
         header = _HEADER.pack(memory.slot_bytes, len(text), bool(files))
         try:
+            self._connection.send(_SLOT.pack(_NEWS))
             socket.send_fds(self._connection, [header], files)
             self._connection.sendall(text)
         except OSError as error:
@@ -227,12 +225,18 @@ class SharedSender(Sender):
         finally:
             for file in files:
                 os.close(file)
-        self._slots = [_tensors_in(memory.slot(i), specs) for i in range(memory.num_slots)]
+        self._form, self._slots = form, {}
+
+    def _num_under_way(self, memory: _Memory) -> int:
+        """Messages sent and not received yet, in the memory of now and in older ones."""
+        if self._older:
+            self._older = [older for older in self._older if older.num_sent()]
+        return memory.num_sent() + sum(older.num_sent() for older in self._older)
 
     def _wait_for_slot(self, memory: _Memory, message: Message) -> int:
         """A free slot, once there is one and fewer than ``capacity`` messages are under way."""
         until_s = time.monotonic() + self._ends.timeout_s
-        while (index := memory.free_slot()) < 0 or memory.num_sent() >= self._capacity:
+        while (index := memory.free_slot()) < 0 or self._num_under_way(memory) >= self._capacity:
             if time.monotonic() > until_s:
                 raise self._ends.failure("send", message, timed_out=True)
             try:
@@ -264,31 +268,32 @@ class SharedReceiver(Receiver):
         self._ends = ends
         self._capacity = capacity
         self._memory: _Memory | None = None
-        self._specs: list[Spec] | None = None
+        self._form: Form | None = None
         self._held: dict[int, weakref.ref[memoryview]] = {}
 
-    def receive(self, message: Message) -> Tensors:
+    def receive(self, message: Message) -> Received:
         """Wait for the next message; its tensors are the slot's own memory."""
-        if self._specs is None:
-            self._specs = self._start_stretch(message)
-        memory = self._memory
-        assert memory is not None
         (index,) = _SLOT.unpack(self._read(_SLOT.size, message))
+        if index == _NEWS:
+            self._hear(message)
+            (index,) = _SLOT.unpack(self._read(_SLOT.size, message))
+        memory, form = self._memory, self._form
+        assert memory is not None
+        assert form is not None
         slot = memory.slot(index)
-        tensors = _tensors_in(slot, self._specs)
+        tensors = tensors_in(slot, form.specs)
         if len(self._held) < self._capacity:
             self._hold(memory, index, slot)
         else:
             tensors = tuple(tensor.clone() for tensor in tensors)
             memory.marks[index] = _FREE
-        for tensor, spec in zip(tensors, self._specs, strict=True):
+        for tensor, spec in zip(tensors, form.specs, strict=True):
             if spec.requires_grad:
                 tensor.requires_grad_()
-        return tensors
+        return Received(tensors, form.structure)
 
     def finish(self) -> None:
         """Everything sent has been received."""
-        self._specs = None
 
     def close(self) -> None:
         """Close the connection; what was received stays valid."""
@@ -316,7 +321,7 @@ class SharedReceiver(Receiver):
 
         held[index] = weakref.ref(slot, free)
 
-    def _start_stretch(self, message: Message) -> list[Spec]:
+    def _hear(self, message: Message) -> None:
         """Hear what is to come."""
         try:
             header, files, _, _ = socket.recv_fds(self._connection, _HEADER.size, 1)
@@ -327,8 +332,9 @@ class SharedReceiver(Receiver):
         slot_bytes, num_bytes, memory_comes = _HEADER.unpack(header)
         if memory_comes:
             self._memory = _Memory(files[0], slot_bytes, ring_slots(self._capacity))
+            # What is held of the old memory stays as it is; nobody asks for its slots any more.
             self._held = {}
-        return decode(self._read(num_bytes, message))
+        self._form = Form.decode(self._read(num_bytes, message))
 
     def _read(self, num_bytes: int, message: Message) -> bytes:
         try:

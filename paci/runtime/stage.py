@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -13,16 +14,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
-from paci.runtime.batch import as_tensors, require_unwritten, to_device, writes_of
+from paci.runtime.batch import require_unwritten, writes_of
+from paci.runtime.calls import Caller, unpacked, writes_to_inputs
 from paci.runtime.checks import check_lr_scheduler, check_optimizer, check_policy, check_state
-from paci.runtime.loss import Loss
+from paci.runtime.loss import Loss, with_metrics
 from paci.runtime.randomness import Seeded, mix
+from paci.runtime.saved_state import load_optimizer_state, optimizer_state
 from paci.runtime.split import Ledger, Splitter
 from paci.runtime.weights.base import Tensors, WeightPolicy
 from paci.runtime.weights.stage_weights import Leaf, StageWeights
 
-UpdateHook = Callable[["Stage", int], None]
 _EXTRA = "_extra_state"  # how PyTorch ends the key of what get_extra_state gives
+UpdateHook = Callable[["Stage", int], None]
 # The dtype of working weights; None leaves every parameter as the module has it.
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -36,6 +39,12 @@ class Target:
 
     def __post_init__(self) -> None:
         self.writes = writes_of(self.value)
+        self.metrics: dict[str, Tensor] = {}
+
+    def take(self, metrics: Mapping[str, Tensor]) -> None:
+        """Keep the share of this micro-batch in the update's means."""
+        share = {name: value.detach() / self.divisor for name, value in metrics.items()}
+        self.metrics.update(share)
 
 
 @dataclass(slots=True)
@@ -44,6 +53,7 @@ class _InFlight:
 
     inputs: Tensors
     target: Target | None
+    direct: Mapping[str, Any] = field(default_factory=dict)
     writes: tuple[int, ...] = ()  # to the inputs, if a forward is to run on them again
     leaves: tuple[Leaf, ...] = ()  # where the graph ends, if the backward is to be split
     versions: tuple[int, ...] = ()  # at the forward, of each stage that has weights used here
@@ -122,17 +132,11 @@ class Stage:
         for lender in self._owners[1:]:
             lender._borrowers.append(self)
         self._hooks: list[UpdateHook] = []
+        self.call = Caller(index, module, self.device, self._dtype)
         self._loss = loss
         self._seed = seed
         self._seeded = Seeded(self.device)
         self._splitter = Splitter(index, module) if splits else None
-
-    def take_in(self, inputs: Any) -> Tensors:
-        """The pipeline's own inputs as the first stage wants them: its device, its precision."""
-        moved: Tensors = to_device(as_tensors(inputs, "inputs"), self.device)
-        if self._dtype is None:
-            return moved
-        return tuple(x.to(self._dtype) if x.is_floating_point() else x for x in moved)
 
     def enter(self) -> None:
         """Let the parameters hold working weights, of the stages that this one borrows from too;
@@ -165,13 +169,20 @@ class Stage:
         the masters then, and what it writes to them is taken over."""
         self._hooks.append(hook)
 
-    def forward(self, micro_batch: int, inputs: Tensors, target: Target | None) -> Tensors:
+    def forward(
+        self,
+        micro_batch: int,
+        inputs: Tensors,
+        target: Target | None,
+        direct: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Tensors:
         """Run the micro-batch forward and keep what its backward needs.
 
         Args:
             micro_batch: counted from the start of training.
             inputs: the boundary's tensors; those that require a gradient are leaves.
             target: on the last stage.
+            direct: keyword inputs, from ``Caller.take_direct``.
 
         Returns:
             What goes to the next stage, detached and marked ``requires_grad`` where a gradient
@@ -184,10 +195,13 @@ class Stage:
             owner.policy.before_forward(key, micro_batch // self._accumulation - owner.version)
         versions = tuple(owner.version for owner in self._owners)
         weight_writes = [owner.weights.writes() for owner in self._owners]
-        writes = () if self.policy.keeps_graph else writes_of(inputs)
+        given = writes_of((inputs, direct))
+        writes = () if self.policy.keeps_graph else given
         leaves = () if self._splitter is None else self.weights.leaves()
-        flight = _InFlight(inputs, target, writes, leaves, versions)
+        flight = _InFlight(inputs, target, direct, writes, leaves, versions)
         outputs = self.policy.forward(lambda: self._run(micro_batch, flight))
+        if writes_of((inputs, direct)) != given:
+            raise writes_to_inputs(self.index)
         for owner, before in zip(self._owners, weight_writes, strict=True):
             owner.weights.adopt(before, owner.policy.before_own_write)
         if self.policy.keeps_graph:
@@ -251,7 +265,9 @@ class Stage:
         self.policy.publish(sum(len(user.in_flight) for user in (self, *self._borrowers)))
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensors, target: Any) -> Tensors:
+    def evaluate(
+        self, inputs: Tensors, target: Any, direct: Mapping[str, Any] = MappingProxyType({})
+    ) -> Tensors:
         """Run forward in evaluation mode, with the masters' values, keeping nothing.
 
         Nothing is in flight.
@@ -266,13 +282,13 @@ class Stage:
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
-            outputs = _as_tuple(self.module(*inputs), self.index)
+            outputs = self.call(inputs, direct)
         finally:
             for module, was_training in modes:
                 module.training = was_training
         if not self.is_last:
             return outputs
-        loss = self._loss(_unpack(outputs), target)
+        loss, _ = with_metrics(self._loss(unpacked(outputs), target))
         count = torch.as_tensor(self._loss.num_tokens(target), device=loss.device)
         return loss.double(), count.double()
 
@@ -283,12 +299,11 @@ class Stage:
         "param_groups": [{..., "params": [names]}]}``. Nothing is in flight.
         """
         saved = self.module.state_dict()
-        buffers = {name: b for name, b in self.module.named_buffers() if name in saved}
         return {
             "weights": {name: p.detach() for name, p in self.weights.masters.items()},
-            "buffers": buffers,
+            "buffers": {n: b for n, b in self.module.named_buffers() if n in saved},
             "extra": {name: value for name, value in saved.items() if name.endswith(_EXTRA)},
-            "optimizer": self._optimizer_state(),
+            "optimizer": optimizer_state(self.optimizer, self.weights.masters),
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
             "version": self.version,
             "policy": self.policy.state_dict(),
@@ -313,11 +328,7 @@ class Stage:
                     tensor.copy_(state[part][name])
         if state.get("extra"):
             self.module.load_state_dict(state["extra"], strict=False)
-        if self.optimizer is not None:
-            positions = {name: position for position, name in self._parameter_names().items()}
-            renamed = _rename(state["optimizer"], positions)
-            renamed["state"] |= state["optimizer"].get("global", {})
-            self.optimizer.load_state_dict(renamed)
+        load_optimizer_state(self.optimizer, self.weights.masters, state["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.version = state["version"]
@@ -346,40 +357,19 @@ class Stage:
         own = {id(p) for p in self.weights.masters.values()}
         return {id(p) for p in self.module.parameters()} - own
 
-    def _optimizer_state(self) -> dict[str, Any]:
-        """By the names of parameters; what is of no parameter apart."""
-        if self.optimizer is None:
-            return {"state": {}, "param_groups": []}
-        saved = self.optimizer.state_dict()
-        shared = {key: value for key, value in saved["state"].items() if isinstance(key, str)}
-        saved["state"] = {k: v for k, v in saved["state"].items() if k not in shared}
-        named = _rename(saved, self._parameter_names())
-        return {**named, "global": shared} if shared else named
-
-    def _parameter_names(self) -> dict[Any, Any]:
-        """Name of each parameter at its position in the optimizer's own state."""
-        names = {id(master): name for name, master in self.weights.masters.items()}
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        held = (p for group in groups for p in group["params"])
-        return {position: names[id(parameter)] for position, parameter in enumerate(held)}
-
     def _run(self, micro_batch: int, flight: _InFlight) -> Tensors:
         with self._seeded(mix(self._seed, self.index, micro_batch)):
-            if self._splitter is None:
-                outputs = _as_tuple(self.module(*flight.inputs), self.index)
-            else:
-                with self._splitter.recording(flight.ledger):
-                    outputs = _as_tuple(self.module(*flight.inputs), self.index)
+            recording: Any = contextlib.nullcontext()
+            if self._splitter is not None:
+                recording = self._splitter.recording(flight.ledger)
+            with recording:
+                outputs = self.call(flight.inputs, flight.direct)
             if flight.target is None:
                 return outputs
             what = f"the target of micro-batch {micro_batch}"
             require_unwritten(flight.target.value, flight.target.writes, what)
-            loss = self._loss(_unpack(outputs), flight.target.value)
-            if loss.dim():
-                raise ConfigError(
-                    f"the loss must be a scalar, got a tensor of shape {list(loss.shape)}; let "
-                    f"loss_fn return a mean, or a sum if it counts tokens"
-                )
+            loss, metrics = with_metrics(self._loss(unpacked(outputs), flight.target.value))
+            flight.target.take(metrics)
             return (loss / flight.target.divisor,)
 
     def _roots(
@@ -390,7 +380,7 @@ class Stage:
             owner.policy.before_backward((self.index, micro_batch), owner.version - version)
         if not self.policy.keeps_graph:
             what = f"the input of micro-batch {micro_batch} at stage {self.index}"
-            require_unwritten(flight.inputs, flight.writes, what)
+            require_unwritten((flight.inputs, flight.direct), flight.writes, what)
         outputs = self.policy.graph(flight.outputs, lambda: self._run(micro_batch, flight))
         if not self.policy.keeps_graph:
             flight.leaves = ()
@@ -413,32 +403,6 @@ def _differentiate(roots: Tensors, gradients: Tensors) -> None:
     engine.run_backward(
         roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True
     )
-
-
-def _as_tuple(outputs: object, index: int) -> Tensors:
-    if isinstance(outputs, Tensor):
-        return (outputs,)
-    if isinstance(outputs, tuple | list) and all(isinstance(o, Tensor) for o in outputs):
-        return tuple(outputs)
-    raise ConfigError(
-        f"a stage's module must return a tensor or a tuple of tensors, got "
-        f"{type(outputs).__name__} from stage {index}; put what it returns into tensors"
-    )
-
-
-def _rename(optimizer_state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state with its parameters called otherwise."""
-    return {
-        "state": {names[key]: value for key, value in optimizer_state["state"].items()},
-        "param_groups": [
-            {**group, "params": [names[key] for key in group["params"]]}
-            for group in optimizer_state["param_groups"]
-        ],
-    }
-
-
-def _unpack(outputs: Tensors) -> Tensor | Tensors:
-    return outputs[0] if len(outputs) == 1 else outputs
 
 
 def _gradients(inputs: Tensors) -> Tensors:

@@ -31,12 +31,17 @@ class StatusBoard:
     """
 
     def __init__(self, ranks: Sequence[int], position: int) -> None:
+        self._others: list[str] = []
+        if len(ranks) == 1:
+            return
         self._store = dist.distributed_c10d._get_default_store()
         self._own = f"paci/status/{ranks[position]}"
         self._others = [f"paci/status/{rank}" for i, rank in enumerate(ranks) if i != position]
 
     def exchange(self, own: Status) -> list[Status]:
         """Publish this process's; return what the others last published, if anything."""
+        if not self._others:
+            return []
         self._store.set(self._own, json.dumps(own))
         return [
             Status(*json.loads(self._store.get(key)))

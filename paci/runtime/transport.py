@@ -6,25 +6,42 @@ the set of ends that one process holds; ``LocalChannel`` is both at once, inside
 between processes are in ``paci.runtime.shared`` (CPU tensors, one host) and
 ``paci.runtime.distributed`` (everything else).
 
-A *stretch* is what passes between two moments at which the pipeline is empty. Within one, all
-messages of a channel have the same number of tensors, shapes and dtypes.
+A *stretch* is what passes between two moments at which the pipeline is empty. Number, shapes and
+dtypes of the tensors may differ from message to message; while they stay they are not told again.
 """
 
 from __future__ import annotations
 
 import abc
 from collections import deque
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from paci.errors import WorkerError
+from paci.errors import ConfigError, WorkerError
+from paci.runtime.boundary import Structure
 from paci.schedule.action import Message, Payload
 
 Tensors = tuple[Tensor, ...]
 Edge = tuple[Payload, int]
+
+
+class Received(tuple[Tensor, ...]):
+    """The tensors of a message.
+
+    Attributes:
+        structure: of the value that they come from, as it was sent with them.
+    """
+
+    structure: Structure | None
+
+    def __new__(cls, tensors: Iterable[Tensor], structure: Structure | None = None) -> Self:
+        """Just those."""
+        self = super().__new__(cls, tensors)
+        self.structure = structure
+        return self
 
 
 class LinkError(WorkerError):
@@ -77,12 +94,13 @@ class Sender(abc.ABC):
     """The sending end of a channel."""
 
     @abc.abstractmethod
-    def send(self, message: Message, tensors: Tensors) -> None:
+    def send(self, message: Message, tensors: Tensors, structure: Structure | None = None) -> None:
         """Start to send; does not wait for the other side unless far ahead of it.
 
         Args:
             message: names the micro-batch, for errors.
             tensors: ``requires_grad`` says for which of them a gradient is to come back.
+            structure: of the value that they come from, for the receiver to have.
         """
 
     @abc.abstractmethod
@@ -101,7 +119,7 @@ class Receiver(abc.ABC):
     """The receiving end of a channel."""
 
     @abc.abstractmethod
-    def receive(self, message: Message) -> Tensors:
+    def receive(self, message: Message) -> Received:
         """Wait for the next message; its tensors are leaves that require a gradient as sent.
 
         Raises:
@@ -137,22 +155,33 @@ class LocalChannel(Sender, Receiver):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._queue: deque[Tensors] = deque()
+        self._queue: deque[tuple[Tensors, Structure | None, list[int]]] = deque()
 
-    def send(self, message: Message, tensors: Tensors) -> None:
+    def send(self, message: Message, tensors: Tensors, structure: Structure | None = None) -> None:
         """Put the tensors in line."""
-        self._queue.append(tensors)
+        self._queue.append((tensors, structure, _writes(tensors)))
 
-    def receive(self, message: Message) -> Tensors:
-        """Take the next in line."""
+    def receive(self, message: Message) -> Received:
+        """Take the next in line.
+
+        Raises:
+            ConfigError: it was written to since it was sent: between processes, which copy what
+                they send, the values would be those of before.
+        """
         assert self._queue, f"nothing in line for {message}: the order of actions is not legal"
-        return tuple(
-            x.detach()
-            .contiguous()
-            .to(self._device, non_blocking=True)
-            .requires_grad_(x.requires_grad)
-            for x in self._queue.popleft()
+        tensors, structure, writes = self._queue.popleft()
+        if _writes(tensors) != writes:
+            raise ConfigError(
+                f"what stage {message.sender} hands on must not be written to before stage "
+                f"{message.stage} has received it, got a change in place of the "
+                f"{message.payload.value} of micro-batch {message.micro_batch}; hand on a fresh "
+                f"tensor, or a clone()"
+            )
+        here = (
+            plain(x).to(self._device, non_blocking=True).requires_grad_(x.requires_grad)
+            for x in tensors
         )
+        return Received(here, structure)
 
     def seal(self) -> None:
         """Nothing to do."""
@@ -160,6 +189,19 @@ class LocalChannel(Sender, Receiver):
     def finish(self) -> None:
         """Nothing may be left."""
         assert not self._queue, "a drained pipeline must have handed everything over"
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The values of ``tensor`` as they lie in memory, in the order of its elements: what is put
+    off (a transposition, a conjugate, a sign) is carried out."""
+    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return tensor.detach().contiguous().resolve_conj().resolve_neg()
+    return tensor.detach()
+
+
+def _writes(tensors: Tensors) -> list[int]:
+    """How often each was written to in place; of inference tensors nobody knows."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class Transport:
@@ -174,11 +216,11 @@ class Transport:
         self._senders = dict(senders)
         self._receivers = dict(receivers)
 
-    def send(self, message: Message, tensors: Tensors) -> None:
+    def send(self, message: Message, tensors: Tensors, structure: Structure | None = None) -> None:
         """Start to send; see ``Sender.send``."""
-        self._senders[message[:2]].send(message, tensors)
+        self._senders[message[:2]].send(message, tensors, structure)
 
-    def receive(self, message: Message) -> Tensors:
+    def receive(self, message: Message) -> Received:
         """Wait for a message; see ``Receiver.receive``."""
         return self._receivers[message[:2]].receive(message)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -126,9 +127,10 @@ class TrainConfig(BaseModel):
         0, "machine", "rendezvous port of --workers; 0 picks a free one"
     )
 
-    def flushes_after(self, update: int) -> bool:
-        """Whether the pipeline empties after an update, counted from 1, for ``flush_first``."""
-        return update <= self.flush_first * self.updates
+    @property
+    def num_flushed_updates(self) -> int:
+        """How many updates, at the start, each empty the pipeline, for ``flush_first``."""
+        return math.floor(self.flush_first * self.updates)
 
     def trajectory(self) -> dict[str, Any]:
         """The options that shape the weights: a run can be resumed only with the same ones."""

@@ -98,7 +98,7 @@ class Trainer:
             losses = self.pipeline.step(self._batch(self.update)).losses
             self.update += 1
             stops = [n for n in (config.eval_every, config.checkpoint_every) if self._due(n)]
-            if stops or config.flushes_after(self.update):
+            if stops:
                 losses += self.pipeline.drain().losses
             self.train_s += time.perf_counter() - started
             self._loss_of += len(losses)

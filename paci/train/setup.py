@@ -32,7 +32,7 @@ from paci.optim.rates import rate_by_delay
 from paci.plan.partition import balanced_cut
 from paci.runtime.loss import CrossEntropy
 from paci.runtime.pipeline import Pipeline
-from paci.runtime.weights.registry import prepare_weight_policies
+from paci.runtime.weights.registry import prepare_weight_policies, recommended_weights
 from paci.runtime.world import hosted_stages
 from paci.schedule.base import Schedule
 from paci.schedule.check import check
@@ -98,9 +98,7 @@ def choose_weights(config: TrainConfig, schedule: Schedule) -> str:
     that bears delay best."""
     if config.weights is not None:
         return config.weights
-    if schedule.flushes or schedule.weights != Schedule.weights:
-        return schedule.weights
-    return "lookahead"
+    return recommended_weights(schedule)
 
 
 def _cut(config: TrainConfig, model: GPTConfig) -> tuple[range, ...]:
@@ -179,6 +177,7 @@ def make_pipeline(config: TrainConfig, plan: Plan, device: torch.device) -> Pipe
             for stage, optimizer in zip(held, optimizers, strict=True)
         ],
         weights=choose_weights(config, plan.schedule),
+        flush_first=config.num_flushed_updates,
         precision=config.precision,
         seed=config.seed,
         timeout_s=config.timeout,

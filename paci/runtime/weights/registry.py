@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import paci.runtime.weights
 from paci.errors import ConfigError
 from paci.registry import members, modules_of, read_options
@@ -29,13 +31,28 @@ def make_weight_policy(spec: str) -> WeightPolicy:
     return known[name](**read_options(known[name], "weight policy", options))
 
 
-def prepare_weight_policies(spec: str, schedule: Schedule) -> list[WeightPolicy]:
+def recommended_weights(schedule: Schedule) -> str:
+    """The weight policy to train with, unless another is asked for: what the schedule needs by
+    definition, or else the one that bears delay best."""
+    if schedule.flushes or schedule.weights != Schedule.weights:
+        return schedule.weights
+    return "lookahead"
+
+
+def prepare_weight_policies(spec: str | WeightPolicy, schedule: Schedule) -> list[WeightPolicy]:
     """A policy for each stage, which knows what the program means for it.
+
+    Args:
+        spec: text, see ``make_weight_policy``, or a policy, which is copied for each stage.
+        schedule: that will run.
 
     Raises:
         ConfigError: ``spec`` names none, or it does not go with ``schedule``.
     """
-    policies = [make_weight_policy(spec) for _ in range(schedule.num_stages)]
+    policies = [
+        make_weight_policy(spec) if isinstance(spec, str) else copy.copy(spec)
+        for _ in range(schedule.num_stages)
+    ]
     for stage, policy in enumerate(policies):
         policy.prepare(schedule, stage)
     return policies

@@ -1,0 +1,122 @@
+"""How a stage's module is called, and what it may take and return."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paci.errors import ConfigError
+from paci.runtime.batch import as_tensors, mapped, require_no_graph
+
+Tensors = tuple[Tensor, ...]
+
+
+class Caller:
+    """Calls one stage's module.
+
+    Args:
+        index: of the stage, for messages.
+        module: its module.
+        device: that it computes on.
+        dtype: that it computes in; None for whatever dtypes the module has.
+    """
+
+    def __init__(
+        self, index: int, module: nn.Module, device: torch.device, dtype: torch.dtype | None
+    ) -> None:
+        self._index = index
+        self._module = module
+        self._device = device
+        self._dtype = dtype
+        self._keywords, self._takes_all = _keywords_of(module)
+
+    def __call__(self, inputs: Tensors, direct: Mapping[str, Any]) -> Tensors:
+        """What the module returns, as a tuple.
+
+        Raises:
+            ConfigError: the module writes to its inputs, mixes dtypes under bf16, or returns no
+                tensors.
+        """
+        with self._explained():
+            return as_outputs(self._module(*inputs, **direct), self._index)
+
+    def take_in(self, inputs: Any) -> Tensors:
+        """The pipeline's own inputs as the module wants them: its device, its precision."""
+        taken: Tensors = self._taken(as_tensors(inputs, "inputs"))
+        return taken
+
+    def take_direct(self, direct: Mapping[str, Any]) -> dict[str, Any]:
+        """Those keyword inputs that the module's forward has parameters for, likewise."""
+        return {name: self._taken(each) for name, each in direct.items() if self.accepts(name)}
+
+    def accepts(self, name: str) -> bool:
+        """Whether the module's forward has a keyword parameter ``name``."""
+        return self._takes_all or name in self._keywords
+
+    def _taken(self, value: Any) -> Any:
+        require_no_graph(value, "inputs")
+
+        def take(x: Tensor) -> Tensor:
+            moved = x.to(self._device, non_blocking=True)
+            return (
+                moved if self._dtype is None or not x.is_floating_point() else moved.to(self._dtype)
+            )
+
+        return mapped(take, value)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say in one line what PyTorch says in its own terms."""
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error)
+            if "leaf Variable that requires grad is being used in an in-place" in text:
+                raise writes_to_inputs(self._index) from error
+            if self._dtype is not None and ("dtype" in text or "scalar type" in text):
+                wide = [n for n, b in self._module.named_buffers() if b.dtype is torch.float32]
+                raise ConfigError(
+                    f"under precision bf16 the forward of stage {self._index} must compute with "
+                    f"bf16 weights and inputs, got {text.splitlines()[0]} (fp32 buffers: "
+                    f"{', '.join(wide[:3]) or 'none'}); convert its fp32 values with "
+                    f".to(x.dtype) where they meet others"
+                ) from error
+            raise
+
+
+def writes_to_inputs(index: int) -> ConfigError:
+    """The error of a module that does."""
+    return ConfigError(
+        f"a stage's forward must not write to its inputs, got a change in place at stage {index}; "
+        f"use the operation that is not in place (relu for relu_), or clone() the input first"
+    )
+
+
+def as_outputs(outputs: object, index: int) -> Tensors:
+    """What stage ``index`` returned, as a tuple of tensors."""
+    if isinstance(outputs, Tensor):
+        return (outputs,)
+    if isinstance(outputs, tuple | list) and all(isinstance(o, Tensor) for o in outputs):
+        return tuple(outputs)
+    raise ConfigError(
+        f"a stage's module must return a tensor or a tuple of tensors, got "
+        f"{type(outputs).__name__} from stage {index}; put what it returns into tensors"
+    )
+
+
+def unpacked(outputs: Tensors) -> Tensor | Tensors:
+    """One output by itself; several as they are."""
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _keywords_of(module: nn.Module) -> tuple[frozenset[str], bool]:
+    """Names of the parameters of a module's forward, and whether it takes any other too."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    named = frozenset(p.name for p in parameters if p.kind not in positional)
+    return named, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

@@ -1,0 +1,83 @@
+"""What goes into a pipeline and what comes out of it, micro-batch by micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paci.runtime.batch import MicroBatch, require_no_graph, to_device
+from paci.runtime.loss import Loss, divisor
+from paci.runtime.stage import Stage, Target
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass
+class Feed:
+    """Micro-batches on their way in, and losses on their way out.
+
+    Attributes:
+        first_micro_batch: how many micro-batches came before this stretch.
+        inputs: of the first stage, by micro-batch of this stretch, until its forward.
+        targets: of the last stage, likewise.
+        direct: keyword inputs, by stage and micro-batch of this stretch, until its forward.
+        losses: by micro-batch of this stretch: its share of its update's mean loss.
+        metrics: likewise, what the loss told beside it.
+    """
+
+    first_micro_batch: int = 0
+    inputs: dict[int, Tensors] = field(default_factory=dict)
+    targets: dict[int, Target] = field(default_factory=dict)
+    direct: dict[tuple[int, int], Mapping[str, Any]] = field(default_factory=dict)
+    losses: dict[int, Tensor] = field(default_factory=dict)
+    metrics: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def put(
+        self, first: int, parts: Sequence[MicroBatch], stages: Mapping[int, Stage], loss: Loss
+    ) -> None:
+        """Take in the micro-batches of one update.
+
+        Args:
+            first: the place of the first of them in this stretch.
+            parts: the micro-batches.
+            stages: of this process; each takes what it needs.
+            loss: counts the tokens of the targets.
+
+        Raises:
+            ConfigError: an input or a target carries a graph, or is nothing that a stage takes;
+                nothing has been taken in then.
+        """
+        inputs: dict[int, Tensors] = {}
+        targets: dict[int, Target] = {}
+        direct: dict[tuple[int, int], Mapping[str, Any]] = {}
+        for index, stage in stages.items():
+            for j, part in enumerate(parts, start=first):
+                if index == 0:
+                    inputs[j] = stage.call.take_in(part.inputs)
+                if part.direct:
+                    direct[index, j] = stage.call.take_direct(part.direct)
+            if stage.is_last:
+                require_no_graph([part.targets for part in parts], "targets")
+                moved = [to_device(part.targets, stage.device) for part in parts]
+                total = divisor(loss, moved)
+                targets = {j: Target(each, total) for j, each in enumerate(moved, start=first)}
+        self.inputs |= inputs
+        self.targets |= targets
+        self.direct |= direct
+
+    def take_losses(self, accumulation: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """Losses and metrics of the updates whose micro-batches have all gone forward."""
+        losses: list[Tensor] = []
+        metrics: list[dict[str, Tensor]] = []
+        while len(self.losses) >= accumulation:
+            first = min(self.losses)
+            places = range(first, first + accumulation)
+            losses.append(torch.stack([self.losses.pop(j) for j in places]).sum())
+            shares = [self.metrics.pop(j) for j in places]
+            names = dict.fromkeys(name for share in shares for name in share)
+            metrics.append({n: torch.stack([s[n] for s in shares if n in s]).sum() for n in names})
+        return losses, metrics

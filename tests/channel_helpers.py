@@ -1,0 +1,142 @@
+"""Messages of all forms, and ranks that hand them over."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from distributed_helpers import make_channel
+from torch import Tensor
+
+from paci.runtime.boundary import flatten, unflatten
+from paci.runtime.distributed import Link, RemoteReceiver, RemoteSender
+from paci.runtime.transport import Receiver, Sender, Transport
+from paci.schedule.action import Message, Payload
+
+
+class Pair(NamedTuple):
+    hidden: Tensor
+    mask: Any = None
+
+
+def value_of(form: int, number: int) -> Any:
+    """A value of one of ``NUM_FORMS`` forms; ``number`` tells it from others."""
+    x = torch.arange(6.0).view(2, 3) + number
+    match form:
+        case 0:
+            return x.requires_grad_()
+        case 1:
+            return x.detach()
+        case 2:
+            return (x.repeat(1, 40), x[:0], x.sum())
+        case 3:
+            return (x.repeat(50, 40).t().requires_grad_(),)
+        case 4:
+            return [x[0], {"mask": x > 2, "none": None, "n": number, "r": number / 3}, ("é", True)]
+        case 5:
+            return Pair(x, (torch.complex(x, -x).conj(), x.long(), x.bfloat16()))
+        case 6:
+            return tuple(x + i for i in range(60))
+        case 7:
+            return {"nothing": None}
+        case _:
+            return (torch.full((1 + number % 5, 7), float(number)), number % 2 == 0)
+
+
+NUM_FORMS = 9
+
+
+def plan(seed: int) -> list[list[Any]]:
+    """Stretches of values: in each, forms stay for a while or change at once."""
+    chance = random.Random(seed)
+    stretches, number = [], 0
+    for _ in range(4):
+        values: list[Any] = []
+        while len(values) < 40:
+            form = chance.randrange(NUM_FORMS)
+            for _ in range(chance.choice((1, 1, 2, 3, 9, 12))):
+                values.append(value_of(form, number))
+                number += 1
+        stretches.append(values)
+    return [[], *stretches, [], [value_of(0, 0)]]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are alike to the bit, and made in the same way."""
+    (tensors, structure), (others, other_structure) = flatten(one), flatten(other)
+    return structure == other_structure and all(
+        a.dtype is b.dtype and a.requires_grad is b.requires_grad and torch.equal(a, b)
+        for a, b in zip(tensors, others, strict=True)
+    )
+
+
+def hand_over(stretches: list[list[Any]], sender: Sender) -> None:
+    transport = Transport({(Payload.ACTIVATION, 1): sender}, {})
+    for values in stretches:
+        for message, value in messages(values):
+            transport.send(message, *flatten(value))
+        transport.finish()
+
+
+def take_over(stretches: list[list[Any]], receiver: Receiver) -> list[Any]:
+    """All values, looked at by nobody before the last has come."""
+    transport = Transport({}, {(Payload.ACTIVATION, 1): receiver})
+    found = []
+    for values in stretches:
+        for message, _ in messages(values):
+            received = transport.receive(message)
+            assert received.structure is not None
+            found.append(unflatten(received.structure, received))
+        transport.finish()
+    return found
+
+
+def messages(values: list[Any]) -> Iterator[tuple[Message, Any]]:
+    for j, value in enumerate(values):
+        yield Message(Payload.ACTIVATION, 1, j), value
+
+
+def hand_over_all(rank: int, num_ranks: int, kind: str, capacity: int, seeds: list[int]) -> int:
+    """Rank 0 sends, rank 1 keeps all that it receives and compares at the end.
+
+    Returns how many messages were right; those of rank 0 are all.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    num_right = 0
+    for seed in seeds:
+        stretches = plan(seed)
+        sender, receiver = make_channel(rank, capacity, kind == "shared", store, str(seed))
+        for end in (sender, receiver):
+            if isinstance(end, RemoteSender | RemoteReceiver):
+                end._packs = kind == "packed"
+                end.open(Message(Payload.ACTIVATION, 1, 0))
+        if sender is not None:
+            hand_over(stretches, sender)
+            num_right += sum(map(len, stretches))
+        elif receiver is not None:
+            found = take_over(stretches, receiver)
+            sent = [value for values in stretches for value in values]
+            assert len(found) == len(sent)
+            num_right += sum(map(same, found, sent))
+    return num_right
+
+
+def count_operations(rank: int, num_ranks: int, num: int) -> list[int]:
+    """How many operations of a link a stretch of ``num`` messages alike takes; then how many one
+    takes in which every second message differs."""
+    store = dist.distributed_c10d._get_default_store()
+    sender, receiver = make_channel(rank, 4, False, store, "count")
+    counts = []
+    for forms in ((0, 0), (0, 2)):
+        stretch = [[value_of(forms[j % 2], j) for j in range(num)]]
+        with mock.patch.object(Link, "_start", autospec=True, side_effect=Link._start) as start:
+            if sender is not None:
+                hand_over(stretch, sender)
+            elif receiver is not None:
+                take_over(stretch, receiver)
+            counts.append(start.call_count)
+    return counts
