@@ -236,7 +236,7 @@ def test_a_weight_in_two_places_is_one_weight(policy: str, precision: str):
         assert module.first.weight is module.second.weight
         assert module.scale is module.other_scale
     if precision == "bf16":
-        assert {m.scale.dtype for m in modules} == {torch.bfloat16}
+        assert {m.scale.dtype for m in modules} == {torch.float32}  # the master
     elif policy in NEUTRAL:
         assert same_bits(masters(pipeline), train_plainly(build(), batches, 2, mse)[0])
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 
 
 @torch.no_grad()
-def trial_steps(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def trial_steps(
+    optimizer: Optimizer, factor: Tensor | None = None
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Yield each parameter with the change that ``optimizer.step()`` would make to it now.
 
     From the gradients and the state as they are: halfway through an update's micro-batches the
@@ -28,7 +30,9 @@ def trial_steps(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
     One parameter at a time: what exists besides is the size of the largest and its state.
 
     Args:
-        optimizer: any of torch.optim that takes no closure, or one made of them.
+        optimizer: any of torch.optim that takes no closure, or one made of them; see
+            ``paci.optim.probe`` for those that it does not hold for.
+        factor: of the gradients, as ``GradientRule.trial_factor``.
 
     Returns:
         Pairs of a parameter and a tensor of its shape and dtype, in the order of the groups;
@@ -39,23 +43,59 @@ def trial_steps(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
             state = optimizer.state.get(parameter, {})
             if parameter.grad is None and not state:
                 continue
-            yield parameter, _step_of(optimizer, group, parameter, state)
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = gradient.clone() if factor is None else gradient * factor
+            trial = _trials.get(type(optimizer))
+            if trial is not None:
+                yield parameter, trial(optimizer, group, parameter, state, gradient)
+            else:
+                yield parameter, _step_of(optimizer, group, parameter, state, gradient)
 
 
 def _step_of(
-    optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, state: dict[str, Any]
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    parameter: nn.Parameter,
+    state: dict[str, Any],
+    gradient: Tensor,
 ) -> Tensor:
     origin = nn.Parameter(torch.zeros_like(parameter))
-    grad = parameter.grad
-    origin.grad = torch.zeros_like(parameter) if grad is None else grad.clone()
+    origin.grad = gradient
     # Another instance that shares all the rest (copy.copy would take part of it only).
     trial = object.__new__(type(optimizer))
     trial.__dict__.update(optimizer.__dict__)
     trial.param_groups = [{**group, **group.get("trial", {}), "params": [origin]}]
     copied = {k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in state.items()}
     trial.state = defaultdict(dict, {origin: copied} if copied else {})
-    trial._optimizer_step_pre_hooks = OrderedDict()
-    trial._optimizer_step_post_hooks = OrderedDict()
-    # Not trial.step(): a learning-rate scheduler has put a step of its own on the instance.
-    type(optimizer).step(trial)
+    bare_step(trial)
     return origin.detach()
+
+
+def bare_step(optimizer: Optimizer) -> None:
+    """The class's own step: without the user's hooks, those on all optimizers included, and without
+    what a learning-rate scheduler has put on the instance."""
+    step: Any = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__
+    step(optimizer)
+
+
+Trial = Callable[[Optimizer, dict[str, Any], nn.Parameter, dict[str, Any], Tensor], Tensor]
+_trials: dict[type[Optimizer], Trial] = {}
+
+
+def register_trial(kind: type[Optimizer], trial: Trial) -> None:
+    """Tell what a step of ``kind`` would do, where that does not follow from gradient and state.
+
+    Args:
+        kind: the optimizer's class; subclasses need their own.
+        trial: ``trial(optimizer, group, parameter, state, gradient)`` returns the change of
+            ``parameter``, a tensor of its shape and dtype, and changes nothing; weight decay left
+            out. What ``parameter`` holds may be the working weight.
+    """
+    _trials[kind] = trial
+
+
+def has_trial(kind: type[Optimizer]) -> bool:
+    """Whether one is registered."""
+    return kind in _trials

@@ -65,6 +65,7 @@ def build_stages(
     loss_fn: Any,
     precision: str,
     seed: int,
+    max_grad_norm: float | None,
 ) -> dict[int, Stage]:
     """The stages of a process, by index.
 
@@ -115,6 +116,7 @@ def build_stages(
             lr_scheduler=lr_scheduler,
             precision=precision,
             seed=seed,
+            max_grad_norm=max_grad_norm,
             splits=schedule.splits_backward(index),
             lenders={parameter: stages[owners[parameter]] for parameter in shared},
         )

@@ -212,8 +212,8 @@ def _require_divisible(sizes: list[int], num: int) -> None:
         if size % num or size <= 0:
             raise ConfigError(
                 f"a batch must be divisible into {num} micro-batches, got a first dimension of "
-                f"{'none' if size == _NONE else size}; change the batch or the accumulation, or pass what has no "
-                f"batch dimension as paci.Whole(...)"
+                f"{'none' if size == _NONE else size}; change the batch or the accumulation, or "
+                f"pass what has no batch dimension as paci.Whole(...)"
             )
     if len(set(sizes)) > 1:
         raise ConfigError(

@@ -70,9 +70,10 @@ class Pipeline:
         weights: the weight policy: its name, with options as ``lookahead:reach=2``, or an object
             as ``paci.Lookahead(reach=2)``. By default what the documents recommend: looking ahead
             under a schedule that never empties. The method as published is ``"current"``.
-        flush_first: how many updates, at the start of training, each empty the pipeline; early
-            updates are large, and delay costs most among them. By default
-            ``DEFAULT_FLUSH_FIRST`` if ``weights`` is left to its default, else none.
+        flush_first: how many updates, at the start of training, each empty the pipeline (delay
+            costs most among them); by default ``DEFAULT_FLUSH_FIRST``, or none if ``weights`` says
+            otherwise than the default.
+        max_grad_norm: clip each update's gradient to this norm, that of the stage alone.
         precision: ``"fp32"``, or ``"bf16"`` for one bf16 working copy of each weight beside fp32
             masters, gradients and optimizer state; buffers stay as they are. Do not use autocast
             in a stage: it keeps a copy of each weight for every micro-batch in flight.
@@ -103,6 +104,7 @@ class Pipeline:
         lr_scheduler: SchedulerMaker | LRScheduler | Sequence[Any] | None = None,
         weights: str | WeightPolicy | None = None,
         flush_first: int | None = None,
+        max_grad_norm: float | None = None,
         precision: str = "fp32",
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
@@ -138,6 +140,7 @@ class Pipeline:
                 loss_fn,
                 precision,
                 seed,
+                max_grad_norm,
             )
         if on_update is not None:
             for each in self.stages.values():
@@ -177,7 +180,7 @@ class Pipeline:
 
     @property
     def busy_s(self) -> float:
-        """Seconds that the actions of this process took so far; on CUDA known once drained."""
+        """Seconds that this process's actions took so far; on CUDA known once drained."""
         return self._engine.recorder.busy_s
 
     @property

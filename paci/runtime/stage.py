@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
+from paci.optim.gradient_rule import GradientRule
 from paci.runtime.batch import require_unwritten, writes_of
 from paci.runtime.calls import Caller, unpacked, writes_to_inputs
 from paci.runtime.checks import check_lr_scheduler, check_optimizer, check_policy, check_state
@@ -80,6 +81,7 @@ class Stage:
             bf16 working copy of each, and floating-point inputs of the first stage converted.
         seed: of the random numbers in forwards.
         splits: whether backwards come in two halves here; it changes no gradient.
+        max_grad_norm: clip the gradient of each update to this norm, that of this stage alone.
         lenders: stages whose parameters this one's module also uses, each by the identity of the
             parameter. Such a parameter is updated by the stage that lends it, with the gradients
             of both: whatever has been added up by the time of that update.
@@ -103,6 +105,7 @@ class Stage:
         precision: str = "fp32",
         seed: int = 0,
         splits: bool = False,
+        max_grad_norm: float | None = None,
         lenders: Mapping[int, Stage] = MappingProxyType({}),
     ) -> None:
         if precision not in PRECISIONS:
@@ -124,7 +127,8 @@ class Stage:
         self._dtype = PRECISIONS[precision]
         self.weights = StageWeights(index, module, self._dtype, policy.separate, lenders.keys())
         check_policy(index, policy, self.weights)
-        policy.attach(self.weights, optimizer)
+        self.rule = GradientRule(max_grad_norm)
+        policy.attach(self.weights, optimizer, self.rule)
         self._accumulation = accumulation
         # Whose weights the module computes with, this stage first.
         self._owners: list[Stage] = [self, *dict.fromkeys(lenders.values())]
@@ -254,6 +258,8 @@ class Stage:
         with self.weights.at_masters():
             self.policy.before_update()
             if self.optimizer is not None:
+                groups = self.optimizer.param_groups
+                self.rule.apply(p for group in groups for p in group["params"])
                 self.optimizer.step()
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
@@ -308,6 +314,7 @@ class Stage:
             "version": self.version,
             "policy": self.policy.state_dict(),
             "policy_name": self.policy.name,
+            "rule": self.rule.state_dict(),
         }
 
     def require_state(self, state: dict[str, Any], num_micro_batches: int) -> None:
@@ -333,6 +340,7 @@ class Stage:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.version = state["version"]
         self.policy.load_state_dict(state["policy"])
+        self.rule.load_state_dict(state.get("rule", {}))
 
     def _to_hand_on(self, output: Tensor, inputs: Tensors) -> Tensor:
         """``output`` for the next stage: a copy if it lies in something that the stage may write to

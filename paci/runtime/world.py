@@ -269,7 +269,8 @@ class World:
         pipelines = dict(_gather((self.ranks, crossing), dist.group.WORLD))
         for ranks in sorted(pipelines):
             for edge, pair in pipelines[ranks]:
-                group = dist.new_group(pair, timeout=timeout)
+                backend = "cpu:gloo,cuda:nccl" if on_cuda else None
+                group = dist.new_group(pair, timeout=timeout, backend=backend)
                 if ranks == self.ranks and dist.get_rank() in pair:
                     assert isinstance(group, dist.ProcessGroup)
                     groups[edge[:2]] = group

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from paci.optim.gradient_rule import GradientRule
 from paci.plan.memory import PolicyCost
 from paci.runtime.weights.stage_weights import StageWeights
 from paci.schedule.base import Schedule
@@ -91,9 +92,13 @@ class WeightPolicy(abc.ABC):
         delays = [met.delay for met in steady_update(schedule, stage)]
         return PolicyCost(*self.num_copies(num_versions), self.separate, self.trials(delays))
 
-    def attach(self, weights: StageWeights, optimizer: Optimizer | None) -> None:
-        """Become the policy of one stage: its weights, and what updates their masters."""
+    def attach(
+        self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
+    ) -> None:
+        """Become the policy of one stage: its weights, what updates their masters, and what comes
+        before that."""
         self.weights = weights
+        self.rule = rule
         self.optimizer = optimizer
 
     def before_forward(self, key: Key, delay: int) -> None:  # noqa: B027 - most have no need

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from paci.errors import ConfigError
+from paci.optim.gradient_rule import GradientRule
 from paci.runtime.weights.base import Key, WeightPolicy
 from paci.runtime.weights.stage_weights import StageWeights, Values
 from paci.schedule.base import Schedule
@@ -62,9 +63,11 @@ class DoubleBuffer(WeightPolicy):
         """Two versions."""
         return 2, 0
 
-    def attach(self, weights: StageWeights, optimizer: Optimizer | None) -> None:
+    def attach(
+        self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
+    ) -> None:
         """Nothing is in flight yet, and there are no buffers."""
-        super().attach(weights, optimizer)
+        super().attach(weights, optimizer, rule)
         self._older: Values = {}
         self._newest: Values = {}
         self._met: dict[Key, Values] = {}  # by micro-batches in flight

@@ -7,10 +7,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from paci.errors import ConfigError
+from paci.optim.gradient_rule import GradientRule
+from paci.optim.probe import require_trial
 from paci.optim.trial import trial_steps
 from paci.runtime.weights.base import Key, WeightPolicy
 from paci.runtime.weights.stage_weights import StageWeights, local
@@ -72,10 +74,14 @@ class Lookahead(WeightPolicy):
             age += 1
         return number / len(delays)
 
-    def attach(self, weights: StageWeights, optimizer: torch.optim.Optimizer | None) -> None:
+    def attach(
+        self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
+    ) -> None:
         """Start at the masters."""
-        super().attach(weights, optimizer)
+        super().attach(weights, optimizer, rule)
         self._ahead = 0.0  # steps from the masters to the working weights
+        if optimizer is not None and (self.reach or self.beyond):
+            require_trial(optimizer)
         self._age = 0  # backwards since they were written
 
     def before_forward(self, key: Key, delay: int) -> None:
@@ -116,7 +122,7 @@ class Lookahead(WeightPolicy):
         self.weights.write_in_place()
         if ahead and self.optimizer is not None:
             with self.weights.for_trial():
-                steps = trial_steps(self.optimizer)
+                steps = trial_steps(self.optimizer, self.rule.trial_factor)
                 for master, step in steps:
                     name = self.weights.name_of(master)
                     self.weights.write(name, self._there(name, step))
@@ -128,7 +134,7 @@ class Lookahead(WeightPolicy):
         """What the working weight was made, from the same trial once more."""
         assert self.optimizer is not None
         with self.weights.for_trial():
-            for master, step in trial_steps(self.optimizer):
+            for master, step in trial_steps(self.optimizer, self.rule.trial_factor):
                 if self.weights.name_of(master) == name:
                     there = self._there(name, step)
                     return there.to(self.weights.as_working(name).dtype)

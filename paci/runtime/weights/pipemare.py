@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from paci.errors import ConfigError
+from paci.optim.gradient_rule import GradientRule
 from paci.runtime.weights.base import Key, WeightPolicy
 from paci.runtime.weights.stage_weights import StageWeights, local
 from paci.schedule.base import Schedule
@@ -63,9 +64,11 @@ class PipeMare(WeightPolicy):
         """One, and a mean change where anything is late."""
         return 1, int(num_versions > 1)
 
-    def attach(self, weights: StageWeights, optimizer: Optimizer | None) -> None:
+    def attach(
+        self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
+    ) -> None:
         """Start at the masters, which have not changed yet."""
-        super().attach(weights, optimizer)
+        super().attach(weights, optimizer, rule)
         self._behind = 0
         self._before: dict[str, Tensor] = {}  # masters, during an update
         self._deltas: dict[str, Tensor] = {}

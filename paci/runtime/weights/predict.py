@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from paci.optim.gradient_rule import GradientRule
 from paci.optim.momentum import momentum_steps, require_momentum
 from paci.runtime.weights.base import Key, WeightPolicy
 from paci.runtime.weights.stage_weights import StageWeights, local
@@ -44,9 +45,11 @@ class Predict(WeightPolicy):
         """One, and a step where anything is late."""
         return 1, int(num_versions > 1)
 
-    def attach(self, weights: StageWeights, optimizer: Optimizer | None) -> None:
+    def attach(
+        self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
+    ) -> None:
         """Start at the masters."""
-        super().attach(weights, optimizer)
+        super().attach(weights, optimizer, rule)
         if optimizer is not None:
             require_momentum(optimizer)
         self._steps: dict[str, Tensor] | None = None  # of this version, once they are asked for

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch.optim import Optimizer
 
+from paci.optim.gradient_rule import GradientRule
 from paci.runtime.weights.base import Key, WeightPolicy
 from paci.runtime.weights.stage_weights import StageWeights, Values
 
@@ -31,9 +32,11 @@ class Stash(WeightPolicy):
     consistent: ClassVar[bool] = True
     exchanges: ClassVar[bool] = True
 
-    def attach(self, weights: StageWeights, optimizer: Optimizer | None) -> None:
+    def attach(
+        self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
+    ) -> None:
         """Nothing is in flight yet."""
-        super().attach(weights, optimizer)
+        super().attach(weights, optimizer, rule)
         self._newest: Values = {}
         self._met: dict[Key, Values] = {}  # by micro-batches in flight
 

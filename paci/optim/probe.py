@@ -1,0 +1,112 @@
+"""Whether a trial of an optimizer's step tells what the step will do."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from paci.errors import ConfigError
+from paci.optim.trial import bare_step, has_trial, trial_steps
+
+_SHAPES = ((4, 3), (5, 2))
+_NUM_STEPS = 3
+_TOLERANCE = 1e-3
+
+
+def require_trial(optimizer: Optimizer) -> None:
+    """Raise ``ConfigError`` unless ``trial_steps`` tells what ``optimizer`` will do.
+
+    Tried on small parameters of its own, with another instance of the same class and options:
+    real steps from weights of ordinary size must be those that the trials foretold, without decay.
+    An optimizer whose step depends on the size of the weights (Adafactor, LARS), on other
+    parameters or on a state of its own (Prodigy, schedule-free) fails. Nothing of ``optimizer`` is
+    changed, and no random state is used.
+
+    Args:
+        optimizer: one that a stage was given.
+    """
+    for group in optimizer.param_groups:
+        if not has_trial(type(optimizer)) and not _is_foretold(optimizer, group):
+            raise ConfigError(
+                f"looking ahead needs an optimizer whose step follows from gradient and state "
+                f"alone, got {type(optimizer).__name__}, whose trial is not its step; take AdamW, "
+                f"SGD or Muon, tell its trial with paci.optim.trial.register_trial, or pass "
+                f"weights='current'"
+            )
+
+
+def _is_foretold(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    options = {key: copy.copy(value) for key, value in group.items() if key not in _OWN}
+    options |= {key: _without_decay(value) for key, value in options.items() if key in _DECAYS}
+    if not options.get("lr", 1.0):
+        options["lr"] = torch.ones(()) if isinstance(options["lr"], Tensor) else 1e-2
+    device = next((p.device for p in group["params"]), torch.device("cpu"))
+    for make in (_another, _constructed):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [
+            nn.Parameter(_random(torch.Size(shape), generator, device)) for shape in _SHAPES
+        ]
+        try:
+            probe = make(optimizer, parameters, options)
+            return all(_step_is_foretold(probe, parameters, generator) for _ in range(_NUM_STEPS))
+        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError):
+            continue  # a state that only its constructor makes, or nothing to be done
+    return False
+
+
+def _another(
+    optimizer: Optimizer, parameters: list[nn.Parameter], options: dict[str, Any]
+) -> Optimizer:
+    """An optimizer that shares all but groups and state."""
+    probe: Any = object.__new__(type(optimizer))
+    probe.__dict__.update(optimizer.__dict__)
+    probe.param_groups = [{**options, "params": parameters}]
+    probe.state = defaultdict(dict)
+    return cast(Optimizer, probe)
+
+
+def _constructed(
+    optimizer: Optimizer, parameters: list[nn.Parameter], options: dict[str, Any]
+) -> Optimizer:
+    """An optimizer that its own constructor makes."""
+    known = inspect.signature(type(optimizer)).parameters
+    given = {key: value for key, value in options.items() if key in known}
+    make: Any = type(optimizer)
+    made: Optimizer = make(parameters, **given)
+    return made
+
+
+def _random(size: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Double, so that steps of any size can be told from rounding."""
+    return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
+
+
+def _step_is_foretold(
+    probe: Optimizer, parameters: list[nn.Parameter], generator: torch.Generator
+) -> bool:
+    for parameter in parameters:
+        parameter.grad = _random(parameter.shape, generator, parameter.device)
+    foretold = dict(trial_steps(probe))
+    before = [parameter.detach().clone() for parameter in parameters]
+    bare_step(probe)
+    if any(not isinstance(key, Tensor) for key in probe.state):
+        return False  # a state that is of no parameter
+    for parameter, old in zip(parameters, before, strict=True):
+        change, told = parameter.detach() - old, foretold[parameter]
+        if (change - told).norm() > _TOLERANCE * max(change.norm(), told.norm()):
+            return False
+    return True
+
+
+_OWN = ("params", "param_names", "trial")
+_DECAYS = ("weight_decay",)
+
+
+def _without_decay(value: Any) -> Any:
+    return torch.zeros_like(value) if isinstance(value, Tensor) else 0.0
