@@ -269,9 +269,11 @@ def test_a_policy_that_looks_ahead_takes_time_and_memory():
 
 def test_lookahead_tries_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch):
     tried: list[float] = []
-    monkeypatch.setattr(lookahead, "trial_steps", lambda optimizer: tried.append(0) or iter(()))
+    monkeypatch.setattr(lookahead, "trial_steps", lambda *_: tried.append(0) or iter(()))
     for spec in ("lookahead", "lookahead:refresh=4"):
-        config = TrainConfig(layers=2, width=16, heads=2, context=8, stages=2, weights=spec)
+        config = TrainConfig(
+            layers=2, width=16, heads=2, context=8, stages=2, weights=spec, flush_first=0.0
+        )
         plan = make_plan(config, 17)
         pipeline = make_pipeline(config, plan, torch.device("cpu"))
         batch = torch.zeros(2, 8, 8, dtype=torch.int64)

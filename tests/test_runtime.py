@@ -264,7 +264,9 @@ def test_learning_rates_follow_each_stages_own_updates():
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (k + 1))
         for optimizer in optimizers
     ]
-    pipeline = paci.Pipeline(modules, paci.PACI(3, 2), optimizers, mse, lr_scheduler=schedulers)
+    pipeline = paci.Pipeline(
+        modules, paci.PACI(3, 2), optimizers, mse, lr_scheduler=schedulers, weights="current"
+    )
     for num, batch in enumerate(float_batches(4, 2), start=1):
         pipeline.step(batch)
         versions = [pipeline.stages[s].version for s in range(3)]

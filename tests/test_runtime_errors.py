@@ -39,6 +39,14 @@ def frozen(modules: list[nn.Module]) -> list[nn.Module]:
     return [module.requires_grad_(False) for module in modules]
 
 
+def wrapped(module: nn.Module) -> nn.Module:
+    """As DistributedDataParallel, which itself needs processes."""
+    outside = object.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(outside)
+    outside.module = module
+    return outside
+
+
 def duplicate() -> None:
     class Twin(Current):
         name = "stash"
@@ -174,29 +182,55 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "inputs that are no tensors": (
         lambda: pipeline().step(([1.0, 2.0], batch()[1])),
-        "inputs must be a tensor or a tuple of tensors, got tuple of float, float; convert it",
-    ),
-    "a tuple of other things": (
-        lambda: pipeline().step(((batch()[0], "text"), batch()[1])),
-        "inputs must be a tensor or a tuple of tensors, got tuple of Tensor, str; convert it",
+        "inputs must be a tensor, or a tuple that holds one, got tuple without any; convert them",
     ),
     "no inputs": (
         lambda: pipeline().step((None, batch()[1])),
-        "inputs must be a tensor or a tuple of tensors, got NoneType; convert it",
+        "inputs must be a tensor, or a tuple that holds one, got NoneType without any",
     ),
     "no inputs to evaluate": (
         lambda: pipeline().evaluate([(None, batch()[1])]),
-        "inputs must be a tensor or a tuple of tensors, got NoneType; convert it",
+        "inputs must be a tensor, or a tuple that holds one, got NoneType without any",
     ),
     # what modules and losses return
-    "a module that returns a mapping": (
-        lambda: pipeline([Returns(lambda x: {"x": x}), *linears(1)]).step(batch()),
-        "a stage's module must return a tensor or a tuple of tensors, got dict from stage 0; put "
-        "what it returns into tensors",
+    "a loss that returns a number": (
+        lambda: pipeline(loss_fn=lambda output, target: float(output.sum())).step(batch()),
+        "the loss must be a scalar tensor, or a pair (loss, metrics) with a dict of such, got fl",
     ),
-    "a module that returns None beside a tensor": (
-        lambda: pipeline([*linears(1), Returns(lambda x: (x, None))]).step(batch()),
-        "a stage's module must return a tensor or a tuple of tensors, got tuple from stage 1; put",
+    "a module that writes to its input": (
+        lambda: pipeline([*linears(1), nn.Sequential(nn.ReLU(inplace=True), *linears(1))]).step(
+            batch()
+        ),
+        "a stage's forward must not write to its inputs, got a change in place at stage 1; use",
+    ),
+    "inputs that carry a graph": (
+        lambda: pipeline().step((nn.Linear(4, 4)(batch()[0]), batch()[1])),
+        "inputs must carry no graph, got a tensor that requires a gradient",
+    ),
+    "targets that carry a graph": (
+        lambda: pipeline().step((batch()[0], nn.Linear(4, 4)(batch()[1]))),
+        "targets must carry no graph, got a tensor that requires a gradient",
+    ),
+    "a mask that is no batch": (
+        lambda: pipeline().step(((batch(4)[0], torch.ones(2, 2)), batch(4)[1])),
+        "all tensors of a batch must have one batch dimension, got 4, 2; pass what is not to be "
+        "cut as paci.Whole(...)",
+    ),
+    "fewer targets than inputs": (
+        lambda: pipeline().step((batch(8)[0], batch(4)[1])),
+        "all tensors of a batch must have one batch dimension, got 8, 4",
+    ),
+    "a keyword input that no stage takes": (
+        lambda: pipeline().step(batch(), mask=torch.ones(4)),
+        "a keyword input must be a parameter of a stage's forward, got mask; add it there",
+    ),
+    "a loss with weights of its own": (
+        lambda: pipeline(loss_fn=nn.Sequential(nn.Linear(1, 1))),
+        "the loss must have no trainable weights of its own, got 0.weight, 0.bias of Sequential",
+    ),
+    "a stage wrapped for data parallelism": (
+        lambda: pipeline([*linears(1), wrapped(*linears(1))]),
+        "the module of stage 1 must not be wrapped in DistributedDataParallel, got one",
     ),
     "a loss that is not reduced": (
         lambda: pipeline(loss_fn=nn.MSELoss(reduction="none")).step(batch()),

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from paci.errors import ConfigError
-from paci.runtime.batch import as_tensors, mapped, require_no_graph
+from paci.runtime.batch import mapped, require_no_graph
+from paci.runtime.boundary import arguments, flatten
+from paci.runtime.transport import Bundle
 
 Tensors = tuple[Tensor, ...]
 
@@ -35,20 +37,27 @@ class Caller:
         self._dtype = dtype
         self._keywords, self._takes_all = _keywords_of(module)
 
-    def __call__(self, inputs: Tensors, direct: Mapping[str, Any]) -> Tensors:
-        """What the module returns, as a tuple.
+    def __call__(self, inputs: Tensors, direct: Mapping[str, Any]) -> Bundle:
+        """What the module returns.
 
         Raises:
-            ConfigError: the module writes to its inputs, mixes dtypes under bf16, or returns no
-                tensors.
+            ConfigError: the module writes to its inputs, mixes dtypes under bf16, or returns what
+                cannot be handed on.
         """
+        given = arguments(getattr(inputs, "structure", None), inputs)
         with self._explained():
-            return as_outputs(self._module(*inputs, **direct), self._index)
+            output = self._module(*given, **direct)
+        return Bundle(*flatten(output, f"the output of stage {self._index}"))
 
-    def take_in(self, inputs: Any) -> Tensors:
+    def take_in(self, inputs: Any) -> Bundle:
         """The pipeline's own inputs as the module wants them: its device, its precision."""
-        taken: Tensors = self._taken(as_tensors(inputs, "inputs"))
-        return taken
+        bundle = Bundle(*flatten(self._taken(inputs), "inputs"))
+        if not bundle:
+            raise ConfigError(
+                f"inputs must be a tensor, or a tuple that holds one, got "
+                f"{type(inputs).__name__} without any; convert them"
+            )
+        return bundle
 
     def take_direct(self, direct: Mapping[str, Any]) -> dict[str, Any]:
         """Those keyword inputs that the module's forward has parameters for, likewise."""
@@ -95,23 +104,6 @@ def writes_to_inputs(index: int) -> ConfigError:
         f"a stage's forward must not write to its inputs, got a change in place at stage {index}; "
         f"use the operation that is not in place (relu for relu_), or clone() the input first"
     )
-
-
-def as_outputs(outputs: object, index: int) -> Tensors:
-    """What stage ``index`` returned, as a tuple of tensors."""
-    if isinstance(outputs, Tensor):
-        return (outputs,)
-    if isinstance(outputs, tuple | list) and all(isinstance(o, Tensor) for o in outputs):
-        return tuple(outputs)
-    raise ConfigError(
-        f"a stage's module must return a tensor or a tuple of tensors, got "
-        f"{type(outputs).__name__} from stage {index}; put what it returns into tensors"
-    )
-
-
-def unpacked(outputs: Tensors) -> Tensor | Tensors:
-    """One output by itself; several as they are."""
-    return outputs[0] if len(outputs) == 1 else outputs
 
 
 def _keywords_of(module: nn.Module) -> tuple[frozenset[str], bool]:

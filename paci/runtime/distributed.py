@@ -48,7 +48,7 @@ from paci.runtime.boundary import (
     specs_of,
     tensors_in,
 )
-from paci.runtime.transport import Ends, LinkError, Received, Receiver, Sender, Tensors, plain
+from paci.runtime.transport import Bundle, Ends, LinkError, Receiver, Sender, Tensors, plain
 from paci.schedule.action import Message, Payload
 
 _MOST_TAGS = 1 << 20
@@ -362,7 +362,7 @@ class RemoteReceiver(Receiver):
         self._link.wait(work, "receive", message, Lane.PAYLOAD)
         self._link.restart()
 
-    def receive(self, message: Message) -> Received:
+    def receive(self, message: Message) -> Bundle:
         """Wait for the next message, then post another receive behind those that are."""
         self._newest, before = message, self._form
         if before is None:
@@ -386,7 +386,7 @@ class RemoteReceiver(Receiver):
         for tensor, spec in zip(tensors, form.specs, strict=True):
             if spec.requires_grad:
                 tensor.requires_grad_()
-        return Received(tensors, form.structure)
+        return Bundle(tensors, form.structure)
 
     def finish(self) -> None:
         """Take in the fillers."""

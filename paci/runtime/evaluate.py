@@ -17,7 +17,7 @@ def evaluate(engine: Engine, batches: Sequence[MicroBatch]) -> tuple[float, floa
 
     Args:
         engine: drained.
-        batches: pairs (inputs, targets) of one size.
+        batches: pairs (inputs, targets).
 
     Returns:
         The summed loss and the number of tokens, if the last stage is here; else zeros.
@@ -37,7 +37,7 @@ def evaluate(engine: Engine, batches: Sequence[MicroBatch]) -> tuple[float, floa
             if message is None:
                 total += torch.stack(outputs).to(device)
             else:
-                engine.transport.send(message, outputs)
+                engine.transport.send(message, outputs, getattr(outputs, "structure", None))
     engine.transport.finish()
     loss, count = total.tolist()
     return loss, count

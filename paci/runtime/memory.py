@@ -165,7 +165,7 @@ class MemoryMeter:
         receivers = [
             receiver
             for stage in self._workers[worker]
-            for receiver in self._pipeline.transport.receivers_of(stage)
+            for receiver in self._pipeline._engine.transport.receivers_of(stage)
         ]
         received = num_bytes(
             tensor

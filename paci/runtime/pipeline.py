@@ -33,7 +33,6 @@ from paci.runtime.recorder import Recorder
 from paci.runtime.result import StepResult
 from paci.runtime.stage import UpdateHook
 from paci.runtime.status import Status, StatusBoard, combine
-from paci.runtime.transport import Transport
 from paci.runtime.weights.base import WeightPolicy
 from paci.runtime.weights.registry import prepare_weight_policies, recommended_weights
 from paci.runtime.world import World
@@ -63,16 +62,15 @@ class Pipeline:
         loss_fn: ``loss_fn(output, target)``, on the last stage. Either a ``paci.Loss`` (a sum over
             tokens and a count of them, for the exact mean over an update's tokens whatever the
             micro-batches hold) or any criterion that returns a mean over its micro-batch, in which
-            case all micro-batches weigh the same. Instead of a loss it may return a pair
-            ``(loss, metrics)`` with a dict of scalars, which are summed or averaged likewise.
-        lr_scheduler: stepped after each update of its stage; one, or a list; or a function that
-            makes one from an optimizer.
+            case all micro-batches weigh the same. It may return a pair ``(loss, metrics)`` with a
+            dict of scalars, which are summed or averaged likewise.
+        lr_scheduler: stepped after each update of its stage; one, a list, or a function that makes
+            one from an optimizer.
         weights: the weight policy: its name, with options as ``lookahead:reach=2``, or an object
-            as ``paci.Lookahead(reach=2)``. By default what the documents recommend: looking ahead
-            under a schedule that never empties. The method as published is ``"current"``.
+            as ``paci.Lookahead(reach=2)``. By default ``lookahead``, under a schedule that never
+            empties. The method as published is ``"current"``.
         flush_first: how many updates, at the start of training, each empty the pipeline (delay
-            costs most among them); by default ``DEFAULT_FLUSH_FIRST``, or none if ``weights`` says
-            otherwise than the default.
+            costs most among them); by default ``DEFAULT_FLUSH_FIRST``, 0 if ``weights`` is given.
         max_grad_norm: clip each update's gradient to this norm, that of the stage alone.
         precision: ``"fp32"``, or ``"bf16"`` for one bf16 working copy of each weight beside fp32
             masters, gradients and optimizer state; buffers stay as they are. Do not use autocast
@@ -85,8 +83,7 @@ class Pipeline:
         trace_capacity: newest events that ``trace`` can show, per process.
         share_memory: let processes of one host hand over CPU tensors in shared memory, where the
             system can, instead of through torch.distributed: faster, with the same bits.
-        on_update: called in each update of a stage of this process, after the optimizer's step,
-            with the stage and its version; see ``Stage.on_update``.
+        on_update: called with the stage and its version in each update; see ``Stage.on_update``.
 
     Raises:
         ConfigError: stages, optimizers, processes or their configurations do not fit.
@@ -174,11 +171,6 @@ class Pipeline:
         return self.schedule.num_stages - 1 in self.stages
 
     @property
-    def transport(self) -> Transport:
-        """The ends of channels that this process holds."""
-        return self._engine.transport
-
-    @property
     def busy_s(self) -> float:
         """Seconds that this process's actions took so far; on CUDA known once drained."""
         return self._engine.recorder.busy_s
@@ -205,8 +197,7 @@ class Pipeline:
                 stages.
 
         Raises:
-            ConfigError: the batch cannot be cut, this process needs one and got none, or one of
-                before was written to.
+            ConfigError: the batch is missing, cannot be cut, or one of before was written to.
             WorkerError: another process failed, or a wait took longer than ``timeout_s``.
             DriftError: the run departs from its program.
         """
@@ -246,7 +237,7 @@ class Pipeline:
         Drains the pipeline first. Modules run in evaluation mode, with the working weights.
 
         Args:
-            batches: pairs (inputs, targets) of one size; every process passes equally many.
+            batches: pairs (inputs, targets); every process passes equally many.
 
         Returns:
             nan if there is no token.

@@ -37,7 +37,7 @@ import torch
 
 from paci.plan.memory import aligned, ring_slot_bytes, ring_slots
 from paci.runtime.boundary import Form, Structure, specs_of, tensors_in
-from paci.runtime.transport import Ends, Received, Receiver, Sender, Tensors
+from paci.runtime.transport import Bundle, Ends, Receiver, Sender, Tensors
 from paci.schedule.action import Message
 
 # Whether this system can: sockets with names in the file system that carry file descriptors.
@@ -271,7 +271,7 @@ class SharedReceiver(Receiver):
         self._form: Form | None = None
         self._held: dict[int, weakref.ref[memoryview]] = {}
 
-    def receive(self, message: Message) -> Received:
+    def receive(self, message: Message) -> Bundle:
         """Wait for the next message; its tensors are the slot's own memory."""
         (index,) = _SLOT.unpack(self._read(_SLOT.size, message))
         if index == _NEWS:
@@ -290,7 +290,7 @@ class SharedReceiver(Receiver):
         for tensor, spec in zip(tensors, form.specs, strict=True):
             if spec.requires_grad:
                 tensor.requires_grad_()
-        return Received(tensors, form.structure)
+        return Bundle(tensors, form.structure)
 
     def finish(self) -> None:
         """Everything sent has been received."""

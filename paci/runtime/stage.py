@@ -16,12 +16,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from paci.errors import ConfigError
 from paci.optim.gradient_rule import GradientRule
 from paci.runtime.batch import require_unwritten, writes_of
-from paci.runtime.calls import Caller, unpacked, writes_to_inputs
+from paci.runtime.boundary import Structure, unflatten
+from paci.runtime.calls import Caller, writes_to_inputs
 from paci.runtime.checks import check_lr_scheduler, check_optimizer, check_policy, check_state
 from paci.runtime.loss import Loss, with_metrics
 from paci.runtime.randomness import Seeded, mix
 from paci.runtime.saved_state import load_optimizer_state, optimizer_state
 from paci.runtime.split import Ledger, Splitter
+from paci.runtime.transport import Bundle
 from paci.runtime.weights.base import Tensors, WeightPolicy
 from paci.runtime.weights.stage_weights import Leaf, StageWeights
 
@@ -60,6 +62,7 @@ class _InFlight:
     versions: tuple[int, ...] = ()  # at the forward, of each stage that has weights used here
     needs: tuple[bool, ...] = ()  # which outputs a gradient comes back for
     outputs: Tensors = ()
+    structure: Structure | None = None  # of the outputs
     ledger: Ledger = field(default_factory=Ledger)  # weight gradients that are put off
 
 
@@ -179,7 +182,7 @@ class Stage:
         inputs: Tensors,
         target: Target | None,
         direct: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Tensors:
+    ) -> Bundle:
         """Run the micro-batch forward and keep what its backward needs.
 
         Args:
@@ -215,10 +218,11 @@ class Stage:
             # Without a graph nothing tells which outputs will need a gradient: all that can.
             flight.needs = tuple(o.is_floating_point() or o.is_complex() for o in outputs)
         self.in_flight[micro_batch] = flight
-        return tuple(
+        handed = (
             self._to_hand_on(output, inputs).requires_grad_(need and not self.is_last)
             for output, need in zip(outputs, flight.needs, strict=True)
         )
+        return Bundle(handed, flight.structure)
 
     def backward(self, micro_batch: int, gradients: Tensors) -> Tensors:
         """Run the whole backward; return the gradients of the inputs that require one."""
@@ -294,7 +298,7 @@ class Stage:
                 module.training = was_training
         if not self.is_last:
             return outputs
-        loss, _ = with_metrics(self._loss(unpacked(outputs), target))
+        loss, _ = with_metrics(self._loss(_whole(outputs), target))
         count = torch.as_tensor(self._loss.num_tokens(target), device=loss.device)
         return loss.double(), count.double()
 
@@ -373,10 +377,11 @@ class Stage:
             with recording:
                 outputs = self.call(flight.inputs, flight.direct)
             if flight.target is None:
+                flight.structure = outputs.structure
                 return outputs
             what = f"the target of micro-batch {micro_batch}"
             require_unwritten(flight.target.value, flight.target.writes, what)
-            loss, metrics = with_metrics(self._loss(unpacked(outputs), flight.target.value))
+            loss, metrics = with_metrics(self._loss(_whole(outputs), flight.target.value))
             flight.target.take(metrics)
             return (loss / flight.target.divisor,)
 
@@ -411,6 +416,11 @@ def _differentiate(roots: Tensors, gradients: Tensors) -> None:
     engine.run_backward(
         roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True
     )
+
+
+def _whole(outputs: Bundle) -> Any:
+    """What the module returned."""
+    return tuple(outputs) if outputs.structure is None else unflatten(outputs.structure, outputs)
 
 
 def _gradients(inputs: Tensors) -> Tensors:

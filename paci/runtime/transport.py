@@ -28,7 +28,7 @@ Tensors = tuple[Tensor, ...]
 Edge = tuple[Payload, int]
 
 
-class Received(tuple[Tensor, ...]):
+class Bundle(tuple[Tensor, ...]):
     """The tensors of a message.
 
     Attributes:
@@ -119,7 +119,7 @@ class Receiver(abc.ABC):
     """The receiving end of a channel."""
 
     @abc.abstractmethod
-    def receive(self, message: Message) -> Received:
+    def receive(self, message: Message) -> Bundle:
         """Wait for the next message; its tensors are leaves that require a gradient as sent.
 
         Raises:
@@ -161,7 +161,7 @@ class LocalChannel(Sender, Receiver):
         """Put the tensors in line."""
         self._queue.append((tensors, structure, _writes(tensors)))
 
-    def receive(self, message: Message) -> Received:
+    def receive(self, message: Message) -> Bundle:
         """Take the next in line.
 
         Raises:
@@ -181,7 +181,7 @@ class LocalChannel(Sender, Receiver):
             plain(x).to(self._device, non_blocking=True).requires_grad_(x.requires_grad)
             for x in tensors
         )
-        return Received(here, structure)
+        return Bundle(here, structure)
 
     def seal(self) -> None:
         """Nothing to do."""
@@ -220,7 +220,7 @@ class Transport:
         """Start to send; see ``Sender.send``."""
         self._senders[message[:2]].send(message, tensors, structure)
 
-    def receive(self, message: Message) -> Received:
+    def receive(self, message: Message) -> Bundle:
         """Wait for a message; see ``Receiver.receive``."""
         return self._receivers[message[:2]].receive(message)
 

@@ -84,6 +84,7 @@ class World:
                 f"rank {dist.get_rank()}; pass each process the group of its own pipeline"
             )
         self.ranks = (0,) if group is None else tuple(dist.get_process_group_ranks(group))
+        self._control = None if group is None else self._own_group()
         self._groups: dict[Edge, dist.ProcessGroup] = {}
         if len(self.ranks) > schedule.num_workers:
             raise ConfigError(
@@ -91,6 +92,18 @@ class World:
                 f"({schedule.num_workers}), got {len(self.ranks)}; start fewer processes or cut "
                 f"the model into more stages"
             )
+
+    def _own_group(self) -> dist.ProcessGroup:
+        """A group of the same processes for what they tell each other beside messages: on the CPU,
+        whatever computes, and with waits that end after the pipeline's time-out, not the job's."""
+        group = dist.new_group(
+            list(self.ranks),
+            timeout=timedelta(seconds=self._timeout_s),
+            backend="gloo",
+            use_local_synchronization=True,
+        )
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
     @property
     def size(self) -> int:
@@ -122,11 +135,11 @@ class World:
 
     def disagreement(self, what: Mapping[str, Any]) -> ConfigError | None:
         """What ``agree`` would raise: all processes get the same, so none need be told of it."""
-        return None if self.group is None else _disagreement(what, self.group)
+        return None if self.group is None else _disagreement(what, self._control)
 
     def gather(self, own: Any) -> list[Any]:
         """``own`` of every process, in their order, on every process."""
-        return [own] if self.group is None else _gather(own, self.group)
+        return [own] if self.group is None else _gather(own, self._control)
 
     def clock_shift_s(self) -> float:
         """What to add to this process's clock to read the first one's: nothing on its host, on
@@ -243,7 +256,9 @@ class World:
         """Close the channels; all processes of the world must be done with them."""
         for group in self._groups.values():
             dist.destroy_process_group(group)
-        self._groups = {}
+        if self._control is not None:
+            dist.destroy_process_group(self._control)
+        self._groups, self._control = {}, None
 
     def _channel_groups(
         self, on_cuda: bool, shared: Collection[Edge]

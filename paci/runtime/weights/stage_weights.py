@@ -424,7 +424,7 @@ def local(tensor: Tensor) -> Tensor:
     """This process's values, without a graph."""
     if is_sharded(tensor):
         sharded: Any = tensor.detach()
-        local: Tensor = sharded.tolocal()
+        local: Tensor = sharded.to_local()
         return local
     return tensor.detach()
 

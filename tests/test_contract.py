@@ -1,0 +1,576 @@
+"""A module stays its user's: what a pipeline does to it, and what it may do to itself meanwhile.
+
+The table of docs/your-model.md, over every weight policy, precision and kind of schedule. What is
+right is told by plain training on one device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from runtime_helpers import POLICIES, goes
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+import paci
+
+BF16, FP32 = torch.bfloat16, torch.float32
+SCHEDULES: dict[str, Callable[[], paci.Schedule]] = {
+    "paci": lambda: paci.PACI(2, 2),
+    "split": lambda: paci.PACI(2, 2, split_backward=True),
+    "1f1b": lambda: paci.OneFOneBFlush(2, 2),
+    "v": lambda: paci.PaciV(2, 2),
+}
+KINDS = [
+    pytest.param(policy, precision, name, id=f"{policy}-{precision}-{name}")
+    for policy in POLICIES
+    for precision in ("fp32", "bf16")
+    for name, make in SCHEDULES.items()
+    if goes(policy, make())
+]
+every_kind = pytest.mark.parametrize(("policy", "precision", "name"), KINDS)
+
+
+def linears(num: int = 2, seed: int = 0) -> list[nn.Linear]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return [nn.Linear(4, 4) for _ in range(num)]
+
+
+def batches(num: int, seed: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num):
+        yield torch.randn(4, 4, generator=generator), torch.randn(4, 4, generator=generator)
+
+
+def mse(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output.float(), target)
+
+
+class Case:
+    """A pipeline over plain layers."""
+
+    def __init__(self, policy: str, precision: str, name: str, **options: Any) -> None:
+        self.schedule = SCHEDULES[name]()
+        self.modules: list[Any] = options.pop("modules", None) or linears(self.schedule.num_stages)
+        make = options.pop("optimizer", partial(torch.optim.SGD, lr=0.1, momentum=0.5))
+        self.optimizers = [make(module.parameters()) for module in self.modules]
+        self.pipeline = paci.Pipeline(
+            self.modules,
+            self.schedule,
+            self.optimizers,
+            options.pop("loss_fn", mse),
+            weights=policy,
+            precision=precision,
+            **options,
+        )
+
+    def train(self, num: int = 3, seed: int = 1) -> list[float]:
+        losses: list[Tensor] = []
+        for batch in batches(num, seed):
+            losses += self.pipeline.step(batch).losses
+        return [*map(float, losses)]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for module in self.modules for p in module.parameters()]
+
+
+# --- identity -------------------------------------------------------------------------------
+
+
+@every_kind
+def test_parameters_are_the_same_objects_in_their_own_dtype(policy: str, precision: str, name: str):
+    case = Case(policy, precision, name)
+    own = case.parameters()
+    own[0].mark = "mine"
+    seen: list[tuple[bool, torch.dtype]] = []
+    case.modules[0].register_forward_hook(
+        lambda module, *_: seen.append((module.weight is own[0], module.weight.dtype))
+    )
+    for batch in batches(4):
+        case.pipeline.step(batch)
+        assert [id(p) for p in case.parameters()] == [id(p) for p in own]
+        assert {p.dtype for p in own} == {FP32}
+    case.pipeline.drain()
+    assert own[0].mark == "mine"
+    assert all(seen)
+    assert {dtype for _, dtype in seen} == {BF16 if precision == "bf16" else FP32}
+    state = case.pipeline.state_dict()["stages"]
+    for index, module in enumerate(case.modules):
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, state[index]["weights"][key])
+
+
+@every_kind
+def test_hooks_on_gradients_are_called_and_obeyed(policy: str, precision: str, name: str):
+    """Tensor hooks see a micro-batch's gradient; post-accumulate hooks the sum so far in fp32, a
+    micro-batch's gradient in bf16. One from before the pipeline, one from in between."""
+    modules = linears(SCHEDULES[name]().num_stages)
+    seen: list[torch.dtype] = []
+    after: list[torch.dtype] = []
+    frozen = modules[0].weight
+    before = frozen.detach().clone()
+
+    def nothing(gradient: Tensor) -> Tensor:
+        seen.append(gradient.dtype)
+        return gradient * 0
+
+    frozen.register_hook(nothing)
+    case = Case(policy, precision, name, modules=modules)
+    case.train(1)
+    frozen.register_post_accumulate_grad_hook(lambda p: after.append(p.grad.dtype))
+    case.train(3)
+    case.pipeline.drain()
+    dtype = BF16 if precision == "bf16" else FP32
+    assert seen == [dtype] * 8
+    assert set(after) == {dtype}
+    assert 6 <= len(after) <= 8
+    assert torch.equal(frozen, before)
+    assert not torch.equal(modules[1].weight, linears(2)[1].weight)
+
+
+# --- in an update ---------------------------------------------------------------------------
+
+
+@every_kind
+def test_an_update_sees_masters_and_whole_gradients(policy: str, precision: str, name: str):
+    """The optimizer, its hooks, the scheduler and update hooks; once an update, never in a
+    trial."""
+    modules = linears(SCHEDULES[name]().num_stages)
+    calls: list[str] = []
+    given: list[Tensor] = []
+
+    def see(what: str) -> None:
+        weight = modules[0].weight
+        assert weight.dtype == weight.grad.dtype == FP32
+        calls.append(what)
+        if what == "pre":
+            given.append(weight.grad.clone())
+
+    class Decay(torch.optim.lr_scheduler.LambdaLR):
+        def step(self, epoch: Any = None) -> None:
+            if self.last_epoch >= 0 and self.optimizer.param_groups[0]["params"][0] is weight:
+                see("scheduler")
+            super().step()
+
+    weight = modules[0].weight
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.0) for module in modules]
+    optimizers[0].register_step_pre_hook(lambda *_: see("pre"))
+    optimizers[0].register_step_post_hook(lambda *_: see("post"))
+    pipeline = paci.Pipeline(
+        modules,
+        SCHEDULES[name](),
+        optimizers,
+        mse,
+        lr_scheduler=partial(Decay, lr_lambda=lambda _: 1.0),
+        weights=policy if policy != "predict" else "current",
+        precision=precision,
+        on_update=lambda stage, version: stage.index or see(f"update {version}"),
+    )
+    plain = nn.Sequential(*copy.deepcopy(modules))
+    for batch in batches(3):
+        pipeline.step(batch)
+    pipeline.drain()
+    assert calls == [
+        what for k in (1, 2, 3) for what in ("pre", "post", "scheduler", f"update {k}")
+    ]
+    for (x, y), gradient in zip(batches(3), given, strict=True):  # at weights that stand still
+        plain.zero_grad()
+        mse(plain(x), y).backward()
+        tolerance = 1e-6 if precision == "fp32" else 2e-2
+        torch.testing.assert_close(gradient, plain[0].weight.grad, rtol=0, atol=tolerance)
+
+
+@every_kind
+def test_what_an_update_hook_writes_is_taken_over(policy: str, precision: str, name: str):
+    def clamp(stage: Any, version: int) -> None:
+        for p in stage.module.parameters():
+            p.data.clamp_(-0.0625, 0.0625)
+
+    case = Case(policy, precision, name, on_update=clamp)
+    for batch in batches(4):
+        case.pipeline.step(batch)
+    case.pipeline.drain()
+    assert all(float(p.detach().abs().max()) <= 0.0625 for p in case.parameters())
+
+
+# --- writes from outside --------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("way", ["load", "data", "assigned data", "no_grad"])
+@pytest.mark.parametrize("moment", ["before", "in flight", "drained"])
+def test_what_is_written_from_outside_is_taken_over(
+    moment: str, way: str, policy: str, precision: str, name: str
+):
+    case = Case(policy, precision, name, optimizer=partial(torch.optim.SGD, lr=0.0, momentum=0.5))
+    if moment != "before":
+        case.train(3)
+    if moment == "drained":
+        case.pipeline.drain()
+    identity = torch.eye(4)
+    for module in case.modules:
+        if way == "load":
+            module.load_state_dict({"weight": identity, "bias": torch.zeros(4)})
+        elif way == "data":
+            module.weight.data.copy_(identity)
+            module.bias.data.zero_()
+        elif way == "assigned data":
+            module.weight.data = identity.clone()
+            module.bias.data = torch.zeros(4)
+        else:
+            with torch.no_grad():
+                module.weight.copy_(identity)
+                module.bias.zero_()
+    losses = []
+    for _ in range(4):
+        x = torch.ones(4, 4)
+        losses += [float(loss) for loss in case.pipeline.step((x, x)).losses]
+    losses += [float(loss) for loss in case.pipeline.drain().losses]
+    assert losses[-1] == 0.0
+    if moment == "drained" or (moment == "before" and way != "nothing"):
+        assert losses == [0.0] * len(losses)
+    assert all(torch.equal(module.weight, identity) for module in case.modules)
+
+
+@every_kind
+def test_freezing_and_unfreezing_are_obeyed(policy: str, precision: str, name: str):
+    modules = linears(SCHEDULES[name]().num_stages)
+    first = modules[0].weight.requires_grad_(False)
+    start = first.detach().clone()
+    case = Case(policy, precision, name, modules=modules)
+    case.train(3)
+    assert torch.equal(first, start)
+    first.requires_grad_(True)  # with micro-batches in flight
+    case.train(3)
+    case.pipeline.drain()
+    unfrozen = first.detach().clone()
+    assert not torch.equal(unfrozen, start)
+    modules[1].requires_grad_(False)
+    kept = [p.detach().clone() for p in modules[1].parameters()]
+    case.train(3)
+    case.pipeline.drain()
+    assert all(map(torch.equal, kept, modules[1].parameters()))
+    assert not torch.equal(unfrozen, first)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_frozen_weight_is_kept_once_where_dtypes_agree(precision: str):
+    modules = linears()
+    modules[0].requires_grad_(False)
+    case = Case("lookahead", precision, "paci", modules=modules)
+    case.train(2)
+    weights = case.pipeline.stages[0].weights
+    assert list(weights.separate) == ([] if precision == "fp32" else ["weight", "bias"])
+
+
+class MaxNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, 4, max_norm=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(x)
+
+
+class Teacher(nn.Module):
+    """Follows its student in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.teacher.weight.lerp_(self.student.weight, 0.1)
+        return self.student(x) + self.teacher(x)
+
+
+@pytest.mark.parametrize("make", [MaxNorm, Teacher])
+@pytest.mark.parametrize("policy", ["current", "stash", "lookahead:beyond=0", "predict"])
+def test_a_forward_that_writes_its_own_weights(policy: str, make: Callable[[], nn.Module]):
+    def build() -> tuple[list[nn.Module], list[torch.optim.Optimizer]]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            modules = [make(), nn.Linear(4, 4)]
+        return modules, [torch.optim.SGD(m.parameters(), lr=0.5, momentum=0.9) for m in modules]
+
+    generator = torch.Generator().manual_seed(1)
+    drawn = []
+    for _ in range(6):
+        ids = torch.randint(6, (4,), generator=generator)
+        x = ids if make is MaxNorm else torch.randn(4, 4, generator=generator)
+        drawn.append((x, torch.randn(4, 4, generator=generator)))
+    plain, optimizers = build()
+    for x, y in drawn:
+        F.mse_loss(plain[1](plain[0](x)), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    modules, optimizers = build()
+    pipeline = paci.Pipeline(
+        modules, paci.OneFOneBFlush(2, 1), optimizers, nn.MSELoss(), weights=policy
+    )
+    for batch in drawn:
+        pipeline.step(batch)
+    pipeline.drain()
+    for mine, theirs in zip(modules, plain, strict=True):
+        for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_a_write_that_cannot_be_told_is_refused():
+    case = Case("double_buffer", "fp32", "paci", modules=[Scribbles(), *linears(1)])
+    with pytest.raises(paci.ConfigError, match="must leave its trained weights alone under this"):
+        case.train(3)
+
+
+class Scribbles(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.bias.mul_(0.5)
+        return super().forward(x)
+
+
+# --- copies, optimizer state, conversions ---------------------------------------------------
+
+
+@every_kind
+def test_copies_and_averages_are_of_the_masters(policy: str, precision: str, name: str):
+    case = Case(policy, precision, name)
+    average = AveragedModel(case.modules[0])
+    total = torch.zeros(4, 4)
+    for k, batch in enumerate(batches(5)):
+        case.pipeline.step(batch)
+        average.update_parameters(case.modules[0])
+        total += (case.modules[0].weight.detach() - total) / (k + 1)
+        master = case.pipeline.stages[0].weights.masters["weight"]
+        assert copy.deepcopy(case.modules[0]).weight.dtype == FP32
+        assert torch.equal(copy.deepcopy(case.modules[0]).weight, master)
+    torch.testing.assert_close(average.module.weight, total)
+
+
+@every_kind
+def test_optimizer_state_that_is_loaded_stays_fp32(policy: str, precision: str, name: str):
+    case = Case(policy, precision, name)
+    case.train(3)
+    for optimizer in case.optimizers:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    case.train(2)
+    case.pipeline.drain()
+    for optimizer in case.optimizers:
+        assert {s["momentum_buffer"].dtype for s in optimizer.state.values()} == {FP32}
+
+
+CONVERSIONS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "half": (lambda m: m.half(), "must keep its dtype, device and shape while the pipeline is"),
+    "double": (lambda m: m.double(), "got float64 .* after float32"),
+    "meta": (lambda m: m.to("meta"), "must"),
+    "assign": (
+        lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True),
+        "must stay the objects that the pipeline was built with",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CONVERSIONS)
+@pytest.mark.parametrize("policy", ["current", "lookahead", "stash"])
+def test_a_conversion_is_refused(policy: str, what: str):
+    convert, message = CONVERSIONS[what]
+    case = Case(policy, "fp32", "paci")
+    case.train(2)
+    case.pipeline.drain()
+    convert(case.modules[0])
+    with pytest.raises(paci.ConfigError, match=message):
+        case.train(1)
+
+
+def test_training_and_evaluation_mode_are_the_users():
+    modules = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(2)]
+    case = Case("lookahead", "fp32", "1f1b", modules=modules)
+    (x, y), *_ = batches(1)
+    modules[0].eval()
+    modules[1].eval()
+    first = float(case.pipeline.step((x, y)).loss)
+    case.pipeline.drain()
+    again = Case("lookahead", "fp32", "1f1b", modules=[m[0] for m in copy.deepcopy(modules)])
+    del again
+    modules[0].train()
+    assert case.pipeline.evaluate([(x, y)]) >= 0
+    assert modules[0].training
+    assert not modules[1].training
+    assert first > 0
+
+
+# --- afterwards -----------------------------------------------------------------------------
+
+
+@every_kind
+def test_a_closed_pipeline_leaves_plain_modules(policy: str, precision: str, name: str):
+    case = Case(policy, precision, name)
+    own = case.parameters()
+    case.train(4)
+    case.pipeline.drain()
+    trained = [p.detach().clone() for p in own]
+    case.pipeline.close()
+    assert [id(p) for p in case.parameters()] == [id(p) for p in own]
+    assert all(map(torch.equal, trained, own))
+    assert all("forward" not in vars(m) for module in case.modules for m in module.modules())
+    assert not any(p._post_accumulate_grad_hooks for p in own)
+    model = nn.Sequential(*case.modules)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.ones(4, 4)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), 3 * x)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    second = Case("lookahead", precision, "paci", modules=list(case.modules))
+    again = second.train(3)
+    assert again
+    second.pipeline.close()
+
+
+def test_with_closes():
+    with Case("current", "bf16", "split").pipeline as pipeline:
+        for batch in batches(2):
+            pipeline.step(batch)
+        pipeline.drain()
+    assert all(not p._post_accumulate_grad_hooks for p in pipeline.stages[0].module.parameters())
+
+
+# --- what runs inside a backward ------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.met: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._inside, x, use_reentrant=False)
+
+    def _inside(self, x: Tensor) -> Tensor:
+        self.met.append(self.module.weight.detach().clone())
+        return torch.tanh(self.module(x))
+
+
+@pytest.mark.parametrize("policy", ["stash", "double_buffer"])
+def test_checkpointing_inside_a_stage_meets_the_weights_of_its_forward(policy: str):
+    found = []
+    for inside in (False, True):
+        modules: list[nn.Module] = [
+            Checkpointed(m) if inside else nn.Sequential(m, nn.Tanh()) for m in linears(3)
+        ]
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.3) for m in modules]
+        pipeline = paci.Pipeline(modules, paci.PACI(3, 2), optimizers, mse, weights=policy)
+        for batch in batches(6):
+            pipeline.step(batch)
+        pipeline.drain()
+        assert pipeline.drift()[0].drift[0] == 12
+        found.append([p.detach().clone() for m in modules for p in m.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+# --- state ----------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.count = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.linear(x) * (1 + self.count % 7)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def test_extra_state_is_saved_and_loaded():
+    def build() -> Case:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            small = partial(torch.optim.SGD, lr=1e-3)
+            modules = [Counting(), Counting()]
+            return Case("current", "fp32", "1f1b", modules=modules, optimizer=small)
+
+    given = list(batches(6))
+    whole = build()
+    expected = [float(whole.pipeline.step(batch).loss) for batch in given]
+    first = build()
+    losses = [float(first.pipeline.step(batch).loss) for batch in given[:3]]
+    first.pipeline.drain()
+    second = build()
+    second.pipeline.load_state_dict(copy.deepcopy(first.pipeline.state_dict()))
+    losses += [float(second.pipeline.step(batch).loss) for batch in given[3:]]
+    assert losses == expected
+    assert [module.count for module in second.modules] == [12, 12]
+
+
+# --- clipping -------------------------------------------------------------------------------
+
+
+def test_clipping_in_an_optimizer_hook_clips():
+    modules = linears()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1.0) for m in modules]
+    norms: list[float] = []
+    for module, optimizer in zip(modules, optimizers, strict=True):
+
+        def clip(*_: Any, module: nn.Module = module) -> None:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1e-3)
+
+        optimizer.register_step_pre_hook(clip)
+        optimizer.register_step_post_hook(
+            lambda *_, module=module: norms.append(
+                float(torch.nn.utils.get_total_norm([p.grad for p in module.parameters()]))
+            )
+        )
+    pipeline = paci.Pipeline(
+        modules, paci.PACI(2, 2), optimizers, mse, weights="current", precision="bf16"
+    )
+    for batch in batches(4):
+        pipeline.step(batch)
+    pipeline.drain()
+    assert norms
+    assert max(norms) <= 1e-3 * 1.01
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_max_grad_norm_is_plain_clipping(precision: str):
+    case = Case("current", precision, "1f1b", max_grad_norm=0.05)
+    plain = [copy.deepcopy(m) for m in case.modules]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5) for m in plain]
+    for x, y in batches(4):
+        case.pipeline.step((x, y))
+        for rows in (slice(2), slice(2, 4)):
+            (mse(plain[1](plain[0](x[rows])), y[rows]) / 2).backward()
+        for module, optimizer in zip(plain, optimizers, strict=True):
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+    case.pipeline.drain()
+    for mine, theirs in zip(case.modules, plain, strict=True):
+        for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+            if precision == "fp32":
+                assert torch.equal(p, q)
+            else:
+                torch.testing.assert_close(p, q, rtol=0, atol=2e-3)

@@ -1,0 +1,43 @@
+"""A process that comes late to what all do together: the others end in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import launching
+import pytest
+import torch
+from torch import Tensor, nn
+
+import paci
+
+TIMEOUT_S = 2.0
+
+
+def late(rank: int, num_ranks: int) -> Any:
+    """Rank 1's validation data take longer than anybody waits."""
+    torch.manual_seed(rank)
+    module = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    schedule = paci.OneFOneBFlush(2, 2)
+    pipeline = paci.Pipeline(module, schedule, optimizer, nn.MSELoss(), timeout_s=TIMEOUT_S)
+    x = torch.randn(4, 4)
+
+    def validation() -> Iterator[tuple[Tensor, Tensor]]:
+        if rank == 1:
+            time.sleep(6 * TIMEOUT_S)
+        yield x, x
+
+    pipeline.step((x, x))
+    start_s = time.monotonic()
+    with pytest.raises(paci.WorkerError, match="must hear from all ranks|failed first"):
+        pipeline.evaluate(validation())
+    return time.monotonic() - start_s
+
+
+def test_an_evaluation_that_one_process_comes_late_to_ends(tmp_path: Path):
+    first_s, _ = launching.values(launching.launch(tmp_path, 2, late))
+    assert first_s < 5 * TIMEOUT_S
