@@ -124,9 +124,9 @@ def test_the_example_configuration_is_valid():
 
 def test_the_public_surface():
     assert " ".join(paci.__all__) == (
-        "PACI CheckpointError ConfigError CrossEntropy DataError DriftError GPipe Loss "
-        "OneFOneBFlush PaciError PaciV Pipeline Schedule ScheduleError StepResult WorkerError "
-        "__version__ hosted_stages"
+        "PACI CheckpointError ConfigError CrossEntropy DataError DriftError GPipe Lookahead Loss "
+        "MuonWithAdamW OneFOneBFlush PaciError PaciV Pipeline Schedule ScheduleError Split "
+        "StepResult WeightPolicy Whole WorkerError __version__ balanced_cut hosted_stages"
     )
     for name in paci.__all__:
         assert getattr(paci, name) is not None
