@@ -318,7 +318,7 @@ def meet_in_vain(rank: int, num_ranks: int, run: Run, folder: Path) -> list[Any]
     ):
         with patch:
             pipeline = build(run, dist.group.WORLD)
-            ends = pipeline.transport._senders | pipeline.transport._receivers
+            ends = pipeline._engine.transport._senders | pipeline._engine.transport._receivers
             found.append({edge[0].value: type(end).__name__ for edge, end in ends.items()})
             close(pipeline)
             found.append(train(run, dist.group.WORLD))

@@ -95,15 +95,19 @@ class World:
 
     def _own_group(self) -> dist.ProcessGroup:
         """A group of the same processes for what they tell each other beside messages: on the CPU,
-        whatever computes, and with waits that end after the pipeline's time-out, not the job's."""
-        group = dist.new_group(
-            list(self.ranks),
-            timeout=timedelta(seconds=self._timeout_s),
-            backend="gloo",
-            use_local_synchronization=True,
-        )
-        assert isinstance(group, dist.ProcessGroup)
-        return group
+        whatever computes, and with waits that end after the pipeline's time-out, not the job's.
+
+        Made by every rank there is, in one order, as the channels' groups are.
+        """
+        own: dist.ProcessGroup | None = None
+        timeout = timedelta(seconds=self._timeout_s)
+        for ranks in sorted(set(_gather(self.ranks, dist.group.WORLD))):
+            group = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
+            if ranks == self.ranks:
+                assert isinstance(group, dist.ProcessGroup)
+                own = group
+        assert own is not None
+        return own
 
     @property
     def size(self) -> int:
