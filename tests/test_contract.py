@@ -7,12 +7,13 @@ right is told by plain training on one device.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from contract_helpers import batches, linears, mse
 from runtime_helpers import POLICIES, goes
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,22 +37,6 @@ KINDS = [
     if goes(policy, make())
 ]
 every_kind = pytest.mark.parametrize(("policy", "precision", "name"), KINDS)
-
-
-def linears(num: int = 2, seed: int = 0) -> list[nn.Linear]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return [nn.Linear(4, 4) for _ in range(num)]
-
-
-def batches(num: int, seed: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(num):
-        yield torch.randn(4, 4, generator=generator), torch.randn(4, 4, generator=generator)
-
-
-def mse(output: Tensor, target: Tensor) -> Tensor:
-    return F.mse_loss(output.float(), target)
 
 
 class Case:

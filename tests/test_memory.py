@@ -79,7 +79,7 @@ def test_nothing_that_lives_is_missed(policy: str, precision: str):
     # Two things are counted with a stage that are gone or elsewhere now: nothing else may differ.
     waiting = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-        for receivers in (pipeline.transport.receivers_of(stage) for stage in range(4))
+        for receivers in (pipeline._engine.transport.receivers_of(stage) for stage in range(4))
         for receiver in receivers
         for tensors, *_ in receiver._queue
         for x in tensors

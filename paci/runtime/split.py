@@ -215,10 +215,11 @@ def _can_put_off(splitter: Splitter, *leaves: Tensor | None) -> bool:
 
 
 def _linear(layer: nn.Linear, splitter: Splitter, x: Tensor) -> Tensor:
-    if not _can_put_off(splitter, layer.weight, layer.bias):
-        return F.linear(x, layer.weight, layer.bias)
+    weight, bias = layer.weight, layer.bias  # once: a parametrization computes them anew
+    if not _can_put_off(splitter, weight, bias):
+        return F.linear(x, weight, bias)
     apply: Any = _Linear.apply
-    y: Tensor = apply(x, layer.weight, layer.bias, splitter.ledger)
+    y: Tensor = apply(x, weight, bias, splitter.ledger)
     return y
 
 

@@ -1,0 +1,178 @@
+"""What a pipeline is given and what its stages hand on: as in plain training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from contract_helpers import batches, linears, mse
+from torch import Tensor, nn
+
+import paci
+
+
+def one_device(
+    modules: list[nn.Module], given: list[Any], run: Callable[[list[nn.Module], Any], Tensor]
+) -> list[Tensor]:
+    """Plain training, a micro-batch at a time; the weights."""
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in modules]
+    for parts in given:
+        for part in parts:
+            (run(modules, part) / len(parts)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [p.detach().clone() for module in modules for p in module.parameters()]
+
+
+def in_stages(modules: list[nn.Module], given: list[Any], schedule: paci.Schedule) -> list[Tensor]:
+    optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    with paci.Pipeline(modules, schedule, optimizer, mse, weights="current") as pipeline:
+        for parts in given:
+            pipeline.step(parts)
+            pipeline.drain()
+    return [p.detach().clone() for module in modules for p in module.parameters()]
+
+
+@pytest.mark.parametrize("schedule", [paci.OneFOneBFlush(2, 2), paci.PACI(2, 2, 0, True)])
+def test_a_parametrization_is_computed_once_a_forward(schedule: paci.Schedule):
+    """Spectral norm changes a buffer whenever it is computed."""
+
+    def build() -> list[nn.Module]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            made = [nn.Linear(4, 4), nn.Linear(4, 4)]
+            return [nn.utils.parametrizations.spectral_norm(module) for module in made]
+
+    given = [[(x[:2], y[:2]), (x[2:], y[2:])] for x, y in batches(4)]
+    expected = one_device(build(), given, lambda m, part: mse(m[1](m[0](part[0])), part[1]))
+    found = in_stages(build(), given, schedule)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+class Refills(nn.Module):
+    """Hands on one tensor of its own, which every forward fills again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.own = nn.Linear(4, 4), torch.zeros(2, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.own.copy_(x * 2)
+        return self.linear(x), self.own
+
+
+class Adds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.linear(x) * other
+
+
+def test_a_tensor_that_is_filled_again_arrives_as_it_was():
+    def build() -> list[nn.Module]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return [Refills(), Adds()]
+
+    given = [[(x[:2], y[:2]), (x[2:], y[2:])] for x, y in batches(4)]
+    expected = one_device(build(), given, lambda m, part: mse(m[1](*m[0](part[0])), part[1]))
+    for schedule in (paci.OneFOneBFlush(2, 2), paci.GPipe(2, 2)):
+        assert all(map(torch.equal, in_stages(build(), given, schedule), expected))
+
+
+def test_lengths_that_change_at_every_micro_batch():
+    generator = torch.Generator().manual_seed(2)
+    given = [
+        [(torch.randn(2, n, 4, generator=generator),) * 2 for n in (k + 1, 2 * k + 1)]
+        for k in range(4)
+    ]
+    modules, plain = linears(), linears()
+    expected = one_device(plain, given, lambda m, part: mse(m[1](m[0](part[0])), part[1]))
+    assert all(map(torch.equal, in_stages(modules, given, paci.OneFOneBFlush(2, 2)), expected))
+
+
+class Masked(nn.Module):
+    """Takes a mask, and hands on what is not one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, *, mask: Tensor, scale: float = 1.0) -> Tensor:
+        return self.linear(x) * mask * scale
+
+
+def test_keyword_inputs_reach_every_stage_that_takes_them():
+    modules = [Masked(), nn.Linear(4, 4), Masked()]
+    plain = copy.deepcopy(modules)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in plain]
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    schedule = paci.OneFOneBFlush(3, 2)
+    with paci.Pipeline(modules, schedule, optimizer, mse) as pipeline:
+        for x, y in batches(3):
+            mask = (x > 0).float()
+            pipeline.step(x, y, mask=mask, scale=2.0)
+            for rows in (slice(2), slice(2, 4)):
+                h = plain[0](x[rows], mask=mask[rows], scale=2.0)
+                h = plain[2](plain[1](h), mask=mask[rows], scale=2.0)
+                (mse(h, y[rows]) / 2).backward()
+            for each in optimizers:
+                each.step()
+                each.zero_grad()
+        pipeline.drain()
+        for mine, theirs in zip(modules, plain, strict=True):
+            assert all(map(torch.equal, mine.parameters(), theirs.parameters()))
+        x, y = next(batches(1))
+        ones = torch.ones(1, 4)
+        loss = pipeline.evaluate([(x, y, {"mask": ones})])
+        output = plain[2](plain[1](plain[0](x, mask=ones)), mask=ones)
+        assert loss == pytest.approx(float(mse(output, y)), rel=1e-6)
+        (known,) = pipeline.step(x, y, mask=paci.Whole(ones)).losses
+        assert float(known) == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_loaders_lists_are_one_pair():
+    x, y = next(batches(1))
+    cases = paci.OneFOneBFlush(2, 2)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            return self.linear(one) + other
+
+    def both(output: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+        return mse(output, target[0]) + mse(output, target[1])
+
+    torch.manual_seed(0)
+    modules = [Two(), nn.Linear(4, 4)]
+    optimizer = partial(torch.optim.SGD, lr=0.0)
+    pipeline = paci.Pipeline(modules, cases, optimizer, both)
+    loss = pipeline.step([[x, x + 1], [y, y * 2]]).loss
+    output = modules[1](modules[0](x, x + 1))
+    assert float(loss) == pytest.approx(float(both(output, (y, y * 2))), rel=1e-5)
+
+
+def test_metrics_are_means_over_the_update():
+    modules = linears()
+
+    def loss(output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return mse(output, target), {"bias": (output - target).mean()}
+
+    optimizer = partial(torch.optim.SGD, lr=0.0)
+    pipeline = paci.Pipeline(modules, paci.OneFOneBFlush(2, 2), optimizer, loss)
+    x, y = next(batches(1))
+    result = pipeline.step(x, y)
+    expected = (modules[1](modules[0](x)) - y).mean()
+    assert float(result.metrics["bias"]) == pytest.approx(float(expected), abs=1e-6)
+    assert result.metrics.keys() == {"bias"}
