@@ -559,3 +559,51 @@ def test_max_grad_norm_is_plain_clipping(precision: str):
                 assert torch.equal(p, q)
             else:
                 torch.testing.assert_close(p, q, rtol=0, atol=2e-3)
+
+
+def test_a_hook_that_no_trial_knows_of_is_refused():
+    modules = linears(2)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1.0) for m in modules]
+    for module, optimizer in zip(modules, optimizers, strict=True):
+
+        def clip(*_: Any, module: nn.Module = module) -> None:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1e-3)
+
+        optimizer.register_step_pre_hook(clip)
+    pipeline = paci.Pipeline(modules, paci.PACI(2, 2), optimizers, mse)
+    with pytest.raises(paci.ConfigError, match="must leave gradients alone, got a change at stage"):
+        pipeline.step(next(batches(1)))
+
+
+def test_a_reentrant_checkpoint_under_a_split_backward_is_refused():
+    class Reentrant(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    modules = [*linears(1), Reentrant(4, 4)]
+    case = Case("current", "fp32", "split", modules=modules)
+    with pytest.raises(paci.ConfigError, match="must not be reentrant, got one that is"):
+        case.train(2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)),
+        lambda: Scaled(),
+    ],
+)
+def test_fp32_buffers_under_bf16_are_named(make: Callable[[], nn.Module]):
+    case = Case("current", "bf16", "paci", modules=[make(), *linears(1)])
+    with pytest.raises(paci.ConfigError, match="under precision bf16 the forward of stage 0 must"):
+        case.train(1)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x * self.scale)

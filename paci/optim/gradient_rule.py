@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from paci.errors import ConfigError
 
@@ -68,6 +69,15 @@ class GradientRule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
         self._factor = state.get("factor")
+
+
+def gradients_seen(optimizer: Optimizer) -> list[tuple[int, int]]:
+    """What tells whether a hook of ``optimizer`` changes gradients: call it before and after the
+    step. Empty if there is no hook before the step; no optimizer of PyTorch writes to them."""
+    if not optimizer._optimizer_step_pre_hooks:
+        return []
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return [(id(p.grad), p.grad._version) for p in parameters if p.grad is not None]
 
 
 def _wide(gradient: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from paci.errors import ConfigError
 from paci.runtime.batch import require_unwritten, writes_of
 from paci.runtime.weights.stage_weights import Leaf
 
@@ -153,7 +154,7 @@ class Splitter:
         found: tuple[Tensor | None, ...] = (None,) * len(ends)
         if roots and ends:
             with self.recording(ledger):  # a checkpoint inside the module runs its forward again
-                found = torch.autograd.grad(roots, ends, gradients, allow_unused=True)
+                found = self._differentiate(roots, ends, gradients)
         rest = zip(leaves, found[len(wanted) :], strict=True)
         ledger.held = [(leaf.weight, gradient) for leaf, gradient in rest if gradient is not None]
         if roots and not self._said:
@@ -163,6 +164,19 @@ class Splitter:
             torch.zeros_like(x) if gradient is None else gradient
             for x, gradient in zip(wanted, found, strict=False)
         )
+
+    def _differentiate(
+        self, roots: Tensors, ends: Sequence[Any], gradients: Tensors
+    ) -> tuple[Tensor | None, ...]:
+        try:
+            return torch.autograd.grad(roots, ends, gradients, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise ConfigError(
+                f"a checkpoint inside stage {self._index}, whose backward is split, must not be "
+                f"reentrant, got one that is; pass use_reentrant=False to torch.utils.checkpoint"
+            ) from error
 
     def _say_what_is_whole(self, ledger: Ledger, leaves: Sequence[Tensor]) -> None:
         num_held = sum(weight.numel() for weight, _ in ledger.held)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
-from paci.optim.gradient_rule import GradientRule
+from paci.optim.gradient_rule import GradientRule, gradients_seen
 from paci.runtime.batch import require_unwritten, writes_of
 from paci.runtime.boundary import Structure, unflatten
 from paci.runtime.calls import Caller, writes_to_inputs
@@ -264,7 +264,14 @@ class Stage:
             if self.optimizer is not None:
                 groups = self.optimizer.param_groups
                 self.rule.apply(p for group in groups for p in group["params"])
+                seen = gradients_seen(self.optimizer) if self.policy.tries else []
                 self.optimizer.step()
+                if seen and gradients_seen(self.optimizer) != seen:
+                    raise ConfigError(
+                        f"under {self.policy.name} the hooks of an optimizer must leave gradients "
+                        f"alone, got a change at stage {self.index} that no trial knows of; clip "
+                        f"with max_grad_norm=, or pass weights='current'"
+                    )
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
             self.version += 1

@@ -36,6 +36,8 @@ class WeightPolicy(abc.ABC):
         keeps_graph: whether a forward keeps its graph; if not, the backward computes it again.
         exchanges: whether one weight has several working copies, which take turns in the
             parameter; a sharded parameter (DTensor) cannot do that.
+        tries: whether it tries steps of the optimizer, which must then follow from the gradients
+            that the pipeline knows.
     """
 
     name: ClassVar[str]
@@ -44,6 +46,7 @@ class WeightPolicy(abc.ABC):
     consistent: ClassVar[bool] = False
     keeps_graph: ClassVar[bool] = True
     exchanges: ClassVar[bool] = False
+    tries: ClassVar[bool] = False
 
     def forward(self, run: Callable[[], Tensors]) -> Tensors:
         """Run a micro-batch's forward, with or without a graph; gradients are enabled."""

@@ -54,6 +54,7 @@ class Lookahead(WeightPolicy):
     name: ClassVar[str] = "lookahead"
     summary: ClassVar[str] = "ahead of the newest weights by the known delay, one working copy"
     separate: ClassVar[bool] = True
+    tries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_count("refresh", self.refresh)
