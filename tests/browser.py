@@ -93,7 +93,9 @@ class Browser:
             for message in messages
             if message["method"] == "Network.requestWillBeSent"
         ]
-        return [url for url in urls if not url.startswith(("chrome:", "chrome-untrusted:", "data:"))]
+        return [
+            url for url in urls if not url.startswith(("chrome:", "chrome-untrusted:", "data:"))
+        ]
 
     def close(self) -> None:
         try:
