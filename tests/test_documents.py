@@ -40,7 +40,7 @@ def test_folder_is_recursive_sorted_and_skips_hidden_binary_and_blank_files(tmp_
     contents = {
         "b.txt": b"bee",
         "a/z.md": b"zed\r\n",
-        "a.txt": b"broken \xff utf-8",
+        "a.txt": "caf\u00e9".encode(),
         "a/.hidden": b"no",
         ".git/config": b"no",
         "binary.dat": b"no\0no",
@@ -52,11 +52,26 @@ def test_folder_is_recursive_sorted_and_skips_hidden_binary_and_blank_files(tmp_
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     assert list(documents(str(tmp_path / "corpus"))) == [
-        ("a.txt", "broken \ufffd utf-8"),
+        ("a.txt", "caf\u00e9"),
         ("a/z.md", "zed\r\n"),
         ("b.txt", "bee"),
         ("late_nul.txt", "x" * 8192 + "\0"),
     ]
+
+
+@pytest.mark.parametrize("place", [4, (1 << 20) + 3, 3 << 20])
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_text_in_another_encoding_is_refused(tmp_path: Path, is_folder: bool, place: int) -> None:
+    """A character of three bytes is cut in two by the blocks that are read, and is fine."""
+    text = ("\u20ac" * (place // 3 + 1)).encode()[: place // 3 * 3] + b"x" * (place % 3)
+    (tmp_path / "one.txt").write_bytes(text + b"\xe9t\xe9\n")
+    with pytest.raises(DataError) as refused:
+        list(documents(str(tmp_path if is_folder else tmp_path / "one.txt")))
+    path = str(tmp_path / "one.txt")
+    assert str(refused.value) == (
+        f"a corpus file must be UTF-8, got another encoding in {path!r} (byte {place}); convert "
+        f"it, as with iconv -f LATIN1 -t UTF-8"
+    )
 
 
 def test_single_file_without_separator_is_one_document(tmp_path: Path) -> None:

@@ -164,6 +164,31 @@ def _unreadable(path: Path, error: OSError) -> DataError:
     )
 
 
+def _not_utf8(path: Path, place: int) -> DataError:
+    return DataError(
+        f"a corpus file must be UTF-8, got another encoding in {str(path)!r} (byte {place}); "
+        f"convert it, as with iconv -f LATIN1 -t UTF-8"
+    )
+
+
+def _first_bad_byte(path: Path) -> int:
+    """Where a file stops to be UTF-8."""
+    place = 0
+    left = b""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            content = left + block
+            try:
+                content.decode("utf-8")
+                left = b""
+            except UnicodeDecodeError as error:
+                if error.end < len(content):
+                    return place + error.start
+                left = content[error.start :]  # perhaps cut in the midst of a character
+            place += len(content) - len(left)
+    return place
+
+
 def _is_binary(path: Path) -> bool:
     try:
         with path.open("rb") as file:
@@ -180,7 +205,10 @@ def _read(path: Path) -> str:
         raise _unreadable(path, error) from error
     if b"\0" in content[:_SNIFFED_BYTES]:
         return ""
-    return content.decode("utf-8", errors="replace")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error.start) from error
 
 
 def _documents_of_file(path: Path) -> Iterator[tuple[str, str]]:
@@ -192,12 +220,14 @@ def _documents_of_file(path: Path) -> Iterator[tuple[str, str]]:
         )
     try:
         # newline="" keeps line ends as they are.
-        with path.open(encoding="utf-8", errors="replace", newline="") as lines:
+        with path.open(encoding="utf-8", newline="") as lines:
             is_split = False
             for text, is_split in _split_at_end_of_text(lines):
                 yield (_content_name(path.name, text) if is_split else path.name), text
     except OSError as error:
         raise _unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, _first_bad_byte(path)) from error
 
 
 def _split_at_end_of_text(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
