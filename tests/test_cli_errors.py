@@ -12,8 +12,9 @@ from typing import Any
 import cli_helpers as cli
 import pytest
 from cli_helpers import Done, Shop
+from safetensors import SafetensorError
 
-from paci.train import checkpoint
+from paci.train import checkpoint, report
 
 MANIFEST = checkpoint.MANIFEST
 
@@ -23,6 +24,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     shop = Shop(tmp_path_factory.mktemp("errors"))
     (shop.folder / "empty.txt").touch()
     (shop.folder / "short.txt").write_text("too short")
+    (shop.folder / "latin1.txt").write_bytes(("caf\u00e9 " * 200).encode("latin-1"))
     (shop.folder / "file").touch()
     return shop
 
@@ -101,6 +103,7 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"data": "/no/such/corpus"}, ("corpus", "'/no/such/corpus'")),
     ({"data": "empty.txt"}, ("corpus", "empty.txt")),
     ({"data": "short.txt"}, ("corpus", "context", "32")),
+    ({"data": "latin1.txt"}, ("corpus", "UTF-8", "latin1.txt", "byte 3", "iconv")),
     ({"context": 30000}, ("part of the corpus", "30000", "smaller context")),
 ]
 
@@ -320,6 +323,25 @@ def test_export_refuses_in_one_line(shop: Shop, finished: Path):
     require_refusal(shop.call("export", shop.folder / "nothing", shop.folder / "x"), "checkpoint")
     nowhere = shop.folder / "no" / "x.safetensors"
     require_refusal(shop.call("export", finished, nowhere), "folder", str(nowhere))
+
+
+def test_export_says_that_the_disk_is_full(
+    shop: Shop, finished: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What safetensors raises then is no OSError."""
+
+    def full(*args: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(report, "save_file", full)
+    file = shop.folder / "full.safetensors"
+    done = shop.call("export", finished, file)
+    assert done.code == 1
+    assert done.error == (
+        f"paci: error: the file must be written whole, got 'I/O error: No space left on device (os "
+        f"error 28)' for {file}; make room for it (disk, quota, ulimit -f), or name another"
+    )
+    assert not file.exists()
 
 
 def test_generate_needs_a_run(shop: Shop, finished: Path):

@@ -196,6 +196,6 @@ def test_hub_name_with_slash_offline_fails_quickly() -> None:
 
 def test_datasets_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'paci\[datasets\]'") as error:
+    with pytest.raises(DataError, match=r"pip install 'paci-pipeline\[datasets\]'") as error:
         documents("hf:anything")
     assert_one_line(error)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -276,14 +279,68 @@ def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(
         patch.setattr(target, name, failing(getattr(target, name), at_call))
         crashed = shop.call(*shop.options(out=out, **PLAN))
     assert crashed.code == 1
-    assert "No space left" in crashed.error
+    assert crashed.error.startswith(
+        "paci: error: a checkpoint must be written whole, got 'No space left on device' for "
+        f"{out}/checkpoints/"
+    )
     assert cli.checkpoints(out) == [".update-00000006", "update-00000003"]
     newest = checkpoint.newest(out / "checkpoints")
     checkpoint.verify(newest, checkpoint.read_manifest(newest))
     assert shop.call("generate", out, "--tokens", 1).code == 0
     shutil.copytree(newest, newest.with_name(".update-00000004"))  # of another crash
+    half = newest.with_name(".update-00000006") / ".half"  # of a process that was killed
+    half.write_bytes(b"half")
     shop.train(out=out, resume=True, **PLAN)
     require_equal(out, undisturbed)
+
+
+# `paci` whose files may not be longer than the first stage's is; messages are shorter.
+LIMITED = """
+import resource
+import sys
+from paci.cli import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+sys.exit(main())
+"""
+
+
+def test_a_limit_on_file_sizes_ends_the_run_and_leaves_the_checkpoint_before(shop: Shop):
+    """The system's own limit, which acts as a full disk does."""
+    small = {**PLAN, "batch_size": 4}
+    undisturbed, stopped = shop.new(), shop.new()
+    shop.train(out=undisturbed, **small)
+    interrupted(shop, stopped, **small)
+    for workers in (1, 2):
+        out = copy(stopped, shop.new())
+        options = ["train", "--resume", "--out", str(out), "--workers", str(workers)]
+        limited = subprocess.run(
+            [sys.executable, "-c", LIMITED, *options],
+            env={**os.environ, **shop.env},
+            capture_output=True,
+            text=True,
+            timeout=cli.LIMIT_S,
+            check=False,
+        )
+        assert limited.returncode == 1
+        errors = limited.stderr.splitlines()
+        assert all(line.startswith("paci: error: ") for line in errors)
+        # A line a rank, and the launcher's.
+        assert len(errors) == (1 if workers == 1 else 3)
+        # The first stage and the last are too long: which rank comes first is not known.
+        pending = re.escape(str(out / "checkpoints" / ".update-00000006"))
+        message = (
+            r"a checkpoint must be written whole, got 'File too large \(os error 27\)' for "
+            rf"{pending}/stage-0000[03].safetensors; make room for it \(disk, quota, ulimit -f\), "
+            r"then go on with --resume"
+        )
+        ends = [line for line in errors if re.search(f": {message}$", line)]
+        assert len(ends) == workers, errors
+        newest = checkpoint.newest(out / "checkpoints")
+        assert newest.name == "update-00000003"
+        checkpoint.verify(newest, checkpoint.read_manifest(newest))
+        shop.train(out=out, resume=True, **small)
+        require_equal(out, undisturbed)
 
 
 def test_a_line_of_metrics_that_was_cut_off_is_written_again(shop: Shop, undisturbed: Path):

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import os
 import sys
 from collections.abc import Sequence
 
 from paci import __version__
-from paci.cli import (
-    bench,
-    evaluate,
-    export,
-    generate,
-    plan,
-    profile,
-    report,
-    schedules,
-    train,
-    view,
-)
+from paci.cli.extras import absent, add_refusal
 from paci.errors import ConfigError, PaciError
 
-_COMMANDS = (train, plan, profile, view, report, generate, evaluate, export, schedules, bench)
+# The commands, each a module beside this one, and the extra that it needs.
+_COMMANDS: dict[str, str | None] = {
+    "train": "train",
+    "plan": "train",
+    "profile": "train",
+    "view": None,
+    "report": None,
+    "generate": "train",
+    "evaluate": "train",
+    "export": "train",
+    "schedules": None,
+    "bench": "bench",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,8 +40,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="paci", description="Pipeline-parallel training that never stalls.")
     parser.add_argument("--version", action="version", version=f"paci {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
-        command.add_parser(commands)
+    for command, extra in _COMMANDS.items():
+        if extra is not None and absent(extra):
+            add_refusal(commands, command, extra)
+        else:
+            importlib.import_module(f"paci.cli.{command}").add_parser(commands)
     return parser
 
 
@@ -71,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     options, unknown = make_parser().parse_known_args(arguments)
+    if "refusal" in options:
+        raise ConfigError(options.refusal)
     if unknown:
         raise ConfigError(
             f"an option must be one that `paci {options.command} --help` lists, got "

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from paci.errors import PaciError
+
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
@@ -23,8 +25,16 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Write the file; say how many weights it holds."""
+    from safetensors import SafetensorError
+
     from paci.train.report import export
 
-    num = export(Path(options.folder), Path(options.file))
+    try:
+        num = export(Path(options.folder), Path(options.file))
+    except SafetensorError as error:  # of a full disk too, which is no OSError there
+        raise PaciError(
+            f"the file must be written whole, got {str(error)!r} for {options.file}; make room for "
+            f"it (disk, quota, ulimit -f), or name another"
+        ) from error
     print(f"{num:,} parameters written to {options.file}")
     return 0

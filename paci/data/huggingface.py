@@ -74,7 +74,7 @@ def _load(source: HuggingFaceSource) -> Any:
     except ImportError as error:
         raise DataError(
             f"an 'hf:' corpus needs the package 'datasets', got {source.name!r} without it; "
-            f"run: pip install 'paci[datasets]'"
+            f"run: pip install 'paci-pipeline[datasets]'"
         ) from error
     try:
         return datasets.load_dataset(source.name, split=source.split)

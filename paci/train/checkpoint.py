@@ -16,11 +16,12 @@ file system.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ _ENTRIES = {"update", "files", "options", "model", "corpus", "num_micro_batches"
 
 
 def save_stage(folder: Path, index: int, state: Mapping[str, Any]) -> dict[str, str]:
-    """Write one stage's state into ``folder``; return ``{file name: SHA-256}``."""
+    """Write one stage's state into ``folder``; return ``{file name: SHA-256}``.
+
+    Raises:
+        CheckpointError: the file cannot be written whole.
+    """
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {key: state[key] for key in ("version", "lr_scheduler", "policy_name")}
     for part in ("weights", "buffers", "policy"):
@@ -50,12 +55,13 @@ def save_stage(folder: Path, index: int, state: Mapping[str, Any]) -> dict[str, 
                 tensors[f"optimizer/{name} {key}"] = value
             else:
                 plain["optimizer"][name][key] = value
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"stage-{index:05d}.safetensors"
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(own, path, metadata={"state": json.dumps(plain)})
-    _sync(path)
-    return {path.name: _sha256(path)}
+    with _written_whole(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(own, path, metadata={"state": json.dumps(plain)})
+        _sync(path)
+        return {path.name: _sha256(path)}
 
 
 def load_stage(folder: Path, index: int) -> dict[str, Any]:
@@ -102,14 +108,22 @@ def commit(root: Path, update: int, files: Mapping[str, str], about: Mapping[str
         update: how many updates have been applied.
         files: all that ``save_stage`` returned, on all processes.
         about: what else the manifest holds.
+
+    Raises:
+        CheckpointError: the manifest cannot be written whole, or the folder not be renamed.
     """
     pending, final = pending_folder(root, update), root / pending_folder(root, update).name[1:]
     manifest = {"format": FORMAT, "update": update, "files": dict(sorted(files.items())), **about}
-    (pending / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(pending / MANIFEST)
-    if final.exists():
-        shutil.rmtree(final)
-    pending.rename(final)
+    with _written_whole(pending / MANIFEST):
+        (pending / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _sync(pending / MANIFEST)
+    with _written_whole(final):
+        for each in pending.iterdir():
+            if each.name not in {MANIFEST, *files}:
+                each.unlink()  # left by a process that was killed in the midst of a file
+        if final.exists():
+            shutil.rmtree(final)
+        pending.rename(final)
     return final
 
 
@@ -203,6 +217,24 @@ def _sync(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _written_whole(path: Path) -> Iterator[None]:
+    """Say which file it was that a full disk, a quota or a limit on file sizes cut short.
+
+    Python ignores SIGXFSZ, so the limit is an error of the write, as a full disk is.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
+        failed = CheckpointError(
+            f"a checkpoint must be written whole, got {cause!r} for {path}; make room for it "
+            f"(disk, quota, ulimit -f), then go on with --resume"
+        )
+        failed.exit_code = 1  # the request was sound: it failed at run time
+        raise failed from error
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:

@@ -74,7 +74,7 @@ def require_tensorboard() -> None:
     if importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
             "tensorboard must be installed to write its events, got no such package; pip install "
-            "'paci[tensorboard]', or leave --tensorboard out"
+            "'paci-pipeline[tensorboard]', or leave --tensorboard out"
         )
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from paci import __version__
 from paci.data import Tokenizer, documents, load_tokenizer, validation_batches
 from paci.errors import CheckpointError, ConfigError
 from paci.models import GPTConfig, build_stage, generate
@@ -69,8 +70,9 @@ def summarize(trainer: Trainer) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of everything that a run rests on."""
-    packages = ("paci", "torch", "numpy", "safetensors", "tokenizers", "pydantic", "matplotlib")
+    packages = ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "matplotlib")
     found = {"python": platform.python_version(), "platform": platform.platform()}
+    found["paci"] = __version__
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
