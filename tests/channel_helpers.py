@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paci.runtime.boundary import flatten, unflatten
 from paci.runtime.distributed import Link, RemoteReceiver, RemoteSender
-from paci.runtime.transport import Receiver, Sender, Transport
+from paci.runtime.transport import Bundle, Receiver, Sender, Transport
 from paci.schedule.action import Message, Payload
 
 
@@ -78,7 +78,7 @@ def hand_over(stretches: list[list[Any]], sender: Sender) -> None:
     transport = Transport({(Payload.ACTIVATION, 1): sender}, {})
     for values in stretches:
         for message, value in messages(values):
-            transport.send(message, *flatten(value))
+            transport.send(message, Bundle(*flatten(value)))
         transport.finish()
 
 

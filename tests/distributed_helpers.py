@@ -21,6 +21,7 @@ import torch.distributed as dist
 from launching import LAUNCH_S
 from torch import Tensor, nn
 from torch.nn import functional as F
+from v_schedules import OnAV
 
 import paci
 from paci.runtime import distributed, failures
@@ -109,23 +110,15 @@ def make_stage(model: str, index: int, num_stages: int) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Vee(paci.Schedule):
+class Vee(OnAV):
     """Two stages per worker, down and up again, backwards split in two, never empty.
 
     In slot ``t`` stage ``s`` does ``FORWARD(t - s)``, ``BACKWARD_INPUT(t - 2 N + 1 + s)`` and the
     ``BACKWARD_WEIGHT`` of the slot before.
     """
 
-    num_stages: int
-    accumulation: int
-
     name: ClassVar[str] = "vee"
     summary: ClassVar[str] = "for tests"
-    flushes: ClassVar[bool] = False
-
-    @property
-    def placement(self) -> tuple[tuple[int, ...], ...]:
-        return tuple((w, self.num_stages - 1 - w) for w in range(self.num_stages // 2))
 
     def program(self, worker: int) -> Iterator[Action]:
         for slot in itertools.count():

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from v_schedules import OnAV
 
 import paci
 from paci.models import GPTConfig, build_stage
@@ -183,20 +184,12 @@ class LateWeights(paci.GPipe):
 
 
 @dataclass(frozen=True)
-class Vee(paci.Schedule):
+class Vee(OnAV):
     """Worker ``w`` holds stages ``w`` and ``N - 1 - w``; asynchronous, one slot between a
     forward and its backward, everywhere."""
 
-    num_stages: int
-    accumulation: int
-
     name: ClassVar[str] = "vee"
     summary: ClassVar[str] = "asynchronous, V-shaped"
-    flushes: ClassVar[bool] = False
-
-    @property
-    def placement(self) -> tuple[tuple[int, ...], ...]:
-        return tuple((w, self.num_stages - 1 - w) for w in range(self.num_stages // 2))
 
     def program(self, worker: int) -> Iterator[Action]:
         down, up = self.placement[worker]

@@ -49,7 +49,7 @@ def train(pipeline: paci.Pipeline, given: list[tuple[Tensor, Tensor]]) -> None:
     pipeline.drain()
 
 
-def in_one_process(weights: str, precision: str) -> list[list[Tensor]]:
+def in_one_process(weights: str, precision: str, most: float | None = None) -> list[list[Tensor]]:
     modules = [stage(0), stage(1)]
     pipeline = paci.Pipeline(
         modules,
@@ -58,12 +58,15 @@ def in_one_process(weights: str, precision: str) -> list[list[Tensor]]:
         nn.MSELoss(),
         weights=weights,
         precision=precision,
+        max_grad_norm=most,
     )
     train(pipeline, batches(10))
     return [[p.detach().clone() for p in module.parameters()] for module in modules]
 
 
-def sharded(rank: int, num_ranks: int, runs: list[tuple[str, str, bool]]) -> list[Any]:
+def sharded(
+    rank: int, num_ranks: int, runs: list[tuple[str, str, bool]], most: float | None = None
+) -> list[Any]:
     """Ranks 0 and 1 share stage 0, ranks 2 and 3 stage 1."""
     index, shard = divmod(rank, 2)
     mesh = DeviceMesh.from_group([dist.new_group([0, 1]), dist.new_group([2, 3])][index], "cpu")
@@ -84,6 +87,7 @@ def sharded(rank: int, num_ranks: int, runs: list[tuple[str, str, bool]]) -> lis
                 nn.MSELoss(),
                 weights=weights,
                 precision="bf16" if precision == "wrong" else "fp32",
+                max_grad_norm=most,
                 group=group,
                 timeout_s=60.0,
             )
@@ -118,6 +122,18 @@ def test_sharded_stages_train_as_one_process(tmp_path: Path):
     # And the two policies are not the same to begin with.
     pairs = zip(expected["current", "fp32"][0], expected["lookahead", "fp32"][0], strict=True)
     assert max(float((p - q).abs().max()) for p, q in pairs) > 0.002
+
+
+@pytest.mark.parametrize("most", [None, 0.05])
+def test_policies_with_one_working_copy_and_clipping(tmp_path: Path, most: float | None):
+    policies = ["lookahead", "predict", "pipemare", "recompute"]
+    runs = [(weights, "fp32", True) for weights in policies]
+    found = launching.values(launching.launch(tmp_path, 4, sharded, runs, most))
+    for place, weights in enumerate(policies):
+        expected = in_one_process(weights, "fp32", most)
+        for rank, mine in enumerate(found):
+            for p, q in zip(mine[place], expected[rank // 2], strict=True):
+                torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import launching
 import pytest
 import torch
 from contract_helpers import batches, linears, mse
@@ -135,7 +137,7 @@ def test_keyword_inputs_reach_every_stage_that_takes_them():
         loss = pipeline.evaluate([(x, y, {"mask": ones})])
         output = plain[2](plain[1](plain[0](x, mask=ones)), mask=ones)
         assert loss == pytest.approx(float(mse(output, y)), rel=1e-6)
-        (known,) = pipeline.step(x, y, mask=paci.Whole(ones)).losses
+        (known,) = pipeline.step(x, y, mask=paci.Whole(ones), scale=1.0).losses
         assert float(known) == pytest.approx(loss, rel=1e-6)
 
 
@@ -176,3 +178,49 @@ def test_metrics_are_means_over_the_update():
     expected = (modules[1](modules[0](x)) - y).mean()
     assert float(result.metrics["bias"]) == pytest.approx(float(expected), abs=1e-6)
     assert result.metrics.keys() == {"bias"}
+
+
+def test_a_step_without_the_keyword_inputs_of_the_first_is_refused():
+    x, y = next(batches(1))
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    pipeline = paci.Pipeline([Masked(), Masked()], paci.OneFOneBFlush(2, 2), optimizer, mse)
+    pipeline.step(x, y, mask=torch.ones(4, 1))
+    with pytest.raises(paci.ConfigError, match=r"must be those of the first, got \[\] after \['ma"):
+        pipeline.step(x, y)
+    pipeline.step(x, y, mask=torch.ones(4, 1))
+
+
+class MaskedOrNot(nn.Linear):
+    """Computes on without a mask, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x if mask is None else x * mask)
+
+
+def masked(rank: int, num_ranks: int) -> list[str]:
+    """Rank 1 forgets the mask, then both pass one that no stage takes, then all is well."""
+    module = MaskedOrNot()
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    pipeline = paci.Pipeline(
+        module, paci.OneFOneBFlush(2, 2), optimizer, mse, timeout_s=30.0, share_memory=False
+    )
+    x, y = next(batches(1))
+    mask = torch.ones(4, 1)
+    said = []
+    for names in ([{"mask": mask}, {}][rank], {"musk": mask}):
+        with pytest.raises(paci.ConfigError) as refused:
+            pipeline.step(x, y, **names)
+        said.append(str(refused.value))
+    pipeline.step(x, y, mask=mask)
+    pipeline.drain()
+    pipeline.close()
+    return said
+
+
+def test_processes_agree_on_keyword_inputs(tmp_path: Path):
+    for forgot, unknown in launching.values(launching.launch(tmp_path, 2, masked)):
+        assert "all ranks must agree on the keyword inputs, got ['mask'] on rank 0 and []" in forgot
+        assert "must be a parameter of a stage's forward, got musk" in unknown

@@ -14,6 +14,7 @@ import pytest
 import torch
 from oracle import Array, Oracle, Weights
 from torch import Tensor, nn
+from v_schedules import OnAV
 
 import paci
 from paci.schedule.action import Action, Kind
@@ -328,20 +329,12 @@ def test_the_v_is_what_its_lags_say(policy: str, n: int, a: int):
 
 
 @dataclass(frozen=True)
-class LateWeights(paci.Schedule):
+class LateWeights(OnAV):
     """In slot ``i``: ``F(i)``, ``I(i - 1)``, ``W(i - 3)`` at both stages of a worker of a V, so
     that updates come between a micro-batch's two halves, and the last stage lags too."""
 
-    num_stages: int
-    accumulation: int
-
     name: ClassVar[str] = "late-weights"
     summary: ClassVar[str] = "for tests"
-    flushes: ClassVar[bool] = False
-
-    @property
-    def placement(self) -> tuple[tuple[int, ...], ...]:
-        return tuple((w, self.num_stages - 1 - w) for w in range(self.num_stages // 2))
 
     def program(self, worker: int) -> Iterator[Action]:
         down, up = self.placement[worker]

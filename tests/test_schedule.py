@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from v_schedules import OnAV
 
 from paci.errors import ConfigError
 from paci.schedule.action import Action, Kind, Payload, consumes, produces
@@ -39,7 +40,7 @@ SIZES = [(1, 1), (1, 3), (2, 1), (2, 5), (3, 2), (4, 4), (5, 3), (8, 2)]
 
 
 @dataclass(frozen=True)
-class Vee(Schedule):
+class Vee(OnAV):
     """Stages 0 and N - 1 on worker 0, 1 and N - 2 on worker 1, ...; backwards are split.
 
     In slot ``i`` a worker does ``F(i)``, ``I(i - 1)``, ``W(i - 2)`` at both of its stages, and
@@ -47,16 +48,8 @@ class Vee(Schedule):
     that is complete a slot after its input backward.
     """
 
-    num_stages: int
-    accumulation: int
-
     name: ClassVar[str] = "vee"
     summary: ClassVar[str] = "asynchronous, V-shaped, split backwards"
-    flushes: ClassVar[bool] = False
-
-    @property
-    def placement(self) -> tuple[tuple[int, ...], ...]:
-        return tuple((w, self.num_stages - 1 - w) for w in range(self.num_stages // 2))
 
     def program(self, worker: int) -> Iterator[Action]:
         down, up = self.placement[worker]

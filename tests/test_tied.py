@@ -248,11 +248,9 @@ def test_a_tie_sends_nothing(monkeypatch: pytest.MonkeyPatch):
     sent: list[tuple[object, ...]] = []
     send = Transport.send
 
-    def counted(
-        self: Transport, message: Message, tensors: tuple[Tensor, ...], structure: object = None
-    ) -> None:
-        sent.append((message, structure, *(tuple(t.shape) for t in tensors)))
-        send(self, message, tensors, structure)
+    def counted(self: Transport, message: Message, tensors: tuple[Tensor, ...]) -> None:
+        sent.append((message, *(tuple(t.shape) for t in tensors)))
+        send(self, message, tensors)
 
     monkeypatch.setattr(Transport, "send", counted)
     counts = []

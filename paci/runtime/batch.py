@@ -76,9 +76,8 @@ def split_batch(batch: Any, num: int, direct: Mapping[str, Any] | None = None) -
                 f"a list of micro-batches must hold those of one update ({num}), got "
                 f"{len(batch)}; pass {num}, or change the accumulation"
             )
-        whole = {name: _as_given(value) for name, value in (direct or {}).items()}
         given = [as_micro_batch(each) for each in batch]
-        return [each._replace(direct={**whole, **each.direct}) for each in given]
+        return [each._replace(direct={**(direct or {}), **each.direct}) for each in given]
     pair = as_micro_batch(batch)
     pair = pair._replace(direct={**(direct or {}), **pair.direct})
     sizes = _sizes(tuple(pair))
@@ -134,9 +133,12 @@ def tensors_in(value: Any) -> tuple[Tensor, ...]:
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """``value`` with ``function`` of its tensors in their places."""
+    """``value`` with ``function`` of its tensors in their places; what is marked as ``Whole`` or
+    ``Split`` without the mark."""
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, Whole | Split):
+        return mapped(function, value.value)
     if isinstance(value, Mapping):
         return {key: mapped(function, each) for key, each in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -184,14 +186,10 @@ def _is_collated(batch: list[Any]) -> bool:
     return len(batch) == 2 and not any(isinstance(each, tuple) for each in batch)
 
 
-def _as_given(value: Any) -> Any:
-    return value.value if isinstance(value, Whole | Split) else value
-
-
 def _parts(value: Any) -> Sequence[Any]:
     if isinstance(value, Mapping):
         return tuple(value.values())
-    if isinstance(value, Whole):
+    if isinstance(value, Whole | Split):
         return (value.value,)
     return value if isinstance(value, tuple | list) else ()
 

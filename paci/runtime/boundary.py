@@ -268,13 +268,13 @@ class Form(NamedTuple):
         return tuple((spec.shape, spec.dtype) for spec in self.specs)
 
     def encode(self) -> bytes:
-        """As text."""
+        """Write the form as text; ``decode`` reads it."""
         specs = [(list(s.shape), str(s.dtype).removeprefix("torch."), s[2]) for s in self.specs]
         return json.dumps((specs, self.structure), separators=(",", ":")).encode()
 
     @staticmethod
     def decode(text: bytes) -> Form:
-        """What ``encode`` gave ``text`` for."""
+        """Read the form that ``encode`` wrote as ``text``."""
         specs, structure = json.loads(text)
         return Form(
             tuple(

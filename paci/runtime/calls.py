@@ -38,7 +38,11 @@ class Caller:
         self._keywords, self._takes_all = _keywords_of(module)
 
     def __call__(self, inputs: Tensors, direct: Mapping[str, Any]) -> Bundle:
-        """What the module returns.
+        """Call the module; return the tensors of what it returned, and their structure.
+
+        Args:
+            inputs: the tensors of a boundary, with their structure if they are a ``Bundle``.
+            direct: keyword inputs, from ``take_direct``.
 
         Raises:
             ConfigError: the module writes to its inputs, mixes dtypes under bf16, or returns what
@@ -50,7 +54,11 @@ class Caller:
         return Bundle(*flatten(output, f"the output of stage {self._index}"))
 
     def take_in(self, inputs: Any) -> Bundle:
-        """The pipeline's own inputs as the module wants them: its device, its precision."""
+        """Bring the pipeline's own inputs to the module's device and precision.
+
+        Raises:
+            ConfigError: they hold no tensor, or one that carries a graph.
+        """
         bundle = Bundle(*flatten(self._taken(inputs), "inputs"))
         if not bundle:
             raise ConfigError(
@@ -60,7 +68,8 @@ class Caller:
         return bundle
 
     def take_direct(self, direct: Mapping[str, Any]) -> dict[str, Any]:
-        """Those keyword inputs that the module's forward has parameters for, likewise."""
+        """Pick the keyword inputs that the module's forward has parameters for, and bring them to
+        its device and precision."""
         return {name: self._taken(each) for name, each in direct.items() if self.accepts(name)}
 
     def accepts(self, name: str) -> bool:
@@ -99,7 +108,7 @@ class Caller:
 
 
 def writes_to_inputs(index: int) -> ConfigError:
-    """The error of a module that does."""
+    """The error to raise when the module of stage ``index`` wrote to its inputs."""
     return ConfigError(
         f"a stage's forward must not write to its inputs, got a change in place at stage {index}; "
         f"use the operation that is not in place (relu for relu_), or clone() the input first"

@@ -37,7 +37,7 @@ def evaluate(engine: Engine, batches: Sequence[MicroBatch]) -> tuple[float, floa
             if message is None:
                 total += torch.stack(outputs).to(device)
             else:
-                engine.transport.send(message, outputs, getattr(outputs, "structure", None))
+                engine.transport.send(message, outputs)
     engine.transport.finish()
     loss, count = total.tolist()
     return loss, count

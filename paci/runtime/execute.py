@@ -49,7 +49,7 @@ def execute(actions: Iterable[Action], engine: Engine, feed: Feed) -> None:
         end = recorder.mark()
         message = produces(action, num_stages)
         if message is not None:
-            transport.send(message, made, getattr(made, "structure", None))
+            transport.send(message, made)
         engine.meters[action.stage].note(action, version)
         recorder.note(action, version, start, end)
 

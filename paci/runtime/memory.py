@@ -250,7 +250,7 @@ class _Watched:
 
     def masters(self) -> Iterator[Tensor]:
         """Those that are not working weights."""
-        yield from self.stage.weights.tensors()
+        yield from self.stage.weights.masters_apart()
 
     def gradients(self) -> Iterator[Tensor]:
         """Of masters and working weights."""

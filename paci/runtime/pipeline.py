@@ -28,6 +28,7 @@ from paci.runtime.evaluate import evaluate
 from paci.runtime.execute import Engine, execute
 from paci.runtime.failures import FailureBoard, ended_by
 from paci.runtime.feed import Feed
+from paci.runtime.keywords import KeywordInputs
 from paci.runtime.loss import as_loss
 from paci.runtime.recorder import Recorder
 from paci.runtime.result import StepResult
@@ -158,6 +159,7 @@ class Pipeline:
         self._num_fed = 0  # micro-batches of the one that is running
         self._kept = StepResult()  # known, and not yet given back
         self._failure: BaseException | None = None
+        self._keywords = KeywordInputs(self._world, [s.call for s in self.stages.values()])
         self._start_stretch()
 
     @property
@@ -193,8 +195,8 @@ class Pipeline:
                 until its backwards have run, perhaps in later steps: pass fresh tensors.
             targets: see ``batch``.
             direct: inputs for every stage whose forward has a parameter of that name, which cross
-                no boundary (an attention mask); cut likewise. Every process passes those of its
-                stages.
+                no boundary (an attention mask); cut likewise. All processes, in all steps, pass the
+                same names.
 
         Raises:
             ConfigError: the batch is missing, cannot be cut, or one of before was written to.
@@ -202,6 +204,10 @@ class Pipeline:
             DriftError: the run departs from its program.
         """
         self._require_whole()
+        with self.failing_together():
+            refusal = self._keywords.refusal_of_step(direct.keys())
+        if refusal is not None:
+            raise refusal
         with self.failing_together():
             self._feed_batch(batch if targets is None else (batch, targets), direct)
         with self._working():
@@ -248,8 +254,9 @@ class Pipeline:
         self._drain_between_steps()
         with self.failing_together():
             pairs = [as_micro_batch(batch) for batch in batches]
+            names = {name for pair in pairs for name in pair.direct}
             numbers = {"the number of evaluation batches": len(pairs)}
-            refusal = self._world.disagreement(numbers)
+            refusal = self._world.disagreement(numbers) or self._keywords.refusal(names)
         if refusal is not None:
             raise refusal
         with self._working(), self._entered():
@@ -398,13 +405,6 @@ class Pipeline:
             )
         if not (self.holds_first or self.holds_last):
             batch = (None, None)
-        known = [n for n in direct if any(each.call.accepts(n) for each in self.stages.values())]
-        strange = [name for name in direct if name not in known]
-        if strange and len(self.stages) == self.schedule.num_stages:
-            raise ConfigError(
-                f"a keyword input must be a parameter of a stage's forward, got "
-                f"{', '.join(strange)}; add it there, or leave it out"
-            )
         parts = split_batch(batch, self.schedule.accumulation, direct)
         self._feed.put(self._num_fed, parts, self.stages, self._loss)
 

@@ -110,7 +110,7 @@ class Splitter:
         self._replaced: list[nn.Module] = []
         for layer in module.modules():
             run = _own_forward(layer)
-            if run is not None and "forward" not in layer.__dict__:
+            if run is not None and _is_free(layer):
                 layer.__dict__["forward"] = functools.partial(run, layer, self)
                 self._replaced.append(layer)
 
@@ -189,6 +189,14 @@ class Splitter:
                 f"with forward_split can be split, outside of autocast and torch.compile",
                 stacklevel=2,
             )
+
+
+def _is_free(layer: nn.Module) -> bool:
+    """Whether no forward of the user's own is on the layer itself; one of ours may be, of a
+    pipeline that was not closed."""
+    own = layer.__dict__.get("forward")
+    ours = (_put_off, _linear, _embedding)
+    return own is None or (isinstance(own, functools.partial) and own.func in ours)
 
 
 def _own_forward(layer: nn.Module) -> Callable[..., Any] | None:

@@ -204,7 +204,8 @@ class Stage:
         weight_writes = [owner.weights.writes() for owner in self._owners]
         given = writes_of((inputs, direct))
         writes = () if self.policy.keeps_graph else given
-        leaves = () if self._splitter is None else self.weights.leaves()
+        is_split = self._splitter is not None and self.policy.keeps_graph
+        leaves = self.weights.leaves() if is_split else ()
         flight = _InFlight(inputs, target, direct, writes, leaves, versions)
         outputs = self.policy.forward(lambda: self._run(micro_batch, flight))
         if writes_of((inputs, direct)) != given:
@@ -279,7 +280,7 @@ class Stage:
                 hook(self, self.version)
             if self.optimizer is not None:
                 self.optimizer.zero_grad()
-        self.policy.publish(sum(len(user.in_flight) for user in (self, *self._borrowers)))
+        self.policy.publish()
 
     @torch.no_grad()
     def evaluate(
@@ -294,8 +295,6 @@ class Stage:
             tokens, both float64 scalars.
         """
         self.enter()
-        for owner in self._owners:
-            owner.policy.settle()
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
@@ -402,8 +401,6 @@ class Stage:
             what = f"the input of micro-batch {micro_batch} at stage {self.index}"
             require_unwritten((flight.inputs, flight.direct), flight.writes, what)
         outputs = self.policy.graph(flight.outputs, lambda: self._run(micro_batch, flight))
-        if not self.policy.keeps_graph:
-            flight.leaves = ()
         if self.is_last:
             gradients = tuple(torch.ones_like(output) for output in outputs)
             if not outputs[0].requires_grad:

@@ -38,7 +38,7 @@ class Bundle(tuple[Tensor, ...]):
     structure: Structure | None
 
     def __new__(cls, tensors: Iterable[Tensor], structure: Structure | None = None) -> Self:
-        """Just those."""
+        """Make a bundle of ``tensors`` and their ``structure``."""
         self = super().__new__(cls, tensors)
         self.structure = structure
         return self
@@ -216,8 +216,9 @@ class Transport:
         self._senders = dict(senders)
         self._receivers = dict(receivers)
 
-    def send(self, message: Message, tensors: Tensors, structure: Structure | None = None) -> None:
-        """Start to send; see ``Sender.send``."""
+    def send(self, message: Message, tensors: Tensors) -> None:
+        """Start to send; see ``Sender.send``. A ``Bundle`` goes with its structure."""
+        structure = getattr(tensors, "structure", None)
         self._senders[message[:2]].send(message, tensors, structure)
 
     def receive(self, message: Message) -> Bundle:

@@ -128,12 +128,8 @@ class WeightPolicy(abc.ABC):
         """Take note of what the update that comes now will change."""
 
     @abc.abstractmethod
-    def publish(self, num_in_flight: int) -> None:
-        """Bring an update of the masters to the working weights.
-
-        Args:
-            num_in_flight: micro-batches whose graphs hold working weights.
-        """
+    def publish(self) -> None:
+        """Bring an update of the masters to the working weights."""
 
     def renew(self) -> None:
         """Bring the masters to the working weights, whoever wrote to them; nothing is in flight."""
@@ -148,9 +144,6 @@ class WeightPolicy(abc.ABC):
         """What the working weight ``name`` held before the module's forward wrote to it; None if
         that cannot be told any more."""
         return self.weights.as_working(name)
-
-    def settle(self) -> None:  # noqa: B027 - most policies do nothing here
-        """Let the working weights be the masters; nothing is in flight."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What must be kept between two stretches, besides masters and optimizer."""

@@ -21,6 +21,6 @@ class Current(WeightPolicy):
     name: ClassVar[str] = "current"
     summary: ClassVar[str] = "the newest weights, one copy (PACI)"
 
-    def publish(self, num_in_flight: int) -> None:
+    def publish(self) -> None:
         """In place."""
         self.weights.write_in_place()

@@ -81,7 +81,7 @@ class DoubleBuffer(WeightPolicy):
         """That of its forward."""
         self.weights.use(self._met.pop(key))
 
-    def publish(self, num_in_flight: int) -> None:
+    def publish(self) -> None:
         """To the older buffer: all who used it have gone into this update."""
         self._older, self._newest = self._newest, self._older
         self.weights.use(self._newest)
@@ -114,10 +114,6 @@ class DoubleBuffer(WeightPolicy):
     def before_own_write(self, name: str) -> Tensor | None:
         """Two versions cannot both be told."""
         return None
-
-    def settle(self) -> None:
-        """The newest."""
-        self.weights.use(self._newest)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The older version, which the next micro-batches see."""

@@ -95,7 +95,7 @@ class Lookahead(WeightPolicy):
         """Count it."""
         self._age += 1
 
-    def publish(self, num_in_flight: int) -> None:
+    def publish(self) -> None:
         """The masters, in place."""
         self._write(0.0)
 
@@ -112,11 +112,6 @@ class Lookahead(WeightPolicy):
         if not self._ahead:
             return super().before_own_write(name)
         return None if self._age else self._looked(name)
-
-    def settle(self) -> None:
-        """The masters, in place."""
-        if self._ahead:
-            self._write(0.0)
 
     def _write(self, ahead: float) -> None:
         self._ahead, self._age = ahead, 0

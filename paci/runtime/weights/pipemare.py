@@ -86,7 +86,7 @@ class PipeMare(WeightPolicy):
         """Remember what will change."""
         self._before = {name: self.weights.master(name).clone() for name in self._deltas}
 
-    def publish(self, num_in_flight: int) -> None:
+    def publish(self) -> None:
         """In place; the change goes into the mean."""
         if self._deltas:
             share = 1 - self.decay ** (1 / self._mean_drift)
@@ -106,10 +106,6 @@ class PipeMare(WeightPolicy):
     def take_over(self, names: Collection[str]) -> None:
         """In place; what the user writes is no update, and does not go into the mean."""
         self.renew()
-
-    def settle(self) -> None:
-        """The newest."""
-        self._write(0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The mean changes."""

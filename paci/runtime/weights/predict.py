@@ -63,18 +63,18 @@ class Predict(WeightPolicy):
         """The newest."""
         self._write(0)
 
-    def publish(self, num_in_flight: int) -> None:
+    def publish(self) -> None:
         """In place; the step is another one from now on."""
         self._steps, self._ahead = None, 0
         self.weights.write_in_place()
 
     def renew(self) -> None:
         """In place; the optimizer's state may be another."""
-        self.publish(0)
+        self.publish()
 
     def take_over(self, names: Collection[str]) -> None:
         """In place; the next forward is predicted from there."""
-        self.publish(0)
+        self.publish()
 
     def before_own_write(self, name: str) -> Tensor | None:
         """From the step that is kept."""
@@ -82,10 +82,6 @@ class Predict(WeightPolicy):
             return super().before_own_write(name)
         there = torch.add(self.weights.master(name), local(self._steps[name]), alpha=self._ahead)
         return there.to(self.weights.as_working(name).dtype)
-
-    def settle(self) -> None:
-        """The newest."""
-        self._write(0)
 
     def _write(self, ahead: int) -> None:
         if ahead == self._ahead or self.optimizer is None:

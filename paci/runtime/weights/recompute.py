@@ -24,6 +24,6 @@ class Recompute(WeightPolicy):
     summary: ClassVar[str] = "the newest weights; a backward computes its forward again"
     keeps_graph: ClassVar[bool] = False
 
-    def publish(self, num_in_flight: int) -> None:
+    def publish(self) -> None:
         """In place."""
         self.weights.write_in_place()

@@ -151,13 +151,12 @@ class StageWeights:
         held = self._set_aside.get(name)
         return local(self.masters[name]) if held is None else held
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Of all masters that are not working weights too."""
-        names = self._used.keys()
-        return (self.master(name) for name in names)
+    def masters_apart(self) -> Iterator[Tensor]:
+        """The values of those masters that are not working weights at the same time."""
+        return (self.master(name) for name in self._used)
 
     def gradients(self) -> Iterator[Tensor]:
-        """All that are kept now."""
+        """Every gradient and every sum of gradients that is kept now."""
         yield from self._gradients.values()
         yield from (p.grad for p in self.masters.values() if p.grad is not None)
 

@@ -52,7 +52,7 @@ class Stash(WeightPolicy):
         """The newest again."""
         self.weights.use(self._newest)
 
-    def publish(self, num_in_flight: int) -> None:
+    def publish(self) -> None:
         """To new tensors if any micro-batch in flight still needs the old ones."""
         if self._met:
             self._use(self.weights.fresh())
