@@ -228,6 +228,10 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: pipeline(loss_fn=nn.Sequential(nn.Linear(1, 1))),
         "the loss must have no trainable weights of its own, got 0.weight, 0.bias of Sequential",
     ),
+    "a module without shapes": (
+        lambda: pipeline([*linears(1), nn.LazyLinear(4)]),
+        "the parameters of stage 1 must have their shapes, got weight, bias of a lazy module;",
+    ),
     "a stage wrapped for data parallelism": (
         lambda: pipeline([*linears(1), wrapped(*linears(1))]),
         "the module of stage 1 must not be wrapped in DistributedDataParallel, got one",

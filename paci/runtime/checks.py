@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -89,7 +90,15 @@ def _needs_closure(optimizer: Optimizer) -> bool:
 
 
 def check_module(index: int, module: nn.Module) -> None:
-    """Raise ``ConfigError`` if ``module`` is one whose gradients go past the pipeline."""
+    """Raise ``ConfigError`` if a parameter of ``module`` has no shape yet, or if the gradients of
+    ``module`` go past the pipeline."""
+    lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ConfigError(
+            f"the parameters of stage {index} must have their shapes, got "
+            f"{', '.join(lazy[:3])} of a lazy module; run one forward before the optimizer and "
+            f"the pipeline are built"
+        )
     if any(isinstance(each, DistributedDataParallel) for each in module.modules()):
         raise ConfigError(
             f"the module of stage {index} must not be wrapped in DistributedDataParallel, got one: "
