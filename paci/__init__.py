@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from paci.optim.muon import MuonWithAdamW
     from paci.plan.partition import balanced_cut
+    from paci.runtime.added_loss import add_loss, collect_losses
     from paci.runtime.batch import Split, Whole
     from paci.runtime.loss import CrossEntropy, Loss
     from paci.runtime.pipeline import Pipeline
@@ -55,7 +56,9 @@ _HOMES = {
     "WeightPolicy": "paci.runtime.weights.base",
     "Whole": "paci.runtime.batch",
     "WorkerError": "paci.errors",
+    "add_loss": "paci.runtime.added_loss",
     "balanced_cut": "paci.plan.partition",
+    "collect_losses": "paci.runtime.added_loss",
     "hosted_stages": "paci.runtime.world",
 }
 
@@ -82,7 +85,9 @@ __all__ = [
     "Whole",
     "WorkerError",
     "__version__",
+    "add_loss",
     "balanced_cut",
+    "collect_losses",
     "hosted_stages",
 ]
 

@@ -126,7 +126,8 @@ def test_the_public_surface():
     assert " ".join(paci.__all__) == (
         "PACI CheckpointError ConfigError CrossEntropy DataError DriftError GPipe Lookahead Loss "
         "MuonWithAdamW OneFOneBFlush PaciError PaciV Pipeline Schedule ScheduleError Split "
-        "StepResult WeightPolicy Whole WorkerError __version__ balanced_cut hosted_stages"
+        "StepResult WeightPolicy Whole WorkerError __version__ add_loss balanced_cut "
+        "collect_losses hosted_stages"
     )
     for name in paci.__all__:
         assert getattr(paci, name) is not None

@@ -66,6 +66,7 @@ def _run(action: Action, stage: Stage, received: Tensors, feed: Feed) -> Tensors
             if target is not None:
                 feed.losses[j] = made[0]
                 feed.metrics[j] = target.metrics
+            feed.added[action.stage][j] = stage.added_loss(micro_batch)
             return made
         case Kind.BACKWARD:
             return stage.backward(micro_batch, received)

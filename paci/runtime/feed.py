@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from paci.runtime.batch import MicroBatch, require_no_graph, to_device
 from paci.runtime.loss import Loss, divisor
+from paci.runtime.result import StepResult
 from paci.runtime.stage import Stage, Target
 
 Tensors = tuple[Tensor, ...]
@@ -27,6 +29,8 @@ class Feed:
         direct: keyword inputs, by stage and micro-batch of this stretch, until its forward.
         losses: by micro-batch of this stretch: its share of its update's mean loss.
         metrics: likewise, what the loss told beside it.
+        added: by stage and micro-batch of this stretch, the share of the losses that it added; None
+            if it added none.
     """
 
     first_micro_batch: int = 0
@@ -35,6 +39,9 @@ class Feed:
     direct: dict[tuple[int, int], Mapping[str, Any]] = field(default_factory=dict)
     losses: dict[int, Tensor] = field(default_factory=dict)
     metrics: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    added: dict[int, dict[int, Tensor | None]] = field(
+        default_factory=lambda: defaultdict(dict[int, Tensor | None])
+    )
 
     def put(
         self, first: int, parts: Sequence[MicroBatch], stages: Mapping[int, Stage], loss: Loss
@@ -69,15 +76,27 @@ class Feed:
         self.targets |= targets
         self.direct |= direct
 
-    def take_losses(self, accumulation: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """Losses and metrics of the updates whose micro-batches have all gone forward."""
+    def take_result(self, accumulation: int) -> StepResult:
+        """What is known of the updates whose micro-batches have all gone forward, and is no more
+        known here afterwards."""
         losses: list[Tensor] = []
         metrics: list[dict[str, Tensor]] = []
         while len(self.losses) >= accumulation:
-            first = min(self.losses)
-            places = range(first, first + accumulation)
+            places = _oldest(self.losses, accumulation)
             losses.append(torch.stack([self.losses.pop(j) for j in places]).sum())
             shares = [self.metrics.pop(j) for j in places]
             names = dict.fromkeys(name for share in shares for name in share)
             metrics.append({n: torch.stack([s[n] for s in shares if n in s]).sum() for n in names})
-        return losses, metrics
+        added: dict[int, tuple[Tensor, ...]] = {}
+        for stage, known in self.added.items():
+            while len(known) >= accumulation:
+                parts = [known.pop(j) for j in _oldest(known, accumulation)]
+                told = [part for part in parts if part is not None]
+                if told:
+                    added[stage] = (*added.get(stage, ()), torch.stack(told).sum())
+        return StepResult(tuple(losses), tuple(metrics), added)
+
+
+def _oldest(known: Mapping[int, Any], num: int) -> range:
+    first = min(known)
+    return range(first, first + num)

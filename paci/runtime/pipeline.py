@@ -410,9 +410,8 @@ class Pipeline:
 
     def _result(self) -> StepResult:
         """What became known, and what was kept back."""
-        losses, metrics = self._feed.take_losses(self.schedule.accumulation)
         kept, self._kept = self._kept, StepResult()
-        return StepResult((*kept.losses, *losses), (*kept.all_metrics, *metrics))
+        return kept.followed_by(self._feed.take_result(self.schedule.accumulation))
 
     def gather(self, own: Any) -> list[Any]:
         """``own`` of every process, in their order, on every process; any picklable value."""

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
 from paci.optim.gradient_rule import GradientRule, gradients_seen
+from paci.runtime.added_loss import collect_losses
 from paci.runtime.batch import require_unwritten, writes_of
 from paci.runtime.boundary import Structure, unflatten
 from paci.runtime.calls import Caller, writes_to_inputs
@@ -63,6 +64,7 @@ class _InFlight:
     needs: tuple[bool, ...] = ()  # which outputs a gradient comes back for
     outputs: Tensors = ()
     structure: Structure | None = None  # of the outputs
+    added: Tensors = ()  # losses that the module added itself
     ledger: Ledger = field(default_factory=Ledger)  # weight gradients that are put off
 
 
@@ -225,6 +227,14 @@ class Stage:
         )
         return Bundle(handed, flight.structure)
 
+    def added_loss(self, micro_batch: int) -> Tensor | None:
+        """The share of a micro-batch in the update's mean of the losses that the module adds; None
+        if it added none. The forward has run, and the backward has not."""
+        added = self.in_flight[micro_batch].added
+        if not added:
+            return None
+        return torch.stack([loss.detach().float() for loss in added]).sum() / self._accumulation
+
     def backward(self, micro_batch: int, gradients: Tensors) -> Tensors:
         """Run the whole backward; return the gradients of the inputs that require one."""
         self.enter()
@@ -380,8 +390,9 @@ class Stage:
             recording: Any = contextlib.nullcontext()
             if self._splitter is not None:
                 recording = self._splitter.recording(flight.ledger)
-            with recording:
+            with recording, collect_losses() as added:
                 outputs = self.call(flight.inputs, flight.direct)
+            flight.added = tuple(added)
             if flight.target is None:
                 flight.structure = outputs.structure
                 return outputs
@@ -410,6 +421,10 @@ class Stage:
                 )
         needed = [o for o, need in zip(outputs, flight.needs, strict=True) if need]
         pairs = [(o, g) for o, g in zip(needed, gradients, strict=True) if o.requires_grad]
+        share = 1 / self._accumulation
+        pairs += [
+            (loss, torch.full_like(loss, share)) for loss in flight.added if loss.requires_grad
+        ]
         return tuple(o for o, _ in pairs), tuple(g for _, g in pairs)
 
 
