@@ -214,7 +214,7 @@ def train(
                 log.append(_do(pipeline, number, what, rows))
         log.append(_losses(pipeline.drain()))
         num_micro_batches = pipeline.num_micro_batches
-        stages = pipeline.state_dict()["stages"]
+        stages = {index: stage.state_dict() for index, stage in pipeline.stages.items()}
         close(pipeline)
     return {
         "log": log,
@@ -360,7 +360,8 @@ def load_differing(rank: int, num_ranks: int, run: Run) -> tuple[list[str], bool
     later = {"stages": copy.deepcopy(right["stages"]), "num_micro_batches": 4}
     for state in later["stages"].values():
         state["version"] += 2
-    before, told = digest(right["stages"][rank]["weights"]), []
+    later = {**right, **later}
+    before, told = digest(right["model"]), []
     for wrong in ({"stages": {}, "num_micro_batches": 0}, later):
         try:
             pipeline.load_state_dict(wrong if rank == 1 else right)
@@ -371,7 +372,7 @@ def load_differing(rank: int, num_ranks: int, run: Run) -> tuple[list[str], bool
     pipeline.load_state_dict(right)
     after = pipeline.state_dict()
     close(pipeline)
-    kept = digest(after["stages"][rank]["weights"]) == before and not after["num_micro_batches"]
+    kept = digest(after["model"]) == before and not after["num_micro_batches"]
     return told, kept
 
 

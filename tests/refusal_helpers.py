@@ -63,7 +63,13 @@ def trained(**changes: Any) -> paci.Pipeline:
     return drained
 
 
+def by_stage(pipeline: paci.Pipeline) -> dict[str, Any]:
+    """A state as versions before names of the whole model gave it, and as runs keep it."""
+    stages = {index: stage.state_dict() for index, stage in pipeline.stages.items()}
+    return {"stages": stages, "num_micro_batches": pipeline.num_micro_batches}
+
+
 def load(change: Callable[[dict[str, Any]], None], into: paci.Pipeline | None = None) -> None:
-    state = pipeline().state_dict()
+    state = by_stage(pipeline())
     change(state)
     (into or pipeline()).load_state_dict(state)

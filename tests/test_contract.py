@@ -40,10 +40,10 @@ def test_parameters_are_the_same_objects_in_their_own_dtype(policy: str, precisi
     assert own[0].mark == "mine"
     assert all(seen)
     assert {dtype for _, dtype in seen} == {BF16 if precision == "bf16" else FP32}
-    state = case.pipeline.state_dict()["stages"]
+    state = case.pipeline.state_dict()["model"]
     for index, module in enumerate(case.modules):
         for key, value in module.state_dict().items():
-            assert torch.equal(value, state[index]["weights"][key])
+            assert torch.equal(value, state[f"{index}.{key}"])
 
 
 @every_kind

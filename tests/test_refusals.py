@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from refusal_helpers import A, N, batch, fed, linears, pipeline, trained
+from refusal_helpers import A, N, batch, by_stage, fed, linears, pipeline, trained
 from torch import nn
 
 import paci
@@ -41,19 +41,21 @@ def test_a_state_that_is_refused_changes_nothing(part: str):
     """Nor that of the stages before the one that is refused."""
     into = pipeline()
     before = copy.deepcopy(into.state_dict())
-    state = copy.deepcopy(trained().state_dict())
+    state = copy.deepcopy(by_stage(trained()))
     state["stages"][N - 1][part] = {"version": 0, "policy_name": "stash"}.get(part, {})
     with pytest.raises(paci.ConfigError):
         into.load_state_dict(state)
     after = into.state_dict()
     assert after["num_micro_batches"] == before["num_micro_batches"]
     for index in range(N):
-        for name, weight in before["stages"][index]["weights"].items():
-            assert torch.equal(after["stages"][index]["weights"][name], weight)
+        for name in ("weight", "bias"):
+            assert torch.equal(
+                after["model"][f"{index}.{name}"], before["model"][f"{index}.{name}"]
+            )
 
 
 def test_a_state_from_before_policies_had_names_is_taken():
-    state = trained().state_dict()
+    state = by_stage(trained())
     for stage in state["stages"].values():
         del stage["policy_name"]
     into = pipeline()

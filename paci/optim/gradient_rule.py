@@ -63,8 +63,10 @@ class GradientRule:
         self.norm, self._factor = norm, factor
 
     def state_dict(self) -> dict[str, Any]:
-        """The newest factor: a run that goes on makes the same trials."""
-        return {} if self._factor is None else {"factor": self._factor}
+        """The newest factor: a run that goes on makes the same trials. One before the first."""
+        if self.max_grad_norm is None:
+            return {}
+        return {"factor": torch.ones(()) if self._factor is None else self._factor}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""

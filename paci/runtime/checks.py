@@ -33,16 +33,6 @@ def check_options(seed: int, trace_capacity: int, timeout_s: float) -> None:
         )
 
 
-def check_stages_of_state(held: Collection[int], state: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` unless ``state`` has all the stages of this process, ``held``."""
-    missing = sorted(set(held) - state["stages"].keys())
-    if missing:
-        raise ConfigError(
-            f"the state must hold the stages {sorted(held)} of this process, got "
-            f"none of {missing}; load the state of the same cut"
-        )
-
-
 def check_optimizer(
     index: int, module: nn.Module, optimizer: Optimizer | None, borrowed: Collection[int]
 ) -> None:
@@ -177,7 +167,7 @@ def check_state(
     Args:
         index: of the stage.
         own: what its ``state_dict`` gives now.
-        state: what is to take its place; those of before policies had names in it have none.
+        state: what is to take its place; an older one has no ``policy_name``.
         num_micro_batches: since the start of training, of that state.
         accumulation: micro-batches of an update of this stage.
     """

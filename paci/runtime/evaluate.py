@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from paci.runtime.batch import MicroBatch, to_device
 from paci.runtime.execute import Engine
@@ -12,7 +13,7 @@ from paci.schedule.action import Action, Kind, consumes, produces
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Sequence[MicroBatch]) -> tuple[float, float]:
+def evaluate(engine: Engine, batches: Sequence[MicroBatch]) -> Tensor:
     """Run ``batches`` through the stages that this process holds, and end the stretch.
 
     Args:
@@ -20,7 +21,8 @@ def evaluate(engine: Engine, batches: Sequence[MicroBatch]) -> tuple[float, floa
         batches: pairs (inputs, targets).
 
     Returns:
-        The summed loss and the number of tokens, if the last stage is here; else zeros.
+        The summed loss and the number of tokens, if the last stage is here; else zeros. Float64
+        [2] on the CPU.
     """
     device = next(iter(engine.stages.values())).device
     total = torch.zeros(2, dtype=torch.float64, device=device)
@@ -39,5 +41,4 @@ def evaluate(engine: Engine, batches: Sequence[MicroBatch]) -> tuple[float, floa
             else:
                 engine.transport.send(message, outputs)
     engine.transport.finish()
-    loss, count = total.tolist()
-    return loss, count
+    return total.cpu()

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -182,6 +182,49 @@ class FailureBoard:
         os._exit(1)
 
 
-def ended_by(board: FailureBoard | None, error: Exception) -> Exception:
-    """The error to raise when this process met ``error``: that of the first process to fail."""
-    return error if board is None else board.report(error)
+class Failures:
+    """What a pipeline does about failures: its own processes hear of them, and the first one is
+    final.
+
+    Args:
+        board: None for a pipeline of one process.
+    """
+
+    def __init__(self, board: FailureBoard | None) -> None:
+        self._board = board
+        self._final: BaseException | None = None
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Tell the other processes of an error inside; raise the first one of all."""
+        try:
+            yield
+        except Exception as error:
+            cause = error if self._board is None else self._board.report(error)
+            if cause is error:
+                raise
+            raise cause from error
+
+    @contextlib.contextmanager
+    def final(self) -> Iterator[None]:
+        """As ``shared``, and for good: nobody knows what is half done."""
+        with self.shared():
+            try:
+                yield
+            except BaseException as error:
+                self._final = error
+                raise
+
+    def require_none(self) -> None:
+        """Raise ``WorkerError`` if there was a final one."""
+        if self._final is not None:
+            raise WorkerError(
+                f"a pipeline that failed must not be used again, got a call after "
+                f"{type(self._final).__name__}: {self._final}; build a new one and load the "
+                f"last checkpoint"
+            )
+
+    def close(self) -> None:
+        """Stop watching for failures of other processes."""
+        if self._board is not None:
+            self._board.close()

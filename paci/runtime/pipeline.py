@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from paci.errors import ConfigError, WorkerError
+from paci.errors import ConfigError
 from paci.runtime.assemble import (
     OptimizerMaker,
     SchedulerMaker,
@@ -22,20 +23,22 @@ from paci.runtime.assemble import (
     listed,
 )
 from paci.runtime.batch import as_micro_batch, split_batch
-from paci.runtime.checks import check_options, check_stages_of_state
+from paci.runtime.checks import check_options
 from paci.runtime.drift import DriftMeter, DriftReport
 from paci.runtime.evaluate import evaluate
 from paci.runtime.execute import Engine, execute
-from paci.runtime.failures import FailureBoard, ended_by
+from paci.runtime.failures import FailureBoard, Failures
 from paci.runtime.feed import Feed
 from paci.runtime.keywords import KeywordInputs
 from paci.runtime.loss import as_loss
+from paci.runtime.names import Naming, whole_names
 from paci.runtime.recorder import Recorder
 from paci.runtime.result import StepResult
 from paci.runtime.stage import UpdateHook
 from paci.runtime.status import Status, StatusBoard, combine
 from paci.runtime.weights.base import WeightPolicy
 from paci.runtime.weights.registry import prepare_weight_policies, recommended_weights
+from paci.runtime.whole_state import state_by_stage, whole_state
 from paci.runtime.world import World
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.sequence import Cursor, Sequencer
@@ -43,6 +46,7 @@ from paci.trace import Trace
 
 # A tenth of a run of `paci train` with its defaults.
 DEFAULT_FLUSH_FIRST = 40
+_EVALUATED_AT_ONCE = 16  # batches between two questions whether all processes have as many
 
 
 class Pipeline:
@@ -85,6 +89,9 @@ class Pipeline:
         share_memory: let processes of one host hand over CPU tensors in shared memory, where the
             system can, instead of through torch.distributed: faster, with the same bits.
         on_update: called with the stage and its version in each update; see ``Stage.on_update``.
+        names: how weights are called in saved states: the whole model that the stages were cut
+            from, or a function of a stage's index and a name in its module. By default as in the
+            stages' modules, or as in ``nn.Sequential(*stages)`` if two of them use one name.
 
     Raises:
         ConfigError: stages, optimizers, processes or their configurations do not fit.
@@ -110,6 +117,7 @@ class Pipeline:
         trace_capacity: int = 20_000,
         share_memory: bool = True,
         on_update: UpdateHook | None = None,
+        names: Naming | None = None,
     ) -> None:
         check_options(seed, trace_capacity, timeout_s)
         modules = listed(stage)
@@ -143,6 +151,7 @@ class Pipeline:
         if on_update is not None:
             for each in self.stages.values():
                 each.on_update(on_update)
+        self._names = whole_names(dict(zip(held, modules, strict=True)), names, self._world)
         devices = {index: each.device for index, each in self.stages.items()}
         self._engine = Engine(
             schedule.num_stages,
@@ -153,12 +162,12 @@ class Pipeline:
                 schedule, devices[held[0]], self._world.position, self._world.size, trace_capacity
             ),
         )
-        self._board = None if self._world.group is None else FailureBoard(dist.get_rank())
+        board = None if self._world.group is None else FailureBoard(dist.get_rank())
+        self._failures = Failures(board)
         self._status_board = StatusBoard(self._world.ranks, self._world.position)
         self._num_done = 0  # micro-batches of all stretches that have been drained
         self._num_fed = 0  # micro-batches of the one that is running
         self._kept = StepResult()  # known, and not yet given back
-        self._failure: BaseException | None = None
         self._keywords = KeywordInputs(self._world, [s.call for s in self.stages.values()])
         self._start_stretch()
 
@@ -203,14 +212,14 @@ class Pipeline:
             WorkerError: another process failed, or a wait took longer than ``timeout_s``.
             DriftError: the run departs from its program.
         """
-        self._require_whole()
-        with self.failing_together():
+        self._failures.require_none()
+        with self._failures.shared():
             refusal = self._keywords.refusal_of_step(direct.keys())
         if refusal is not None:
             raise refusal
-        with self.failing_together():
+        with self._failures.shared():
             self._feed_batch(batch if targets is None else (batch, targets), direct)
-        with self._working():
+        with self._failures.final():
             self._num_fed += self.schedule.accumulation
             self._sequencer.feed(self._num_fed)
             self._run()
@@ -224,10 +233,10 @@ class Pipeline:
         Needed before evaluation, a checkpoint, or the end of training. The next ``step`` fills
         the pipeline anew, which costs what one flush costs: about ``N - 1`` slots.
         """
-        self._require_whole()
+        self._failures.require_none()
         if not self._num_fed:
             return self._result()
-        with self._working():
+        with self._failures.final():
             self._sequencer.drain()
             self._run()
             self._engine.transport.finish()
@@ -240,10 +249,11 @@ class Pipeline:
     def evaluate(self, batches: Iterable[Any]) -> float:
         """The mean loss over the tokens of ``batches``, the same number on every process.
 
-        Drains the pipeline first. Modules run in evaluation mode, with the working weights.
+        Drains the pipeline first. Modules run in evaluation mode, with the working weights. Batches
+        are read as they are needed, a few at a time.
 
         Args:
-            batches: pairs (inputs, targets); every process passes equally many.
+            batches: pairs (inputs, targets) of any sizes; every process passes equally many.
 
         Returns:
             nan if there is no token.
@@ -252,16 +262,20 @@ class Pipeline:
             ConfigError: a batch is no pair, or processes pass different numbers of them.
         """
         self._drain_between_steps()
-        with self.failing_together():
-            pairs = [as_micro_batch(batch) for batch in batches]
-            names = {name for pair in pairs for name in pair.direct}
-            numbers = {"the number of evaluation batches": len(pairs)}
-            refusal = self._world.disagreement(numbers) or self._keywords.refusal(names)
-        if refusal is not None:
-            raise refusal
-        with self._working(), self._entered():
-            own = evaluate(self._engine, pairs)
-            parts = self._world.gather(own)
+        total, given = torch.zeros(2, dtype=torch.float64), iter(batches)
+        for first in itertools.count(step=_EVALUATED_AT_ONCE):
+            with self._failures.shared():
+                few = [as_micro_batch(b) for b in itertools.islice(given, _EVALUATED_AT_ONCE)]
+                names = {name for batch in few for name in batch.direct}
+                numbers = {"the number of evaluation batches": first + len(few)}
+                refusal = self._world.disagreement(numbers) or self._keywords.refusal(names)
+            if refusal is not None:
+                raise refusal
+            with self._failures.final(), self._entered():
+                total += evaluate(self._engine, few)
+            if len(few) < _EVALUATED_AT_ONCE:
+                break
+        parts = self.gather(total.tolist())
         loss, count = (sum(column) for column in zip(*parts, strict=True))
         return loss / count if count else float("nan")
 
@@ -269,7 +283,7 @@ class Pipeline:
         """When each action of the newest stretch ran, on all processes. Drains the pipeline."""
         self._drain_between_steps()
         recorder = self._engine.recorder
-        with self._working():
+        with self._failures.final():
             shift_s = self._world.clock_shift_s()
         return recorder.trace(self.gather((shift_s, recorder.events())))
 
@@ -302,14 +316,27 @@ class Pipeline:
         return combine([own, *self._status_board.exchange(own)])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of this process's stages, by index; drain first.
+        """The state of this process's stages under the names of the whole model; drain first.
+
+        With ``load_state_dict`` it makes a pipeline a ``Stateful`` of torch.distributed.checkpoint:
+        ``dcp.save({"pipeline": pipeline}, checkpoint_id=folder)`` on all processes, and
+        ``dcp.load`` likewise. Layout: ``paci.runtime.whole_state``. Tensors are the pipeline's own.
 
         Raises:
             ConfigError: micro-batches are in flight.
         """
         self._require_drained("state_dict")
-        stages = {index: stage.state_dict() for index, stage in self.stages.items()}
-        return {"stages": stages, "num_micro_batches": self._num_done}
+        return whole_state(self.stages, self._names, self._num_done)
+
+    def model_state_dict(self) -> dict[str, Tensor]:
+        """The weights and buffers of this process's stages under the names of the whole model;
+        drain first, as for ``state_dict``."""
+        self._require_drained("model_state_dict")
+        return {
+            self._names[index][name]: value
+            for index, stage in self.stages.items()
+            for name, value in stage.module.state_dict().items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave, for the stages that this process holds.
@@ -323,37 +350,29 @@ class Pipeline:
         """
         self._require_drained("load_state_dict")
         with self._world.refusing_together():
-            check_stages_of_state(self.stages.keys(), state)
+            by_stage = state_by_stage(state, self.stages, self._names)
             for index, stage in self.stages.items():
-                stage.require_state(state["stages"][index], state["num_micro_batches"])
+                stage.require_state(by_stage[index], state["num_micro_batches"])
         self._world.agree({"the state's number of micro-batches": state["num_micro_batches"]})
-        with self._working():
+        with self._failures.final():
             for index, stage in self.stages.items():
-                stage.load_state_dict(state["stages"][index])
+                stage.load_state_dict(by_stage[index])
         self._num_done = state["num_micro_batches"]
         self._start_stretch()
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Tell the other processes of a failure inside; raise the first one of all.
-
-        The pipeline's own methods do; a training loop may put the rest of its work inside too.
-        """
-        try:
+        """Tell the other processes of a failure inside; raise the first one of all. The pipeline's
+        own methods do; a training loop may put the rest of its work inside too."""
+        with self._failures.shared():
             yield
-        except Exception as error:
-            cause = ended_by(self._board, error)
-            if cause is error:
-                raise
-            raise cause from error
 
     def close(self) -> None:
         """Close the channels and stop watching for failures of other processes.
 
         All processes call it, when all are done; the pipeline cannot be used afterwards.
         """
-        if self._board is not None:
-            self._board.close()
+        self._failures.close()
         for stage in self.stages.values():
             stage.close()
         self._engine.transport.close()
@@ -415,26 +434,8 @@ class Pipeline:
 
     def gather(self, own: Any) -> list[Any]:
         """``own`` of every process, in their order, on every process; any picklable value."""
-        with self._working():
+        with self._failures.final():
             return self._world.gather(own)
-
-    @contextlib.contextmanager
-    def _working(self) -> Iterator[None]:
-        """Fail together, and for good: nobody knows what is half done."""
-        with self.failing_together():
-            try:
-                yield
-            except BaseException as error:
-                self._failure = error
-                raise
-
-    def _require_whole(self) -> None:
-        if self._failure is not None:
-            raise WorkerError(
-                f"a pipeline that failed must not be used again, got a call after "
-                f"{type(self._failure).__name__}: {self._failure}; build a new one and load the "
-                f"last checkpoint"
-            )
 
     def _drain_between_steps(self) -> None:
         """Drain; the losses that it makes known are kept for the next result."""

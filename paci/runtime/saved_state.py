@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from paci.optim.trial import bare_step
 
 
 def optimizer_state(optimizer: Optimizer | None, masters: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -35,6 +39,48 @@ def load_optimizer_state(
     renamed = _rename(state, positions)
     renamed["state"] |= state.get("global", {})
     optimizer.load_state_dict(renamed)
+
+
+@torch.no_grad()
+def blank_state(
+    optimizer: Optimizer | None, masters: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """State of the form that ``optimizer`` will make when it first steps, for those of ``masters``
+    that it trains and has no state of yet. Its values mean nothing. The optimizer is as before.
+
+    Returns:
+        ``{name: {key: value}}``.
+    """
+    if optimizer is None:
+        return {}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    fresh = [p for p in held if p.requires_grad and not optimizer.state.get(p)]
+    if not fresh:
+        return {}
+    groups = [
+        {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    others = {k: copy.deepcopy(v) for k, v in optimizer.state.items() if k not in set(fresh)}
+    gradients = [p.grad for p in held]
+    values = [p.detach().clone() for p in fresh]
+    try:
+        for p in held:
+            p.grad = None
+        for p in fresh:
+            p.grad = torch.zeros_like(p)
+        bare_step(optimizer)
+        made = {id(p): dict(optimizer.state[p]) for p in fresh}
+    finally:
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.update(before)
+        optimizer.state.clear()
+        optimizer.state.update(others)
+        for p, gradient in zip(held, gradients, strict=True):
+            p.grad = gradient
+        for p, value in zip(fresh, values, strict=True):
+            p.detach().copy_(value)
+    return {name: made[id(p)] for name, p in masters.items() if id(p) in made}
 
 
 def _names(optimizer: Optimizer, masters: Mapping[str, Tensor]) -> dict[Any, Any]:

@@ -187,13 +187,12 @@ class Trainer:
         self._require_finite()
         root = self.folder / "checkpoints"
         pending = checkpoint.pending_folder(root, self.update)
-        state = self.pipeline.state_dict()
         files: dict[str, str] = {}
-        for index, stage in state["stages"].items():
-            files |= checkpoint.save_stage(pending, index, stage)
+        for index, stage in self.pipeline.stages.items():
+            files |= checkpoint.save_stage(pending, index, stage.state_dict())
         everyone = self.pipeline.gather(files)
         if self.pipeline.holds_last:
-            about = {**self._about, "num_micro_batches": state["num_micro_batches"]}
+            about = {**self._about, "num_micro_batches": self.pipeline.num_micro_batches}
             whole = {name: digest for part in everyone for name, digest in part.items()}
             checkpoint.commit(root, self.update, whole, about)
             checkpoint.prune(root, self.config.keep_checkpoints)

@@ -1,0 +1,164 @@
+"""The state of a pipeline under the names of the whole model, as torch.distributed.checkpoint wants
+it: tensors to be filled in place, everything else of a form that does not change.
+
+::
+
+    model               weights and buffers         {name: tensor}
+    optimizer           of each trained weight      {name: {key: value}}
+    policy              what its policy keeps       {name: tensor}
+    stages              the rest, by stage          {"0": {version, param_groups, ...}}
+    num_micro_batches   since the start of training
+
+Names of the whole model are on one process each, so all processes' states together are one.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paci.errors import ConfigError
+from paci.runtime.names import Names
+from paci.runtime.saved_state import blank_state
+from paci.runtime.stage import Stage
+from paci.runtime.weights.stage_weights import is_sharded, local
+
+
+def whole_state(
+    stages: Mapping[int, Stage], names: Mapping[int, Names], num_micro_batches: int
+) -> dict[str, Any]:
+    """The state of ``stages``, which are drained.
+
+    An optimizer makes its state when it first steps. Where it has none yet, state of the same form
+    stands in for it, since a checkpoint is loaded into what is there; ``blank`` lists where.
+    """
+    whole: dict[str, Any] = {"model": {}, "optimizer": {}, "policy": {}, "stages": {}}
+    for index, stage in stages.items():
+        state, called = stage.state_dict(), names[index]
+        optimizer = state["optimizer"]
+        blank = blank_state(stage.optimizer, stage.weights.masters)
+        whole["model"] |= _renamed(state["weights"] | state["buffers"] | state["extra"], called)
+        whole["optimizer"] |= _renamed(optimizer["state"] | blank, called)
+        policy = {name: _sharded(value, stage, name) for name, value in state["policy"].items()}
+        whole["policy"] |= _renamed(policy, called)
+        whole["stages"][str(index)] = {
+            "version": state["version"],
+            "policy_name": state["policy_name"],
+            "rule": state["rule"],
+            "lr_scheduler": _packed(state["lr_scheduler"]),
+            "param_groups": _groups(optimizer["param_groups"], called),
+            "global": optimizer.get("global", {}),
+            "blank": [called[name] for name in blank],
+        }
+    whole["num_micro_batches"] = num_micro_batches
+    return whole
+
+
+def state_by_stage(
+    state: Mapping[str, Any], stages: Mapping[int, Stage], names: Mapping[int, Names]
+) -> dict[int, dict[str, Any]]:
+    """For each of ``stages`` what ``Stage.load_state_dict`` takes.
+
+    Args:
+        state: from ``whole_state``; or ``{"stages": {index: state of Stage.state_dict}}``, as
+            versions before 0.1 gave it and as a run's own checkpoints hold it.
+        stages: of this process.
+        names: of what they hold, in the whole model.
+
+    Raises:
+        ConfigError: a stage, or something that it holds, is not in ``state``.
+    """
+    by_index = {int(index): value for index, value in state["stages"].items()}
+    missing = sorted(stages.keys() - by_index.keys())
+    if missing:
+        raise ConfigError(
+            f"the state must hold the stages {sorted(stages)} of this process, got "
+            f"none of {missing}; load the state of the same cut"
+        )
+    if "model" not in state:
+        return {index: by_index[index] for index in stages}
+    return {
+        index: _of_stage(state, by_index[index], stage, names[index])
+        for index, stage in stages.items()
+    }
+
+
+def _of_stage(
+    state: Mapping[str, Any], rest: Mapping[str, Any], stage: Stage, called: Names
+) -> dict[str, Any]:
+    own = stage.state_dict()
+    here = {whole: name for name, whole in called.items()}
+    blank = set(rest["blank"])
+    held = [whole for group in rest["param_groups"] for whole in group["params"]]
+    optimizer = {whole: state["optimizer"].get(whole, {}) for whole in held if whole not in blank}
+    policy = _taken(state.get("policy", {}), own["policy"], called, stage.index)
+    return {
+        part: _taken(state["model"], own[part], called, stage.index)
+        for part in ("weights", "buffers", "extra")
+    } | {
+        "optimizer": {
+            "state": _renamed({k: v for k, v in optimizer.items() if v}, here),
+            "param_groups": _groups(rest["param_groups"], here),
+            "global": rest.get("global", {}),
+        },
+        "lr_scheduler": _unpacked(rest["lr_scheduler"]),
+        "version": rest["version"],
+        "policy": {
+            name: value if is_sharded(own["policy"][name]) else local(value)
+            for name, value in policy.items()
+        },
+        "policy_name": rest["policy_name"],
+        "rule": rest.get("rule", {}),
+    }
+
+
+def _taken(
+    state: Mapping[str, Any], own: Mapping[str, Any], called: Names, index: int
+) -> dict[str, Any]:
+    absent = [called[name] for name in own if called[name] not in state]
+    if absent:
+        raise ConfigError(
+            f"the state must hold all that stage {index} holds, got none of {absent[0]}; load the "
+            f"state of the same model, and give the pipeline the names= that it had then"
+        )
+    return {name: state[called[name]] for name in own}
+
+
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+def _groups(groups: list[dict[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{**g, "params": [names.get(name, name) for name in g["params"]]} for g in groups]
+
+
+def _sharded(value: Tensor, stage: Stage, name: str) -> Tensor:
+    """A shard that a policy keeps, as what it is a shard of."""
+    master: Any = stage.weights.masters[name]
+    if not is_sharded(master) or is_sharded(value):
+        return value
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    mesh, placements = master.device_mesh, master.placements
+    shape, stride = master.shape, master.stride()
+    return DTensor.from_local(value, mesh, placements, shape=shape, stride=stride)
+
+
+def _packed(value: Any) -> bytes | None:
+    """One value without keys, since a scheduler's keys may be numbers, which a checkpoint takes for
+    places in a list."""
+    if value is None:
+        return None
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _unpacked(value: Any) -> Any:
+    if value is None:
+        return None
+    return torch.load(io.BytesIO(value), weights_only=True)
