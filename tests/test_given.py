@@ -90,6 +90,28 @@ def test_a_tensor_that_is_filled_again_arrives_as_it_was():
         assert all(map(torch.equal, in_stages(build(), given, schedule), expected))
 
 
+def train_refilled(rank: int, num_ranks: int, schedule: paci.Schedule) -> list[Tensor]:
+    """Both stages in one process, or one in each."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        modules = [Refills(), Adds()]
+    held = modules if num_ranks == 1 else modules[rank : rank + 1]
+    with paci.Pipeline(
+        held, schedule, partial(torch.optim.SGD, lr=0.1), mse, timeout_s=60.0
+    ) as pipeline:
+        for x, y in batches(6):
+            pipeline.step([(x[:2], y[:2]), (x[2:], y[2:])])
+        pipeline.drain()
+    return [p.detach() for module in held for p in module.parameters()]
+
+
+def test_a_tensor_that_is_filled_again_is_the_same_in_two_processes(tmp_path: Path):
+    schedule = paci.PACI(2, 2)
+    apart = launching.values(launching.launch(tmp_path, 2, train_refilled, schedule))
+    together = train_refilled(0, 1, schedule)
+    assert all(map(torch.equal, [p for part in apart for p in part], together))
+
+
 def test_lengths_that_change_at_every_micro_batch():
     generator = torch.Generator().manual_seed(2)
     given = [
@@ -188,6 +210,31 @@ def test_a_step_without_the_keyword_inputs_of_the_first_is_refused():
     with pytest.raises(paci.ConfigError, match=r"must be those of the first, got \[\] after \['ma"):
         pipeline.step(x, y)
     pipeline.step(x, y, mask=torch.ones(4, 1))
+
+
+def test_evaluation_reads_batches_of_any_size_as_it_needs_them():
+    modules, read, seen = linears(), [], []
+    modules[1].register_forward_hook(lambda *_: seen.append(len(read)))
+
+    def given() -> Any:
+        for size in (4,) * 40 + (1,):
+            read.append(size)
+            yield torch.ones(size, 4) * len(read), torch.zeros(size, 4)
+
+    def total(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum()
+
+    total.num_tokens = len
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    pipeline = paci.Pipeline(modules, paci.OneFOneBFlush(2, 2), optimizer, total)
+    loss = pipeline.evaluate(given())
+    assert len(read) == 41
+    assert seen[0] < 20
+    with torch.no_grad():
+        xs = torch.cat([torch.ones(n, 4) * k for k, n in enumerate(read, start=1)])
+        expected = modules[1](modules[0](xs)).square().sum() / len(xs)
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert len(xs) == 161
 
 
 class MaskedOrNot(nn.Linear):

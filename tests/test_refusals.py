@@ -54,10 +54,11 @@ def test_a_state_that_is_refused_changes_nothing(part: str):
             )
 
 
-def test_a_state_from_before_policies_had_names_is_taken():
+def test_a_state_of_the_version_before_is_taken():
     state = by_stage(trained())
     for stage in state["stages"].values():
-        del stage["policy_name"]
+        for later in ("policy_name", "extra", "rule"):
+            del stage[later]
     into = pipeline()
     into.load_state_dict(state)
     assert into.num_micro_batches == A
