@@ -12,7 +12,7 @@ from raw import BY_NAME, Result, by_micro_batches, measured, of_first_stage, res
 from paci.bench.convergence import Convergence
 from paci.bench.methods import METHODS
 from paci.bench.record import table
-from paci.view.rows import Bar, bar_rows
+from paci.view.bars import Bar, bar_rows
 
 ROOT = Path(__file__).parent.parent
 

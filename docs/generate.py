@@ -14,7 +14,7 @@ import figures
 
 from paci.plan.cost import Costs
 from paci.plan.simulate import simulate
-from paci.runtime.weights.registry import weight_policies
+from paci.runtime.weights.policy_registry import weight_policies
 from paci.schedule.grid import draw
 from paci.schedule.registry import make_schedule, schedules
 from paci.schedule.versions import analyse

@@ -14,10 +14,10 @@ import numpy as np
 from paci.models import gpt_config
 from paci.models.estimate import estimate_profile
 from paci.plan.cost import Costs, Link
-from paci.plan.predict import steady_state
 from paci.plan.search import search
+from paci.plan.steady_state import steady_state
+from paci.plan.torch_schedules import torch_schedule
 from paci.plan.vectorized import simulate_vectorized
-from paci.runtime.torch_schedules import torch_schedule
 from paci.schedule.one_f_one_b import OneFOneBFlush
 from paci.schedule.paci import PACI
 

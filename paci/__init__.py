@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     )
     from paci.optim.muon import MuonWithAdamW
     from paci.plan.partition import balanced_cut
-    from paci.runtime.added_loss import add_loss, collect_losses
-    from paci.runtime.batch import Split, Whole
-    from paci.runtime.loss import CrossEntropy, Loss
     from paci.runtime.pipeline import Pipeline
     from paci.runtime.result import StepResult
-    from paci.runtime.weights.base import WeightPolicy
+    from paci.runtime.stage.added_loss import add_loss, collect_losses
+    from paci.runtime.stage.batch import Split, Whole
+    from paci.runtime.stage.loss import CrossEntropy, Loss
     from paci.runtime.weights.lookahead import Lookahead
+    from paci.runtime.weights.policy import WeightPolicy
     from paci.runtime.world import hosted_stages
     from paci.schedule.base import Schedule
     from paci.schedule.gpipe import GPipe
@@ -37,12 +37,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointError": "paci.errors",
     "ConfigError": "paci.errors",
-    "CrossEntropy": "paci.runtime.loss",
+    "CrossEntropy": "paci.runtime.stage.loss",
     "DataError": "paci.errors",
     "DriftError": "paci.errors",
     "GPipe": "paci.schedule.gpipe",
     "Lookahead": "paci.runtime.weights.lookahead",
-    "Loss": "paci.runtime.loss",
+    "Loss": "paci.runtime.stage.loss",
     "MuonWithAdamW": "paci.optim.muon",
     "OneFOneBFlush": "paci.schedule.one_f_one_b",
     "PACI": "paci.schedule.paci",
@@ -51,14 +51,14 @@ _HOMES = {
     "Pipeline": "paci.runtime.pipeline",
     "Schedule": "paci.schedule.base",
     "ScheduleError": "paci.errors",
-    "Split": "paci.runtime.batch",
+    "Split": "paci.runtime.stage.batch",
     "StepResult": "paci.runtime.result",
-    "WeightPolicy": "paci.runtime.weights.base",
-    "Whole": "paci.runtime.batch",
+    "WeightPolicy": "paci.runtime.weights.policy",
+    "Whole": "paci.runtime.stage.batch",
     "WorkerError": "paci.errors",
-    "add_loss": "paci.runtime.added_loss",
+    "add_loss": "paci.runtime.stage.added_loss",
     "balanced_cut": "paci.plan.partition",
-    "collect_losses": "paci.runtime.added_loss",
+    "collect_losses": "paci.runtime.stage.added_loss",
     "hosted_stages": "paci.runtime.world",
 }
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from distributed_helpers import make_channel
 from torch import Tensor
 
-from paci.runtime.boundary import flatten, unflatten
-from paci.runtime.distributed import Link, RemoteReceiver, RemoteSender
-from paci.runtime.transport import Bundle, Receiver, Sender, Transport
+from paci.runtime.transport.boundary import flatten, unflatten
+from paci.runtime.transport.channel import Bundle, Receiver, Sender, Transport
+from paci.runtime.transport.distributed import Link, RemoteReceiver, RemoteSender
 from paci.schedule.action import Message, Payload
 
 

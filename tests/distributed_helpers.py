@@ -24,10 +24,11 @@ from torch.nn import functional as F
 from v_schedules import OnAV
 
 import paci
-from paci.runtime import distributed, failures
-from paci.runtime.distributed import Link, RemoteReceiver, RemoteSender
-from paci.runtime.shared import Meeting, SharedReceiver, SharedSender, visit
-from paci.runtime.transport import Ends, Receiver, Sender
+from paci.runtime import failures
+from paci.runtime.transport import distributed
+from paci.runtime.transport.channel import Ends, Receiver, Sender
+from paci.runtime.transport.distributed import Link, RemoteReceiver, RemoteSender
+from paci.runtime.transport.shared_memory import Meeting, SharedReceiver, SharedSender, visit
 from paci.runtime.world import hosted_stages
 from paci.schedule.action import Action, Kind, Message, Payload
 

@@ -15,7 +15,7 @@ from v_schedules import OnAV
 
 import paci
 from paci.models import GPTConfig, build_stage
-from paci.runtime.weights.registry import (
+from paci.runtime.weights.policy_registry import (
     prepare_weight_policies,
     weight_policies,
 )

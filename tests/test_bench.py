@@ -14,19 +14,19 @@ import torch
 from paci.bench import footprint, turns
 from paci.bench.arms import Arm
 from paci.bench.convergence import Convergence
-from paci.bench.emulated import EmulatedWork
 from paci.bench.forecasts import without_waits
 from paci.bench.overhead import bare_s
 from paci.bench.question import compared
 from paci.bench.questions import QUESTIONS
 from paci.bench.record import table
 from paci.bench.turns import take_turns
+from paci.bench.waiting_stages import EmulatedWork
 from paci.bench.workers import run_workers
 from paci.bench.workloads import EmptyWork
 from paci.cli.app import main
 from paci.errors import ConfigError, WorkerError
 from paci.plan.cost import Slow
-from paci.runtime.split import Ledger
+from paci.runtime.stage.split_backward import Ledger
 from paci.schedule.action import Kind
 from paci.trace import Event, Trace
 

@@ -28,8 +28,8 @@ from runtime_helpers import (
 from torch import Tensor, nn
 
 import paci
-from paci.runtime.stage import Stage
-from paci.runtime.weights.registry import (
+from paci.runtime.stage.stage import Stage
+from paci.runtime.weights.policy_registry import (
     make_weight_policy,
 )
 from paci.schedule.check import check

@@ -18,9 +18,9 @@ from launching import launch, values
 from torch import Tensor
 
 import paci
-from paci.runtime.boundary import Form, arguments, flatten, specs_of, unflatten
-from paci.runtime.shared import SharedReceiver, SharedSender
-from paci.runtime.transport import Ends, LocalChannel
+from paci.runtime.transport.boundary import Form, arguments, flatten, specs_of, unflatten
+from paci.runtime.transport.channel import Ends, LocalChannel
+from paci.runtime.transport.shared_memory import SharedReceiver, SharedSender
 from paci.schedule.action import Message, Payload
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import pytest
 from cli_helpers import Done, Shop
 from safetensors import SafetensorError
 
-from paci.train import checkpoint, report
+from paci.train import checkpoint, summary
 
 MANIFEST = checkpoint.MANIFEST
 
@@ -333,7 +333,7 @@ def test_export_says_that_the_disk_is_full(
     def full(*args: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(report, "save_file", full)
+    monkeypatch.setattr(summary, "save_file", full)
     file = shop.folder / "full.safetensors"
     done = shop.call("export", finished, file)
     assert done.code == 1

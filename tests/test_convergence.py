@@ -12,7 +12,7 @@ from paci.bench.convergence import Convergence, read_runs, summarize
 from paci.bench.methods import METHODS
 from paci.cli.app import main
 from paci.errors import ConfigError
-from paci.runtime.weights.registry import make_weight_policy
+from paci.runtime.weights.policy_registry import make_weight_policy
 from paci.schedule.registry import find_schedule
 from paci.view.sweep import sweep_picture
 

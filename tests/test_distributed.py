@@ -21,7 +21,7 @@ from launching import __file__ as launching_file
 import paci
 from paci.runtime import failures
 from paci.runtime.failures import SOMEBODY, Complaint, first_failure
-from paci.runtime.weights.registry import prepare_weight_policies, weight_policies
+from paci.runtime.weights.policy_registry import prepare_weight_policies, weight_policies
 from paci.runtime.world import hosted_stages
 from paci.schedule.check import check
 from paci.schedule.registry import schedules

@@ -19,8 +19,8 @@ from paci.bench.workers import run_workers
 from paci.bench.workloads import GPTWork
 from paci.cli.app import main
 from paci.models import GPTConfig, build_stages
-from paci.runtime.memory import MemoryMeter, num_bytes
-from paci.runtime.weights.registry import weight_policies
+from paci.runtime.observation.memory_meter import MemoryMeter, num_bytes
+from paci.runtime.weights.policy_registry import weight_policies
 from paci.schedule.base import Schedule
 from paci.schedule.versions import peak_versions
 
@@ -72,7 +72,7 @@ def test_nothing_that_lives_is_missed(policy: str, precision: str):
     before = tensors_alive()
     given = batch(2)
     pipeline = make(paci.PACI(4, 2), policy, precision)
-    meter = MemoryMeter(pipeline)
+    meter = MemoryMeter(pipeline.schedule, pipeline.stages, pipeline._engine.transport)
     for _ in range(4):
         pipeline.step(given)
     counted = sum(now.total_bytes for now in meter.now.values())
@@ -197,7 +197,7 @@ def test_versions_in_use():
 
 def test_two_stages_on_a_worker_count_together():
     pipeline = make(paci.PaciV(4, 2))
-    meter = MemoryMeter(pipeline)
+    meter = MemoryMeter(pipeline.schedule, pipeline.stages, pipeline._engine.transport)
     for _ in range(4):
         pipeline.step(batch(2))
     pipeline.drain()
@@ -216,7 +216,7 @@ def test_a_stage_that_autocasts_is_found_out():
         nn.MSELoss(),
         weights="current",
     )
-    meter = MemoryMeter(pipeline)
+    meter = MemoryMeter(pipeline.schedule, pipeline.stages, pipeline._engine.transport)
     pipeline.step((torch.ones(2, 8), torch.ones(2, 8)))
     # The graph of x W' needs no W unless x wants a gradient.
     assert meter.peaks[0].working_weight_bytes == 2 * 8 * 8 * 4

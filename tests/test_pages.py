@@ -22,7 +22,7 @@ from paci.trace import Event, Trace
 from paci.view.charts import bar_chart, line_chart
 from paci.view.html import timeline_page, whole_page
 from paci.view.perfetto import perfetto
-from paci.view.report import report_page
+from paci.view.run_page import report_page
 
 GUTTER = 92
 LANE = (0xF4, 0xF5, 0xF7)

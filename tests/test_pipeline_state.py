@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import paci
-from paci.runtime.stage import Stage
-from paci.runtime.weights.registry import (
+from paci.runtime.stage.stage import Stage
+from paci.runtime.weights.policy_registry import (
     make_weight_policy,
 )
 from paci.schedule.action import Kind

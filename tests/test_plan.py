@@ -16,7 +16,6 @@ from paci.errors import ConfigError
 from paci.models import gpt_config, num_parameters
 from paci.models.estimate import estimate_profile
 from paci.plan.given import GivenSchedule
-from paci.plan.memory import PolicyCost, channel_bytes
 from paci.plan.profile import (
     DeviceProfile,
     LayerProfile,
@@ -27,13 +26,14 @@ from paci.plan.profile import (
     save_profile,
 )
 from paci.plan.search import explain, search
+from paci.plan.stage_memory import PolicyCost, channel_bytes
 from paci.plan.stages import Layout
-from paci.runtime.boundary import Form, Spec, notice_of, specs_of
-from paci.runtime.distributed import Lane, RemoteReceiver
-from paci.runtime.shared import SharedReceiver, SharedSender
-from paci.runtime.transport import Ends
+from paci.runtime.transport.boundary import Form, Spec, notice_of, specs_of
+from paci.runtime.transport.channel import Ends
+from paci.runtime.transport.distributed import Lane, RemoteReceiver
+from paci.runtime.transport.shared_memory import SharedReceiver, SharedSender
 from paci.runtime.weights import lookahead
-from paci.runtime.weights.registry import prepare_weight_policies
+from paci.runtime.weights.policy_registry import prepare_weight_policies
 from paci.schedule.action import Kind, Message, Payload
 from paci.schedule.base import Schedule
 from paci.schedule.one_f_one_b import OneFOneBFlush

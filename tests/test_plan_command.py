@@ -20,8 +20,8 @@ from paci.plan.profile import (
     Profile,
     save_profile,
 )
-from paci.runtime.memory import MemoryMeter
-from paci.runtime.stage import PRECISIONS
+from paci.runtime.observation.memory_meter import MemoryMeter
+from paci.runtime.stage.stage import PRECISIONS
 from paci.train.config import TrainConfig, load_config
 from paci.train.setup import make_pipeline, make_plan
 
@@ -79,7 +79,7 @@ def test_what_the_command_runs_is_what_was_priced(
     config = config.model_copy(update={"flush_first": 0.0})  # as later in the run
     plan = make_plan(config, tokenizer.vocab_size)
     pipeline = make_pipeline(config, plan, torch.device("cpu"))
-    meter = MemoryMeter(pipeline)
+    meter = MemoryMeter(pipeline.schedule, pipeline.stages, pipeline._engine.transport)
     tokens = torch.zeros(2, 4, 8, dtype=torch.int64)
     for _ in range(4):
         pipeline.step((tokens[0], tokens[1]))

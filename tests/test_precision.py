@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import paci
 from paci.models import GPTConfig, build_stage
-from paci.runtime.stage import Stage
-from paci.runtime.weights.registry import make_weight_policy, weight_policies
+from paci.runtime.stage.stage import Stage
+from paci.runtime.weights.policy_registry import make_weight_policy, weight_policies
 
 POLICIES = tuple(weight_policies())
 # No activation has the shape of a weight matrix: 2 x 5 tokens, widths 8, 24 and 32, 13 tokens.

@@ -13,15 +13,15 @@ from torch import nn
 
 from paci.cli.app import main
 from paci.errors import ConfigError, ScheduleError
+from paci.plan import torch_schedules
 from paci.plan.calibrate import costs_of_trace, measured_state
 from paci.plan.cost import Costs, Link, Slow, StageCost
 from paci.plan.given import GivenSchedule
-from paci.plan.predict import steady_state
 from paci.plan.profile import load_profile
 from paci.plan.simulate import simulate
-from paci.runtime import torch_schedules
-from paci.runtime.profile import profile_layers
-from paci.runtime.torch_schedules import TORCH_SCHEDULES, torch_schedule
+from paci.plan.steady_state import steady_state
+from paci.plan.torch_schedules import TORCH_SCHEDULES, torch_schedule
+from paci.runtime.observation.layer_times import profile_layers
 from paci.schedule.check import check
 from paci.schedule.one_f_one_b import OneFOneBFlush
 from paci.schedule.paci import PACI

@@ -11,10 +11,10 @@ from refusal_helpers import A, N, batch, by_stage, fed, linears, pipeline, train
 from torch import nn
 
 import paci
-from paci.runtime.recorder import Recorder
-from paci.runtime.stage import Stage
-from paci.runtime.transport import Transport
-from paci.runtime.weights.registry import make_weight_policy, weight_policies
+from paci.runtime.observation.recorder import Recorder
+from paci.runtime.stage.stage import Stage
+from paci.runtime.transport.channel import Transport
+from paci.runtime.weights.policy_registry import make_weight_policy, weight_policies
 from paci.schedule.paci_v import PaciV
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-from paci.view.rows import Bar, bar_rows
+from paci.view.bars import Bar, bar_rows
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import paci
-from paci.runtime.weights.registry import (
+from paci.runtime.weights.policy_registry import (
     weight_policies,
 )
 from paci.schedule.action import Kind

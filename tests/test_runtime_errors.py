@@ -13,10 +13,10 @@ from refusal_helpers import A, N, Returns, batch, fed, linears, load, pipeline, 
 from torch import Tensor, nn
 
 import paci
-from paci.registry import members
-from paci.runtime.weights.base import WeightPolicy
+from paci.families import members
 from paci.runtime.weights.current import Current
-from paci.runtime.weights.registry import weight_policies
+from paci.runtime.weights.policy import WeightPolicy
+from paci.runtime.weights.policy_registry import weight_policies
 from paci.runtime.weights.stash import Stash
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from paci.errors import ConfigError, ScheduleError
 from paci.plan.cost import Costs, Draws, Link, Slow, StageCost
-from paci.plan.predict import steady_state
 from paci.plan.simulate import simulate
+from paci.plan.steady_state import steady_state
 from paci.plan.table import KINDS, ActionTable
 from paci.plan.vectorized import simulate_vectorized
 from paci.schedule.action import Action, Kind, Payload, consumes

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 import paci
 from paci.models import GPTConfig, build_stage
-from paci.runtime.split import Ledger
-from paci.runtime.stage import Stage
-from paci.runtime.weights.registry import make_weight_policy, weight_policies
+from paci.runtime.stage.split_backward import Ledger
+from paci.runtime.stage.stage import Stage
+from paci.runtime.weights.policy_registry import make_weight_policy, weight_policies
 
 # Where nothing is late, lookahead is to change nothing either.
 POLICIES = tuple(name.replace("lookahead", "lookahead:beyond=0") for name in weight_policies())

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 import paci
 from paci.models import GPTConfig, LayerStack, build_stages, parameter_groups
-from paci.runtime.transport import Transport
-from paci.runtime.weights.registry import weight_policies
+from paci.runtime.transport.channel import Transport
+from paci.runtime.weights.policy_registry import weight_policies
 from paci.schedule.action import Action, Kind, Message
 from paci.schedule.check import check
 

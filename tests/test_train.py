@@ -23,7 +23,7 @@ from paci.data import Sampler, prepare
 from paci.models import GPTConfig, build_stage, combine_digests, gpt_config, layer_digests
 from paci.schedule.registry import make_schedule
 from paci.schedule.versions import analyse
-from paci.train.report import load_model
+from paci.train.summary import load_model
 
 # Two optimizer steps are enough for delay to reach the weights where accumulation is 8.
 SCHEDULES = [

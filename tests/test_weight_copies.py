@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import paci
-from paci.runtime.weights.registry import weight_policies
+from paci.runtime.weights.policy_registry import weight_policies
 
 # --- how many weights there are -------------------------------------------------------------
 

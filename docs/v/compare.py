@@ -16,8 +16,8 @@ from pathlib import Path
 
 import paci
 from paci.plan.cost import Costs
-from paci.plan.predict import steady_state
-from paci.runtime.torch_schedules import torch_schedule
+from paci.plan.steady_state import steady_state
+from paci.plan.torch_schedules import torch_schedule
 from paci.schedule.check import check
 from paci.schedule.versions import analyse, peak_on_workers
 

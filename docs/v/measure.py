@@ -22,9 +22,9 @@ import torch
 
 import paci
 from paci.models import GPTConfig, build_stage, build_stages
-from paci.runtime.memory import MemoryMeter
-from paci.runtime.stage import Stage
-from paci.runtime.weights.registry import make_weight_policy
+from paci.runtime.observation.memory_meter import MemoryMeter
+from paci.runtime.stage.stage import Stage
+from paci.runtime.weights.policy_registry import make_weight_policy
 
 FILE = Path(__file__).parent / "times.json"
 # Width, tokens of a sequence, sequences of a micro-batch, blocks of a stage.
@@ -101,7 +101,7 @@ def in_flight_bytes(schedule: paci.Schedule, num_blocks: int, sequences: int) ->
     modules = build_stages(config, cut, 0)
     optimizers = [torch.optim.SGD(module.parameters(), lr=1e-3) for module in modules]
     pipeline = paci.Pipeline(modules, schedule, optimizers, paci.CrossEntropy())
-    meter = MemoryMeter(pipeline)
+    meter = MemoryMeter(pipeline.schedule, pipeline.stages, pipeline._engine.transport)
     a = schedule.accumulation
     tokens = torch.randint(config.vocab_size, (a * sequences, config.context + 1))
     for _ in range(2 + 2 * schedule.channel_capacity // a):

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from paci.bench.emulated import EmulatedStage
 from paci.bench.forecasts import HeldBack, without_waits
+from paci.bench.waiting_stages import EmulatedStage
 from paci.bench.workloads import Work
 from paci.errors import ConfigError
 from paci.runtime.pipeline import Pipeline

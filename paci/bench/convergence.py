@@ -372,7 +372,7 @@ def _read_run(folder: Path, held_out: str) -> dict[str, Any]:
     late = sum(int(k) * count for delay in delays for k, count in delay.items())
     besides = {}
     if held_out:
-        from paci.train.report import evaluate_text
+        from paci.train.summary import evaluate_text
 
         loss, _ = evaluate_text(folder, held_out, _HELD_OUT_BATCHES)
         besides = {"held_out": held_out, "held_out_loss": round(loss, 5)}

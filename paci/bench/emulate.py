@@ -10,7 +10,7 @@ from paci.bench.forecasts import add_forecasts
 from paci.bench.question import Row, Timing, compared, require_times
 from paci.errors import ConfigError
 from paci.plan.cost import Costs, Link, Slow, StageCost
-from paci.plan.predict import steady_state
+from paci.plan.steady_state import steady_state
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.registry import make_schedule
 
@@ -151,7 +151,7 @@ class Emulate(Timing):
 
     def _work(self, schedules: Sequence[Schedule | None]) -> Any:
         """Whole backwards are one wait, unless some schedule splits them."""
-        from paci.bench.emulated import EmulatedWork
+        from paci.bench.waiting_stages import EmulatedWork
 
         share = self.weight_share if any(map(_splits, schedules)) else 0.0
         return EmulatedWork(
@@ -179,12 +179,12 @@ class Emulate(Timing):
 
 def _schedule(arm: Arm, num_workers: int) -> Schedule | None:
     """What an arm runs; None where that is not known, or PyTorch refuses it."""
-    from paci.runtime.torch_schedules import TORCH_SCHEDULES, torch_schedule
+    from paci.plan.torch_schedules import TORCH_SCHEDULES, torch_schedule
 
     m = arm.num_micro_batches
     if arm.runtime == "paci":
         return make_schedule(arm.schedule, arm.num_stages(num_workers), m)
-    if arm.schedule == "Schedule1F1B":  # see paci.runtime.torch_schedules
+    if arm.schedule == "Schedule1F1B":  # see paci.plan.torch_schedules
         return make_schedule("1f1b", num_workers, m)
     for name, (family, _, _) in TORCH_SCHEDULES.items():
         if family == arm.schedule:

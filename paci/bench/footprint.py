@@ -17,11 +17,16 @@ from paci.bench.turns import Say
 from paci.bench.workers import Report, run_workers
 from paci.bench.workloads import GPTWork
 from paci.errors import WorkerError
-from paci.plan.memory import Inbox
-from paci.runtime.memory import KeptByForward, MemoryBytes, MemoryMeter, kept_by_forward
+from paci.plan.stage_memory import Inbox
+from paci.runtime.observation.memory_meter import (
+    KeptByForward,
+    MemoryBytes,
+    MemoryMeter,
+    kept_by_forward,
+)
 from paci.runtime.pipeline import Pipeline
-from paci.runtime.stage import PRECISIONS
-from paci.runtime.weights.registry import make_weight_policy
+from paci.runtime.stage.stage import PRECISIONS
+from paci.runtime.weights.policy_registry import make_weight_policy
 from paci.runtime.world import hosted_stages
 from paci.schedule.action import COMPLETES_GRADIENT, Kind
 from paci.schedule.base import Schedule
@@ -175,7 +180,7 @@ def _count_arm(rank: int, num_workers: int, work: GPTWork, arm: Kept) -> _Found:
         weights=arm.weights or schedule.weights,
         precision="fp32" if arm.precision == "autocast" else arm.precision,
     )
-    meter = MemoryMeter(pipeline)
+    meter = MemoryMeter(pipeline.schedule, pipeline.stages, pipeline._engine.transport)
     batch = work.batch(arm.num_micro_batches)
     for _ in range(updates_to_settle(schedule)):
         pipeline.step(batch)

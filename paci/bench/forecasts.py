@@ -8,7 +8,7 @@ from typing import Any
 
 from paci.plan.calibrate import costs_of_trace
 from paci.plan.cost import Slow
-from paci.plan.predict import steady_state
+from paci.plan.steady_state import steady_state
 from paci.schedule.action import SENDS_GRADIENT, Kind
 from paci.schedule.base import Schedule
 from paci.schedule.registry import make_schedule

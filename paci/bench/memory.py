@@ -94,7 +94,7 @@ class Memory(Question):
         """Every schedule as it is; the first one with other policies; each precision. Autocast is
         for the first schedule alone: it does not tell what any of them keeps."""
         from paci.bench.footprint import Kept
-        from paci.runtime.weights.registry import weight_policies
+        from paci.runtime.weights.policy_registry import weight_policies
         from paci.schedule.registry import schedules
 
         m = self.micro_batches or num_workers

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from paci.errors import ConfigError, ScheduleError
 from paci.plan.cost import Costs
-from paci.plan.predict import steady_state
+from paci.plan.steady_state import steady_state
 from paci.schedule.base import Schedule
 from paci.schedule.registry import find_schedule, make_schedule
 
@@ -51,7 +51,7 @@ class Paces:
         """The pace of a schedule.
 
         Args:
-            name: one of ours, or a key of ``paci.runtime.torch_schedules.TORCH_SCHEDULES``.
+            name: one of ours, or a key of ``paci.plan.torch_schedules.TORCH_SCHEDULES``.
             num_micro_batches: of an update.
 
         Raises:
@@ -82,7 +82,7 @@ class Paces:
         return name, size
 
     def _schedule(self, name: str, num_micro_batches: int) -> Schedule:
-        from paci.runtime.torch_schedules import TORCH_SCHEDULES, torch_schedule
+        from paci.plan.torch_schedules import TORCH_SCHEDULES, torch_schedule
 
         if name not in TORCH_SCHEDULES:
             num_stages = self.num_workers * find_schedule(name).stages_per_worker
@@ -119,7 +119,7 @@ def _measured(path: Path, num_workers: int) -> dict[tuple[str, int], Pace]:
 
 def _our_name(row: Any) -> str:
     """What we call the schedule of a row; nothing for one that we do not ask for."""
-    from paci.runtime.torch_schedules import TORCH_SCHEDULES
+    from paci.plan.torch_schedules import TORCH_SCHEDULES
 
     if row["runtime"] == "paci":
         return str(row["schedule"])

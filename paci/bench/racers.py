@@ -26,8 +26,8 @@ from paci.bench.workers import Report
 from paci.data import Corpus, Sampler, validation_batches
 from paci.data.store import open_corpus
 from paci.models import GPTConfig, build_stages
-from paci.runtime.loss import CrossEntropy
 from paci.runtime.pipeline import Pipeline
+from paci.runtime.stage.loss import CrossEntropy
 from paci.train.config import TrainConfig
 from paci.train.setup import (
     Plan,

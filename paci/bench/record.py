@@ -14,7 +14,7 @@ import torch
 
 from paci.bench.question import Row
 from paci.errors import ConfigError
-from paci.train.report import versions
+from paci.train.summary import versions
 
 
 def record(

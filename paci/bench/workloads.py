@@ -1,6 +1,7 @@
 """What a benchmark trains: stages, micro-batches and a loss, the same for every runtime.
 
-``GPTWork`` computes; ``EmptyWork`` does as little as a stage can; ``paci.bench.emulated`` waits.
+``GPTWork`` computes; ``EmptyWork`` does as little as a stage can; the stages of
+``paci.bench.waiting_stages`` wait.
 """
 
 from __future__ import annotations

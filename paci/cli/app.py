@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
         if extra is not None and absent(extra):
             add_refusal(commands, command, extra)
         else:
-            importlib.import_module(f"paci.cli.{command}").add_parser(commands)
+            importlib.import_module(f"paci.cli.{command}_command").add_parser(commands)
     return parser
 
 

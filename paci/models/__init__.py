@@ -1,6 +1,5 @@
 """Models as rows of layers that a pipeline can cut anywhere."""
 
-from paci.models.generate import generate
 from paci.models.gpt import (
     PRESETS,
     GPTConfig,
@@ -18,6 +17,7 @@ from paci.models.layers import (
     muon_groups,
     parameter_groups,
 )
+from paci.models.sampling import generate
 
 __all__ = [
     "PRESETS",

@@ -79,7 +79,7 @@ def costs_of_trace(
 
 
 class MeasuredState(NamedTuple):
-    """What ``paci.plan.predict.SteadyState`` predicts, as a run had it."""
+    """What ``paci.plan.steady_state.SteadyState`` predicts, as a run had it."""
 
     update_s: float
     utilization: float

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from paci.errors import ConfigError
 from paci.plan.cost import Costs
 from paci.plan.given import GivenSchedule
-from paci.plan.memory import PolicyCost, StageMemory
 from paci.plan.partition import require_stages
-from paci.plan.predict import SteadyState, steady_state
 from paci.plan.profile import Profile
+from paci.plan.stage_memory import PolicyCost, StageMemory
 from paci.plan.stages import Layout
+from paci.plan.steady_state import SteadyState, steady_state
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.registry import make_schedule
 from paci.schedule.versions import stage_versions

@@ -19,9 +19,9 @@ from itertools import accumulate
 
 from paci.errors import ConfigError
 from paci.plan.cost import Costs, Link, StageCost
-from paci.plan.memory import Inbox, PolicyCost, StageMemory
 from paci.plan.partition import StageCostOf, as_integers, best_cut, require_stages
 from paci.plan.profile import Profile
+from paci.plan.stage_memory import Inbox, PolicyCost, StageMemory
 from paci.schedule.base import Schedule
 
 

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
-from paci.runtime.checks import check_loss, check_module
-from paci.runtime.loss import Loss
-from paci.runtime.stage import Stage
-from paci.runtime.weights.base import WeightPolicy
+from paci.runtime.stage.checks import check_loss, check_module
+from paci.runtime.stage.loss import Loss
+from paci.runtime.stage.stage import Stage
+from paci.runtime.weights.policy import WeightPolicy
 from paci.schedule.base import Schedule
 
 OptimizerMaker = Callable[[list[nn.Parameter]], Optimizer]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paci.runtime.batch import MicroBatch, to_device
 from paci.runtime.execute import Engine
+from paci.runtime.stage.batch import MicroBatch, to_device
 from paci.schedule.action import Action, Kind, consumes, produces
 
 

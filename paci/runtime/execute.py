@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from paci.runtime.drift import DriftMeter
 from paci.runtime.feed import Feed
-from paci.runtime.recorder import Recorder
-from paci.runtime.stage import Stage
-from paci.runtime.transport import Tensors, Transport
+from paci.runtime.observation.drift import DriftMeter
+from paci.runtime.observation.recorder import Recorder
+from paci.runtime.stage.stage import Stage
+from paci.runtime.transport.channel import Tensors, Transport
 from paci.schedule.action import Action, Kind, consumes, produces
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from paci.errors import WorkerError
-from paci.runtime.transport import LinkError
+from paci.runtime.transport.channel import LinkError
 
 _boards = itertools.count()  # all processes make theirs in one order
 _POLL_S = 1.0  # between two looks at the board

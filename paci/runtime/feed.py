@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paci.runtime.batch import MicroBatch, require_no_graph, to_device
-from paci.runtime.loss import Loss, divisor
 from paci.runtime.result import StepResult
-from paci.runtime.stage import Stage, Target
+from paci.runtime.stage.batch import MicroBatch, require_no_graph, to_device
+from paci.runtime.stage.loss import Loss, divisor
+from paci.runtime.stage.stage import Stage, Target
 
 Tensors = tuple[Tensor, ...]
 

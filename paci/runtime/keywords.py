@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from paci.errors import ConfigError
-from paci.runtime.calls import Caller
+from paci.runtime.stage.calls import Caller
 from paci.runtime.world import World
 
 

@@ -22,22 +22,22 @@ from paci.runtime.assemble import (
     choose_group,
     listed,
 )
-from paci.runtime.batch import as_micro_batch, split_batch
-from paci.runtime.checks import check_options
-from paci.runtime.drift import DriftMeter, DriftReport
 from paci.runtime.evaluate import evaluate
 from paci.runtime.execute import Engine, execute
 from paci.runtime.failures import FailureBoard, Failures
 from paci.runtime.feed import Feed
 from paci.runtime.keywords import KeywordInputs
-from paci.runtime.loss import as_loss
 from paci.runtime.names import Naming, whole_names
-from paci.runtime.recorder import Recorder
+from paci.runtime.observation.drift import DriftMeter, DriftReport
+from paci.runtime.observation.recorder import Recorder
+from paci.runtime.observation.status import Status, StatusBoard, combine
 from paci.runtime.result import StepResult
-from paci.runtime.stage import UpdateHook
-from paci.runtime.status import Status, StatusBoard, combine
-from paci.runtime.weights.base import WeightPolicy
-from paci.runtime.weights.registry import prepare_weight_policies, recommended_weights
+from paci.runtime.stage.batch import as_micro_batch, split_batch
+from paci.runtime.stage.checks import check_options
+from paci.runtime.stage.loss import as_loss
+from paci.runtime.stage.stage import UpdateHook
+from paci.runtime.weights.policy import WeightPolicy
+from paci.runtime.weights.policy_registry import prepare_weight_policies, recommended_weights
 from paci.runtime.whole_state import state_by_stage, whole_state
 from paci.runtime.world import World
 from paci.schedule.base import Schedule, require_count

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from paci.errors import ConfigError
 from paci.runtime.names import Names
-from paci.runtime.saved_state import blank_state
-from paci.runtime.stage import Stage
+from paci.runtime.stage.optimizer_state import blank_state
+from paci.runtime.stage.stage import Stage
 from paci.runtime.weights.stage_weights import is_sharded, local
 
 

@@ -14,10 +14,16 @@ import torch
 import torch.distributed as dist
 
 from paci.errors import ConfigError
-from paci.runtime.distributed import Link, RemoteReceiver, RemoteSender
 from paci.runtime.failures import collective_error
-from paci.runtime.shared import AVAILABLE, Meeting, SharedReceiver, SharedSender, visit
-from paci.runtime.transport import Edge, Ends, LocalChannel, Receiver, Sender, Transport
+from paci.runtime.transport.channel import Edge, Ends, LocalChannel, Receiver, Sender, Transport
+from paci.runtime.transport.distributed import Link, RemoteReceiver, RemoteSender
+from paci.runtime.transport.shared_memory import (
+    AVAILABLE,
+    Meeting,
+    SharedReceiver,
+    SharedSender,
+    visit,
+)
 from paci.schedule.action import Message, Payload
 from paci.schedule.base import Schedule
 

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import paci.schedule
 from paci.errors import ConfigError
-from paci.registry import members, modules_of, read_options
+from paci.families import members, modules_of, read_options
 from paci.schedule.base import Schedule
 
 PATH_VARIABLE = "PACI_SCHEDULE_PATH"

@@ -19,7 +19,8 @@ from paci.train.alone import heard, wait_until_done
 from paci.train.config import TrainConfig, keep_options
 from paci.train.loop import Trainer, describe, find_checkpoint
 from paci.train.metrics import METRICS_FILE, require_tensorboard
-from paci.train.report import (
+from paci.train.setup import choose_device, make_plan
+from paci.train.summary import (
     SUMMARY_FILE,
     drift_table,
     sample_text,
@@ -27,7 +28,6 @@ from paci.train.report import (
     write_report,
     write_text,
 )
-from paci.train.setup import choose_device, make_plan
 
 Say = Callable[[str], None]
 SAMPLE_FILE = "sample.txt"

@@ -30,9 +30,9 @@ from paci.models import (
 from paci.optim.muon import MuonWithAdamW
 from paci.optim.rates import rate_by_delay
 from paci.plan.partition import balanced_cut
-from paci.runtime.loss import CrossEntropy
 from paci.runtime.pipeline import Pipeline
-from paci.runtime.weights.registry import prepare_weight_policies, recommended_weights
+from paci.runtime.stage.loss import CrossEntropy
+from paci.runtime.weights.policy_registry import prepare_weight_policies, recommended_weights
 from paci.runtime.world import hosted_stages
 from paci.schedule.base import Schedule
 from paci.schedule.check import check

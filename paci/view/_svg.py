@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 
 from paci.schedule.action import Kind
 from paci.trace import Event, Trace
-from paci.view._rows import NAMES, duration, row_labels, stages_of, summary, ticks
+from paci.view.timeline_rows import NAMES, duration, row_labels, stages_of, summary, ticks
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), told apart by all kinds of colour vision;
 # black text is readable on each of them.

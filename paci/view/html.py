@@ -16,8 +16,8 @@ from typing import Any
 from paci.errors import ConfigError
 from paci.schedule.action import SENDS_GRADIENT, Kind
 from paci.trace import Trace
-from paci.view._rows import NAMES, row_labels, stages_of, summary
 from paci.view._svg import COLOURS
+from paci.view.timeline_rows import NAMES, row_labels, stages_of, summary
 
 _KINDS = tuple(Kind)
 # A page opens with so many actions in its fullest row, or with the filling of a wide pipeline, and

@@ -10,8 +10,8 @@ from typing import Any
 
 from paci.schedule.action import Kind
 from paci.trace import Trace
-from paci.view._rows import NAMES, row_labels
 from paci.view.html import partner_versions
+from paci.view.timeline_rows import NAMES, row_labels
 
 _MICROSECONDS = 1e6
 

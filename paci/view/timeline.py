@@ -10,8 +10,8 @@ from paci.errors import ConfigError
 from paci.schedule.action import Kind
 from paci.schedule.base import require_count
 from paci.trace import Event, Trace
-from paci.view._rows import NAMES, row_labels, summary, ticks
 from paci.view._svg import Picture
+from paci.view.timeline_rows import NAMES, row_labels, summary, ticks
 
 _NARROWEST_TEXT = 40
 _NARROWEST_PICTURE_PX = 480

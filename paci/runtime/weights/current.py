@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from paci.runtime.weights.base import WeightPolicy
+from paci.runtime.weights.policy import WeightPolicy
 
 
 @dataclass

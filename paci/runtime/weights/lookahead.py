@@ -14,7 +14,7 @@ from paci.errors import ConfigError
 from paci.optim.gradient_rule import GradientRule
 from paci.optim.probe import require_trial
 from paci.optim.trial import trial_steps
-from paci.runtime.weights.base import Key, WeightPolicy
+from paci.runtime.weights.policy import Key, WeightPolicy
 from paci.runtime.weights.stage_weights import StageWeights, local
 from paci.schedule.base import require_count
 

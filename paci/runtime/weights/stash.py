@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch.optim import Optimizer
 
 from paci.optim.gradient_rule import GradientRule
-from paci.runtime.weights.base import Key, WeightPolicy
+from paci.runtime.weights.policy import Key, WeightPolicy
 from paci.runtime.weights.stage_weights import StageWeights, Values
 
 

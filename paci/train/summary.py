@@ -22,8 +22,8 @@ from paci import __version__
 from paci.data import Tokenizer, documents, load_tokenizer, validation_batches
 from paci.errors import CheckpointError, ConfigError
 from paci.models import GPTConfig, build_stage, generate
-from paci.runtime.drift import DriftReport
-from paci.runtime.loss import CrossEntropy
+from paci.runtime.observation.drift import DriftReport
+from paci.runtime.stage.loss import CrossEntropy
 from paci.schedule.action import Kind
 from paci.schedule.base import require_count
 from paci.trace import Trace

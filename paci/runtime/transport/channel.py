@@ -3,8 +3,8 @@
 Each edge between neighbouring stages has two channels, one for activations down and one for
 gradients up, and each channel is a queue with a sending and a receiving end. ``Transport`` is
 the set of ends that one process holds; ``LocalChannel`` is both at once, inside a process. Those
-between processes are in ``paci.runtime.shared`` (CPU tensors, one host) and
-``paci.runtime.distributed`` (everything else).
+between processes are in ``paci.runtime.transport.shared_memory`` (CPU tensors, one host) and
+``paci.runtime.transport.distributed`` (everything else).
 
 A *stretch* is what passes between two moments at which the pipeline is empty. Number, shapes and
 dtypes of the tensors may differ from message to message; while they stay they are not told again.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from paci.errors import ConfigError, WorkerError
-from paci.runtime.boundary import Structure
+from paci.runtime.transport.boundary import Structure
 from paci.schedule.action import Message, Payload
 
 Tensors = tuple[Tensor, ...]

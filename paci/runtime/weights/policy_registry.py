@@ -6,8 +6,8 @@ import copy
 
 import paci.runtime.weights
 from paci.errors import ConfigError
-from paci.registry import members, modules_of, read_options
-from paci.runtime.weights.base import WeightPolicy
+from paci.families import members, modules_of, read_options
+from paci.runtime.weights.policy import WeightPolicy
 from paci.schedule.base import Schedule
 
 

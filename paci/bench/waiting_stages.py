@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from paci.bench.forecasts import HeldBack
 from paci.bench.workloads import Work
 from paci.plan.cost import Slow
-from paci.runtime.split import Ledger
+from paci.runtime.stage.split_backward import Ledger
 
 # The last part of a wait is spun: a sleeping process wakes up to this much late.
 _SPIN_S = 40e-6

@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Print the prompt and what follows."""
-    from paci.train.report import sample_text
+    from paci.train.summary import sample_text
 
     text = sample_text(
         Path(options.folder),

@@ -93,7 +93,7 @@ def _measured(options: argparse.Namespace) -> Profile | None:
     import torch
     import torch.distributed as dist
 
-    from paci.runtime.links import measure_links
+    from paci.runtime.observation.links import measure_links
     from paci.train.launch import end_with_launcher
     from paci.train.run import connect
     from paci.train.setup import choose_device
@@ -126,8 +126,8 @@ def _measured_layers(
 
     from paci.data.tokenizer import tokenizer_spec
     from paci.models.gpt import build_layer
-    from paci.runtime.profile import profile_layers
-    from paci.runtime.shared import AVAILABLE
+    from paci.runtime.observation.layer_times import profile_layers
+    from paci.runtime.transport.shared_memory import AVAILABLE
     from paci.train.setup import make_optimizer
 
     config = _config(options)

@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Print loss and perplexity."""
-    from paci.train.report import evaluate_text
+    from paci.train.summary import evaluate_text
 
     loss, num_tokens = evaluate_text(Path(options.folder), options.data, options.batches)
     perplexity = math.exp(min(loss, 700.0))

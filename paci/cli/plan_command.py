@@ -124,7 +124,7 @@ def _make(spec: str, num_stages: int, accumulation: int) -> Schedule:
     """A schedule of ours, or one of PyTorch's to compare with."""
     if not spec.startswith("torch-"):
         return make_schedule(spec, num_stages, accumulation)
-    from paci.runtime.torch_schedules import TORCH_SCHEDULES, torch_schedule
+    from paci.plan.torch_schedules import TORCH_SCHEDULES, torch_schedule
 
     per_worker = TORCH_SCHEDULES[spec][1] if spec in TORCH_SCHEDULES else 1
     return torch_schedule(spec, max(num_stages // per_worker, 1), accumulation)
@@ -132,7 +132,7 @@ def _make(spec: str, num_stages: int, accumulation: int) -> Schedule:
 
 def _without_recomputation(weights: str | None) -> str | None:
     """The policy that is asked for, if one is."""
-    from paci.runtime.weights.registry import make_weight_policy
+    from paci.runtime.weights.policy_registry import make_weight_policy
 
     if weights is not None and not make_weight_policy(weights).keeps_graph:
         raise ConfigError(
@@ -143,7 +143,7 @@ def _without_recomputation(weights: str | None) -> str | None:
 
 def _weights(asked: str | None, schedule: Schedule, recompute: bool) -> Weights:
     """The policy that ``paci train`` would take, with what it costs."""
-    from paci.runtime.weights.registry import prepare_weight_policies
+    from paci.runtime.weights.policy_registry import prepare_weight_policies
     from paci.train.setup import choose_weights
 
     theirs = isinstance(schedule, GivenSchedule)  # run by another library, which has no policies

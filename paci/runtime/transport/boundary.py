@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from paci.errors import ConfigError
-from paci.plan.memory import aligned
+from paci.plan.stage_memory import aligned
 
 # --- tensors ------------------------------------------------------------------------------------
 

@@ -36,8 +36,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paci.plan.memory import RECEIVES_AHEAD, ring_slot_bytes
-from paci.runtime.boundary import (
+from paci.plan.stage_memory import RECEIVES_AHEAD, ring_slot_bytes
+from paci.runtime.transport.boundary import (
     NOTICE_BYTES,
     Form,
     Spec,
@@ -48,7 +48,7 @@ from paci.runtime.boundary import (
     specs_of,
     tensors_in,
 )
-from paci.runtime.transport import Bundle, Ends, LinkError, Receiver, Sender, Tensors, plain
+from paci.runtime.transport.channel import Bundle, Ends, LinkError, Receiver, Sender, Tensors, plain
 from paci.schedule.action import Message, Payload
 
 _MOST_TAGS = 1 << 20

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from paci.cli.view import load_trace, write_file
+from paci.cli.view_command import load_trace, write_file
 from paci.errors import ConfigError
 from paci.train.metrics import read_metrics
-from paci.view.report import report_page
+from paci.view.run_page import report_page
 
 
 def add_parser(commands: Any) -> None:

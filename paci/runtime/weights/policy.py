@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from paci.optim.gradient_rule import GradientRule
-from paci.plan.memory import PolicyCost
+from paci.plan.stage_memory import PolicyCost
 from paci.runtime.weights.stage_weights import StageWeights
 from paci.schedule.base import Schedule
 from paci.schedule.versions import (

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from paci.errors import ConfigError
-from paci.runtime.batch import mapped, require_no_graph
-from paci.runtime.boundary import arguments, flatten
-from paci.runtime.transport import Bundle
+from paci.runtime.stage.batch import mapped, require_no_graph
+from paci.runtime.transport.boundary import arguments, flatten
+from paci.runtime.transport.channel import Bundle
 
 Tensors = tuple[Tensor, ...]
 

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Write the file; say how many weights it holds."""
     from safetensors import SafetensorError
 
-    from paci.train.report import export
+    from paci.train.summary import export
 
     try:
         num = export(Path(options.folder), Path(options.file))

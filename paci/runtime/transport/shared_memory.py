@@ -35,9 +35,9 @@ from pathlib import Path
 
 import torch
 
-from paci.plan.memory import aligned, ring_slot_bytes, ring_slots
-from paci.runtime.boundary import Form, Structure, specs_of, tensors_in
-from paci.runtime.transport import Bundle, Ends, Receiver, Sender, Tensors
+from paci.plan.stage_memory import aligned, ring_slot_bytes, ring_slots
+from paci.runtime.transport.boundary import Form, Structure, specs_of, tensors_in
+from paci.runtime.transport.channel import Bundle, Ends, Receiver, Sender, Tensors
 from paci.schedule.action import Message
 
 # Whether this system can: sockets with names in the file system that carry file descriptors.

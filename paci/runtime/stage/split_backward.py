@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from paci.errors import ConfigError
-from paci.runtime.batch import require_unwritten, writes_of
+from paci.runtime.stage.batch import require_unwritten, writes_of
 from paci.runtime.weights.stage_weights import Leaf
 
 Tensors = tuple[Tensor, ...]

@@ -15,17 +15,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
 from paci.optim.gradient_rule import GradientRule, gradients_seen
-from paci.runtime.added_loss import collect_losses
-from paci.runtime.batch import require_unwritten, writes_of
-from paci.runtime.boundary import Structure, unflatten
-from paci.runtime.calls import Caller, writes_to_inputs
-from paci.runtime.checks import check_lr_scheduler, check_optimizer, check_policy, check_state
-from paci.runtime.loss import Loss, with_metrics
-from paci.runtime.randomness import Seeded, mix
-from paci.runtime.saved_state import load_optimizer_state, optimizer_state
-from paci.runtime.split import Ledger, Splitter
-from paci.runtime.transport import Bundle
-from paci.runtime.weights.base import Tensors, WeightPolicy
+from paci.runtime.stage.added_loss import collect_losses
+from paci.runtime.stage.batch import require_unwritten, writes_of
+from paci.runtime.stage.calls import Caller, writes_to_inputs
+from paci.runtime.stage.checks import check_lr_scheduler, check_optimizer, check_policy, check_state
+from paci.runtime.stage.loss import Loss, with_metrics
+from paci.runtime.stage.optimizer_state import load_optimizer_state, optimizer_state
+from paci.runtime.stage.randomness import Seeded, mix
+from paci.runtime.stage.split_backward import Ledger, Splitter
+from paci.runtime.transport.boundary import Structure, unflatten
+from paci.runtime.transport.channel import Bundle
+from paci.runtime.weights.policy import Tensors, WeightPolicy
 from paci.runtime.weights.stage_weights import Leaf, StageWeights
 
 _EXTRA = "_extra_state"  # how PyTorch ends the key of what get_extra_state gives

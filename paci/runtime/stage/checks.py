@@ -16,7 +16,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paci.errors import ConfigError
-from paci.runtime.weights.base import WeightPolicy
+from paci.runtime.weights.policy import WeightPolicy
 from paci.runtime.weights.stage_weights import StageWeights
 from paci.schedule.base import require_count
 

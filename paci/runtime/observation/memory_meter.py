@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from paci.runtime.pipeline import Pipeline
-from paci.runtime.stage import Stage, Target
+from paci.runtime.stage.stage import Stage, Target
+from paci.runtime.transport.channel import Transport
+from paci.schedule.base import Schedule
 
 _ACTIONS = ("forward", "backward", "backward_input", "backward_weight", "update")
 
@@ -134,38 +135,42 @@ def kept_by_forward(
 
 
 class MemoryMeter:
-    """Watches the stages of a pipeline from now on; build it when nothing is in flight.
+    """Watches the stages of a process from now on; build it when nothing is in flight.
 
     Args:
-        pipeline: whose stages in this process are watched.
+        schedule: that they run.
+        stages: of this process, by index.
+        transport: that brings them messages.
 
     Attributes:
         now: by worker, as it was after the newest action.
         peaks: by worker, the largest that each kind ever was.
     """
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(
+        self, schedule: Schedule, stages: Mapping[int, Stage], transport: Transport
+    ) -> None:
         self.now: dict[int, MemoryBytes] = {}
         self.peaks: dict[int, MemoryBytes] = {}
         self._peak_received: dict[int, int] = {}
-        self._pipeline = pipeline
+        self._schedule, self._transport = schedule, transport
         others = Storages()
-        self._watched = {index: _Watched(stage, others) for index, stage in pipeline.stages.items()}
+        self._watched = {index: _Watched(stage, others) for index, stage in stages.items()}
         self._workers = {
-            worker: [index for index in stages if index in pipeline.stages]
-            for worker, stages in enumerate(pipeline.schedule.placement)
+            worker: [index for index in placed if index in stages]
+            for worker, placed in enumerate(schedule.placement)
         }
         for index, watched in self._watched.items():
             watched.attach(functools.partial(self._count, index))
 
     def _count(self, index: int) -> None:
         """Look at all that the worker of ``index`` keeps now."""
-        worker = self._pipeline.schedule.worker_of(index)
+        worker = self._schedule.worker_of(index)
         stages = [self._watched[stage] for stage in self._workers[worker]]
         receivers = [
             receiver
             for stage in self._workers[worker]
-            for receiver in self._pipeline._engine.transport.receivers_of(stage)
+            for receiver in self._transport.receivers_of(stage)
         ]
         received = num_bytes(
             tensor

@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from paci.errors import ConfigError
 from paci.optim.trial import trial_steps
 from paci.plan.profile import LayerProfile, Profile
-from paci.runtime.batch import as_tensors
-from paci.runtime.memory import kept_by_forward
-from paci.runtime.transport import Tensors
+from paci.runtime.observation.memory_meter import kept_by_forward
+from paci.runtime.stage.batch import as_tensors
+from paci.runtime.transport.channel import Tensors
 from paci.schedule.base import require_count
 
 BuildLayer = Callable[[], nn.Module]

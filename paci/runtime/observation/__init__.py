@@ -1,0 +1,1 @@
+"""What is measured: drift, times, memory, progress, links. Changes nothing that is computed."""

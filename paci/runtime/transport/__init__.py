@@ -1,0 +1,1 @@
+"""How tensors get from a stage to its neighbour: channels, and what crosses them."""
