@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import gc
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import torch
 from channel_helpers import NUM_FORMS, Pair, hand_over, messages, plan, same, take_over, value_of
 from launching import launch, values
-from torch import Tensor
+from torch import Tensor, nn
 
 import paci
 from paci.runtime.transport.boundary import Form, arguments, flatten, specs_of, unflatten
@@ -232,3 +234,21 @@ def test_messages_alike_are_one_operation_each(tmp_path: Path):
     assert sent[0] == 50 + 1 + 2
     # A notice and a payload each, and the payloads posted when it first changed.
     assert sent[1] == 2 * 50 + 1 + 2
+
+
+def limited(rank: int, num_ranks: int) -> str:
+    """Files, and so shared memory, may have a few pages only: activations need more."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY))
+    make = functools.partial(torch.optim.SGD, lr=0.1)
+    pipeline = paci.Pipeline(nn.Linear(64, 64), paci.PACI(2, 2), make, nn.MSELoss(), timeout_s=30.0)
+    try:
+        for _ in range(2):
+            pipeline.step((torch.ones(128, 64), torch.ones(128, 64)))
+    except paci.PaciError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_limit_on_file_sizes_is_named(tmp_path: Path):
+    for said in values(launch(tmp_path, 2, limited)):
+        assert "bytes of shared memory, got 'File too large'; raise the limit on file sizes" in said

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import math
+import resource
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,12 @@ from cli_helpers import Shop
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import paci
 from paci.data import Sampler, prepare
 from paci.models import GPTConfig, build_stage, combine_digests, gpt_config, layer_digests
 from paci.schedule.registry import make_schedule
 from paci.schedule.versions import analyse
+from paci.train.metrics import METRICS_FILE, Metrics, read_metrics
 from paci.train.summary import load_model
 
 # Two optimizer steps are enough for delay to reach the weights where accumulation is 8.
@@ -427,3 +430,17 @@ def test_options_that_do_not_shape_the_weights_do_not(shop: Shop):
 def nothing_left_running(shop: Shop) -> Iterator[None]:
     yield
     assert not cli.processes_of(shop.folder)
+
+
+def test_metrics_that_cannot_be_written_are_named(tmp_path: Path):
+    metrics = Metrics(tmp_path, 0, tensorboard=False)
+    metrics.write({"update": 1, "loss": 2.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
+    try:
+        with pytest.raises(paci.PaciError, match=r"metrics.jsonl must be written whole, got 'File"):
+            metrics.write({"update": 2, "loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        metrics.close()
+    assert read_metrics(tmp_path / METRICS_FILE) == [{"update": 1, "loss": 2.0}]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from paci.errors import ConfigError
+from paci.errors import ConfigError, PaciError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -38,12 +38,23 @@ class Metrics:
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(partial, self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row and flush it."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Append one row.
+
+        Raises:
+            PaciError: the row cannot be written whole.
+        """
+        left = memoryview(json.dumps(row).encode() + b"\n")
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise PaciError(
+                f"{self._path} must be written whole, got {error.strerror!r}; make room for it "
+                f"(disk, quota, ulimit -f), then go on with --resume"
+            ) from error
         if self._board is not None:
             for key, value in row.items():
                 if key != "update" and value is not None:

@@ -35,6 +35,7 @@ from pathlib import Path
 
 import torch
 
+from paci.errors import WorkerError
 from paci.plan.stage_memory import aligned, ring_slot_bytes, ring_slots
 from paci.runtime.transport.boundary import Form, Structure, specs_of, tensors_in
 from paci.runtime.transport.channel import Bundle, Ends, Receiver, Sender, Tensors
@@ -125,7 +126,16 @@ class _Memory:
         else:
             with tempfile.TemporaryFile() as unnamed:
                 file = os.dup(unnamed.fileno())
-        os.ftruncate(file, aligned(num_slots) + num_slots * slot_bytes)
+        size = aligned(num_slots) + num_slots * slot_bytes
+        try:
+            os.ftruncate(file, size)
+        except OSError as error:
+            os.close(file)
+            raise WorkerError(
+                f"a channel must have {size:,} bytes of shared memory, got {error.strerror!r}; "
+                f"raise the limit on file sizes (ulimit -f) or make room, or pass "
+                f"share_memory=False"
+            ) from error
         return _Memory(os.dup(file), slot_bytes, num_slots), file
 
     def slot(self, index: int) -> memoryview:
