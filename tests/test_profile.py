@@ -14,7 +14,7 @@ from torch import nn
 from paci.cli.app import main
 from paci.errors import ConfigError, ScheduleError
 from paci.plan import torch_schedules
-from paci.plan.calibrate import costs_of_trace, measured_state
+from paci.plan.calibrate import costs_of_trace
 from paci.plan.cost import Costs, Link, Slow, StageCost
 from paci.plan.given import GivenSchedule
 from paci.plan.profile import load_profile
@@ -27,7 +27,6 @@ from paci.schedule.one_f_one_b import OneFOneBFlush
 from paci.schedule.paci import PACI
 from paci.schedule.paci_v import PaciV
 from paci.schedule.registry import make_schedule
-from paci.trace import Trace
 
 # --- layers ---------------------------------------------------------------------------------
 
@@ -193,20 +192,6 @@ def test_what_is_known_to_be_slow_is_no_jitter(micro_batch: int | None):
         assert (stage.forward_s, stage.backward_s) == (pytest.approx(1.0), pytest.approx(2.0))
     blind = costs_of_trace(simulate(schedule, costs, 8), Link())
     assert (blind.jitter == pytest.approx(0.0, abs=1e-12)) == (micro_batch is None)
-
-
-@pytest.mark.parametrize("spec", ["paci", "1f1b", "paci:slack=1"])
-def test_what_is_measured_of_a_simulated_run_is_what_was_predicted(spec: str):
-    costs = Costs(Costs.even(4, 1.0, 2.0, Link(0.3)).stages, Link(0.3), overhead_s=0.1)
-    schedule = make_schedule(spec, 4, 4)
-    found = measured_state(simulate(schedule, costs, 30), 8, 8)
-    expected = steady_state(schedule, costs)
-    assert found.update_s == pytest.approx(expected.update_s)
-    assert found.utilization == pytest.approx(expected.utilization, rel=0.01)
-    with pytest.raises(ConfigError, match="two updates of each stage between fill and drain"):
-        measured_state(simulate(schedule, costs, 3), 1, 1)
-    with pytest.raises(ConfigError, match="two updates of each stage"):
-        measured_state(Trace.of([], 2, "wall"), 0, 0)
 
 
 # --- PyTorch's schedules --------------------------------------------------------------------

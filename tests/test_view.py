@@ -21,7 +21,7 @@ from paci.schedule.paci import PACI
 from paci.schedule.sequence import Sequencer
 from paci.trace import Event, Trace
 from paci.view.curves import _smoothed, loss_curve
-from paci.view.timeline import excerpt, timeline_svg, timeline_text, window
+from paci.view.timeline import timeline_svg, timeline_text, window
 
 F, B, I, W, U = Kind  # noqa: E741
 SECONDS = {F: 1.0, B: 2.0, I: 1.0, W: 1.0, U: 0.05}
@@ -201,7 +201,7 @@ def test_stages_of_one_worker_have_shades(two_stages_each: Trace):
 @pytest.mark.parametrize("num_workers", [1, 2, 8, 24, 64])
 @pytest.mark.parametrize("width_px", [480, 1200])
 def test_everything_stays_inside_and_apart(num_workers: int, width_px: int):
-    trace = excerpt(simulated(PACI(num_workers, 4), 3), 10)
+    trace = simulated(PACI(num_workers, 4), 3)
     svg = timeline_svg(trace, title="t", width_px=width_px)
     height = float(ET.fromstring(svg).get("height", ""))
     lanes = boxes(svg, "lane")
@@ -302,30 +302,6 @@ def test_text_must_have_a_width(trace: Trace):
 
 
 # Stretches
-
-
-def test_an_excerpt_keeps_whole_micro_batches(trace: Trace):
-    short = excerpt(trace, 3)
-    assert {event.micro_batch for event in short.events} == {0, 1, 2}
-    assert set(short.events) == {event for event in trace.events if event.micro_batch < 3}
-    assert (short.num_workers, short.clock) == (3, "simulated")
-    assert excerpt(trace, 100) == trace
-    with pytest.raises(ConfigError, match="num_micro_batches"):
-        excerpt(trace, 0)
-
-
-def test_an_excerpt_of_a_stretch_starts_with_whatever_starts_there(trace: Trace):
-    late = Trace.of((e for e in trace.events if e.micro_batch >= 4), 3, trace.clock)
-    assert {event.micro_batch for event in excerpt(late, 2).events} == {4, 5}
-
-
-def test_an_excerpt_ends_where_micro_batches_count_again(trace: Trace):
-    later = (
-        e._replace(start_s=e.start_s + 1, end_s=e.end_s + 1, version=e.version + 4)
-        for e in trace.events
-    )
-    both = Trace.of([*trace.events, *later], 3, trace.clock)
-    assert excerpt(both, 3) == excerpt(trace, 3)
 
 
 def test_a_window_cuts():

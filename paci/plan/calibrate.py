@@ -5,12 +5,10 @@ Costs of a run on some machine price other schedules on that machine: measure on
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from paci.errors import ConfigError
 from paci.plan.cost import Costs, Link, Slow, StageCost
@@ -76,51 +74,6 @@ def costs_of_trace(
         overhead_s=statistics.median(pauses) if pauses else 0.0,
         slow=tuple(slow),
     )
-
-
-class MeasuredState(NamedTuple):
-    """What ``paci.plan.steady_state.SteadyState`` predicts, as a run had it."""
-
-    update_s: float
-    utilization: float
-
-
-def measured_state(trace: Trace, num_fill: int, num_drain: int) -> MeasuredState:
-    """Median time between updates and utilization, fill and drain left out.
-
-    Args:
-        trace: of a run from an empty pipeline to an empty one.
-        num_fill: updates at its beginning to leave out.
-        num_drain: updates at its end to leave out.
-
-    Raises:
-        ConfigError: fewer than two updates are left.
-    """
-    ends: defaultdict[int, list[float]] = defaultdict(list)
-    for event in trace.events:
-        if event.kind is Kind.UPDATE:
-            ends[event.stage].append(event.end_s)
-    windows = {stage: times[num_fill : len(times) - num_drain] for stage, times in ends.items()}
-    if not windows or min(len(times) for times in windows.values()) < 2:
-        raise ConfigError(
-            f"a trace must hold two updates of each stage between fill and drain, got "
-            f"{min((len(times) for times in windows.values()), default=0)}; run more updates"
-        )
-    between = [
-        later - earlier
-        for times in windows.values()
-        for earlier, later in itertools.pairwise(times)
-    ]
-    busy_s = sum(
-        event.end_s - event.start_s
-        for event in trace.events
-        if windows[event.stage][0] < event.end_s <= windows[event.stage][-1]
-    )
-    span_s: defaultdict[int, float] = defaultdict(float)
-    worker_of = {event.stage: event.worker for event in trace.events}
-    for stage, times in windows.items():
-        span_s[worker_of[stage]] = max(span_s[worker_of[stage]], times[-1] - times[0])
-    return MeasuredState(statistics.median(between), busy_s / sum(span_s.values()))
 
 
 def _extra(trace: Trace, slow: Sequence[Slow], accumulation: int) -> Callable[[Event], float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -15,31 +14,6 @@ from paci.view.timeline_rows import NAMES, row_labels, summary, ticks
 
 _NARROWEST_TEXT = 40
 _NARROWEST_PICTURE_PX = 480
-
-
-def excerpt(trace: Trace, num_micro_batches: int) -> Trace:
-    """The first ``num_micro_batches`` micro-batches to start, whole, with their updates.
-
-    It shows how the pipeline fills. Its end looks like a drain, as the later micro-batches that
-    kept the workers busy are left out: take ``window`` for a stretch of steady work. Where a
-    run counts its micro-batches from 0 again after a drain, the first ones to bear the number
-    are kept.
-
-    Raises:
-        ConfigError: ``num_micro_batches`` is less than 1.
-    """
-    require_count("num_micro_batches", num_micro_batches)
-    chosen: set[int] = set()
-    seen: set[tuple[int, int, Kind]] = set()
-    kept: list[Event] = []
-    for event in trace.events:
-        if event.kind is Kind.FORWARD and len(chosen) < num_micro_batches:
-            chosen.add(event.micro_batch)
-        key = (event.stage, event.micro_batch, event.kind)
-        if event.micro_batch in chosen and key not in seen:
-            seen.add(key)
-            kept.append(event)
-    return dataclasses.replace(trace, events=tuple(kept))
 
 
 def window(trace: Trace, start_s: float, end_s: float) -> Trace:
@@ -148,7 +122,7 @@ def timeline_svg(trace: Trace, *, title: str = "", width_px: int = 1200) -> str:
     black marks, wider than their time where they would not be seen otherwise.
 
     Args:
-        trace: what to draw; ``excerpt`` and ``window`` take a readable stretch of a long one.
+        trace: what to draw; ``window`` takes a readable stretch of a long one.
         title: a heading, any text.
         width_px: width of the picture in pixels, at least 480; its height follows the workers.
     """
