@@ -57,6 +57,10 @@ def duplicate() -> None:
     members([stash, other], WeightPolicy)
 
 
+def scaled(scaler: Any) -> Any:
+    return lambda output, target: scaler.scale((output - target).square().mean())
+
+
 CASES: dict[str, tuple[Callable[[], object], str]] = {
     # what a pipeline is made of
     "too few stages": (
@@ -227,6 +231,10 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     "a loss with weights of its own": (
         lambda: pipeline(loss_fn=nn.Sequential(nn.Linear(1, 1))),
         "the loss must have no trainable weights of its own, got 0.weight, 0.bias of Sequential",
+    ),
+    "a loss that is scaled": (
+        lambda: pipeline(loss_fn=scaled(torch.amp.GradScaler("cpu"))),
+        "the loss must not be scaled, got a GradScaler in it, which nothing would undo; leave it",
     ),
     "a module without shapes": (
         lambda: pipeline([*linears(1), nn.LazyLinear(4)]),

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
@@ -97,7 +98,7 @@ def check_module(index: int, module: nn.Module) -> None:
 
 
 def check_loss(loss_fn: Any, module: nn.Module) -> None:
-    """Raise ``ConfigError`` if ``loss_fn`` has weights that nothing would train.
+    """Raise ``ConfigError`` if ``loss_fn`` scales the loss, or has weights that none would train.
 
     Args:
         loss_fn: any callable; modules are looked for in itself, in its attributes, in what a
@@ -106,6 +107,11 @@ def check_loss(loss_fn: Any, module: nn.Module) -> None:
     """
     own = {id(p) for p in module.parameters()}
     for part in _parts(loss_fn):
+        if isinstance(part, GradScaler):
+            raise ConfigError(
+                "the loss must not be scaled, got a GradScaler in it, which nothing would undo; "
+                "leave it out: bf16 needs none"
+            )
         if isinstance(part, nn.Module):
             names = [n for n, p in part.named_parameters() if p.requires_grad and id(p) not in own]
             if names:
