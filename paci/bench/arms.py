@@ -54,14 +54,14 @@ class Arm:
 
     @property
     def transport(self) -> str:
-        """What its messages go through on a CPU."""
+        """The transport of its messages on a CPU."""
         if self.runtime == "limit":
             return "nothing"
         return "shared memory" if self.runtime == "paci" and self.share_memory else "gloo"
 
     @property
     def label(self) -> str:
-        """What progress calls it."""
+        """The arm's name in lines of progress."""
         return (
             f"{self.runtime} {self.schedule} over {self.transport}, "
             f"{self.num_micro_batches} micro-batches"
@@ -118,7 +118,7 @@ class Running(abc.ABC):
 
 
 class _Paci(Running):
-    """Our own runtime."""
+    """Runs an arm with our own runtime."""
 
     def __init__(self, arm: Arm, work: Work, rank: int, num_workers: int) -> None:
         num_stages = arm.num_stages(num_workers)

@@ -93,7 +93,7 @@ class Emulate(Timing):
 
     @property
     def slow(self) -> tuple[Slow, ...]:
-        """The disturbances that are asked for."""
+        """Return the disturbances that are asked for."""
         found = []
         if self.slow_worker:
             worker, ms = _parts("slow_worker", "W:MS", self.slow_worker)
@@ -144,7 +144,7 @@ class Emulate(Timing):
         return self.micro_batches or self.workers
 
     def _asked_s(self) -> float:
-        """What an update asks of a worker, on average."""
+        """Return the seconds that an update tells a worker to wait, the mean over workers."""
         m = self._num_micro_batches
         extra_s = sum(2 * s.extra_s * (m if s.micro_batch is None else 1) for s in self.slow)
         return m * (self.forward_ms + self.backward_ms) / 1e3 + extra_s / self.workers
@@ -166,7 +166,7 @@ class Emulate(Timing):
         )
 
     def _costs(self, schedule: Schedule) -> Costs:
-        """What is asked for, with no host time at all."""
+        """Return the costs that stages are told to wait, without any host time."""
         share = schedule.num_workers / schedule.num_stages / 1e3
         stage = StageCost(
             self.forward_ms * share,
@@ -200,7 +200,7 @@ def _splits(schedule: Schedule | None) -> bool:
 
 
 def _parts(what: str, form: str, text: str) -> list[float]:
-    """Numbers between colons."""
+    """Read the numbers between colons."""
     parts = text.split(":")
     try:
         found = [float(part) for part in parts]

@@ -55,7 +55,7 @@ class Kept:
 
     @property
     def label(self) -> str:
-        """What progress calls it."""
+        """The arm's name in lines of progress."""
         return f"{self.schedule}, {self.weights} weights, {self.precision}"
 
     def num_stages(self, num_workers: int) -> int:
@@ -129,7 +129,7 @@ def _is_done(rows: Mapping[int, Mapping[str, Any]], num_workers: int) -> bool:
 
 
 def _once(rows: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """An arm that every worker refuses is told once."""
+    """Report an arm that every worker refuses once."""
     refused = {rank: row for rank, row in rows.items() if row.get("problem")}
     return {min(refused): refused[min(refused)]} if refused else rows
 
@@ -156,7 +156,7 @@ def _row(found: _Found, num_workers: int) -> dict[str, Any]:
 def _count(
     rank: int, report: Report, num_workers: int, work: GPTWork, arms: Sequence[Kept]
 ) -> None:
-    """What a worker does."""
+    """Run the arm in one worker and count its memory."""
     for arm in arms:
         dist.barrier()  # so that the arm that was begun last is the one that fails, if any does
         report(_Found(arm))
@@ -195,7 +195,7 @@ def _module(work: GPTWork, arm: Kept, index: int, num_stages: int) -> nn.Module:
 
 
 def predict(work: GPTWork, arm: Kept, schedule: Schedule, worker: int) -> MemoryBytes:
-    """What ``worker`` must be found to keep.
+    """Predict the bytes that ``worker`` keeps.
 
     From the number of its parameters, from what one micro-batch's forward keeps, and from the
     schedule: its program tells how many micro-batches each stage has in flight, and how many
@@ -218,7 +218,7 @@ def predict(work: GPTWork, arm: Kept, schedule: Schedule, worker: int) -> Memory
 
 
 class _Expected:
-    """What one stage keeps."""
+    """The predicted bytes of one stage."""
 
     def __init__(self, work: GPTWork, arm: Kept, schedule: Schedule, stage: int) -> None:
         self._schedule = schedule
@@ -234,14 +234,14 @@ class _Expected:
         self._kept = self._kept_by_one(work, taken)
 
     def activation_bytes(self, num_in_flight: int) -> int:
-        """With so many micro-batches in flight."""
+        """Return the bytes of activations with so many micro-batches in flight."""
         if self._policy.keeps_graph or not num_in_flight:
             return num_in_flight * self._kept.activation_bytes
         # The others keep their inputs while one is computed again.
         return (num_in_flight - 1) * self._kept.input_bytes + self._kept.activation_bytes
 
     def fixed(self) -> MemoryBytes:
-        """All but activations."""
+        """The bytes of everything but activations."""
         schedule, stage = self._schedule, self._stage
         parameters = list(self._module.parameters())
         working_bytes = sum(p.numel() * (self._dtype or p.dtype).itemsize for p in parameters)

@@ -41,7 +41,7 @@ class Question(abc.ABC):
 
     @classmethod
     def help(cls) -> dict[str, str]:
-        """What each field is, as the docstrings say."""
+        """Return what the docstrings say of each field."""
         found: dict[str, str] = {}
         for each in reversed(cls.__mro__):
             _, _, args = inspect.cleandoc(each.__doc__ or "").partition("\nArgs:\n")
@@ -114,7 +114,7 @@ class Timing(Question):
 
 
 def row_of(arm: Arm, num_workers: int) -> dict[str, Any]:
-    """What a row says of its arm."""
+    """Return what a row says of its arm."""
     return {
         "runtime": arm.runtime,
         "schedule": arm.schedule,
@@ -140,7 +140,7 @@ def is_interrupted(rows: Sequence[Row]) -> bool:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Half of the range over the median."""
+    """Return half of the range over the median."""
     return (max(values) - min(values)) / 2 / statistics.median(values)
 
 
@@ -180,7 +180,7 @@ def require_times(**times: float) -> None:
 
 
 def numbers(what: str, text: str, least: int = 1) -> list[int]:
-    """Whole numbers from text.
+    """Read whole numbers from text.
 
     Raises:
         ConfigError: there are none.

@@ -209,7 +209,7 @@ class Race(Question):
 
 
 def _row(racer: Racer) -> dict[str, Any]:
-    """What a row says of its racer."""
+    """Return what a row says of its racer."""
     from paci.train.setup import choose_weights
 
     config = racer.config

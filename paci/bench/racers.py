@@ -59,7 +59,7 @@ class Racer:
 
     @property
     def label(self) -> str:
-        """What progress calls it."""
+        """The racer's name in lines of progress."""
         m = self.config.accumulation
         return f"{self.runtime} {self.schedule}, {m} micro-batches, seed {self.config.seed}"
 
@@ -103,12 +103,12 @@ class Running(abc.ABC):
         """Over the modules that are trained; to evaluate them with."""
 
     def close(self) -> None:
-        """All ranks must do so."""
+        """Close the racer. All ranks must call it."""
         self.pipeline.close()
 
 
 class _Paci(Running):
-    """Our own runtime."""
+    """Runs a racer with our own runtime."""
 
     def __init__(self, config: TrainConfig, plan: Plan) -> None:
         self._pipeline = make_pipeline(config, plan, _CPU)
@@ -231,7 +231,7 @@ def race(rank: int, report: Report, racers: Sequence[Racer], folder: Path) -> No
 
 
 def _longest(own_s: float) -> float:
-    """The longest of all ranks' times."""
+    """Return the longest of all ranks' times in seconds."""
     time_s = torch.tensor(own_s, dtype=torch.float64)
     dist.all_reduce(time_s, dist.ReduceOp.MAX)
     return float(time_s)
@@ -243,4 +243,4 @@ def _tensors(batch: tuple[Any, Any]) -> Batch:
 
 
 def _ignore(mark: Mark) -> None:
-    """Rank 0 says it."""
+    """Say nothing: rank 0 does."""

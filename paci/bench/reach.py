@@ -1,4 +1,4 @@
-"""Where a curve first comes down to a level."""
+"""Finds where a curve first comes down to a level."""
 
 from __future__ import annotations
 

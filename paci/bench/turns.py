@@ -51,7 +51,7 @@ class _Turn(NamedTuple):
 
 
 class _Traced(NamedTuple):
-    """Sent when an arm was looked at."""
+    """The message of a worker that has traced an arm."""
 
     arm: Arm
     trace: Trace | None
@@ -59,7 +59,7 @@ class _Traced(NamedTuple):
 
 @dataclass
 class Outcome:
-    """All that is known of an arm.
+    """All that was measured of an arm.
 
     Attributes:
         arm: which.

@@ -52,17 +52,17 @@ class Needed:
 
     @property
     def share_flushed(self) -> float:
-        """Of all updates."""
+        """The share of all updates that flush."""
         return sum(self.flushed) / sum(self.updates)
 
     @property
     def mean_updates(self) -> float:
-        """Over seeds."""
+        """The mean number of updates over seeds."""
         return statistics.fmean(self.updates)
 
     @property
     def figures(self) -> dict[str, Any]:
-        """For a row of a benchmark."""
+        """Return the figures for a row of a benchmark."""
         return {
             "optimizer": self.optimizer,
             "precision": self.precision,
@@ -135,7 +135,7 @@ def needed_updates(
 
 
 def _setting(row: Row, methods: Sequence[str]) -> str:
-    """What runs must share to be compared."""
+    """Return the settings that runs must share to be compared."""
     own = _OWN.union(*(find_method(name).options for name in methods))
     shared = {key: value for key, value in row["options"].items() if key not in own}
     shared |= {key: row[key] for key in (*_SIZES, "optimizer", "precision")}

@@ -49,7 +49,7 @@ class EmulatedWork(Work):
     num_micro_batches: int = 1
 
     def stage(self, index: int, num_stages: int, worker: int) -> nn.Module:
-        """A part of it."""
+        """Make one stage."""
         share = self.num_workers / num_stages
         extra_s = [0.0] * self.num_micro_batches
         for each in self.slow:
@@ -67,28 +67,28 @@ class EmulatedWork(Work):
         )
 
     def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        """One that changes nothing."""
+        """Make an optimizer that changes nothing."""
         return torch.optim.SGD(module.parameters(), lr=0.0)
 
     def batch(self, num_micro_batches: int) -> tuple[Tensor, Tensor]:
-        """Zeros."""
+        """Make a batch of zeros."""
         zeros = torch.zeros(num_micro_batches, self._num_numbers, dtype=torch.float64)
         return zeros, torch.zeros(num_micro_batches, 1)
 
     def loss(self, output: Any, target: Any) -> Tensor:
-        """Any number."""
+        """Return some scalar: nobody looks at it."""
         loss: Tensor = output[0, :1].sum()
         return loss
 
     def boundary(self, index: int, num_stages: int) -> tuple[Tensor, Tensor]:
-        """One row of numbers."""
+        """Return what a stage takes in and gives out: one row of numbers each."""
         shape = (1, self._num_numbers)
         first = torch.empty(shape, dtype=torch.float64, device="meta", requires_grad=index > 0)
         return first, torch.empty(shape, dtype=torch.float64, device="meta", requires_grad=True)
 
     @property
     def num_tokens(self) -> int:
-        """One a micro-batch."""
+        """Return one: each micro-batch counts once."""
         return 1
 
     @property
@@ -147,7 +147,7 @@ class EmulatedStage(nn.Module):
         return self._run(message, ledger)
 
     def weight_gradient(self) -> tuple[Tensor]:
-        """Take ``backward_weight_s``."""
+        """Wait for ``backward_weight_s`` seconds."""
         occupy_until(time.perf_counter() + self.backward_weight_s)
         return (torch.zeros_like(self.weight),)
 

@@ -28,7 +28,7 @@ _START_S = 120.0  # longest that a worker may take to begin
 
 
 class Told(NamedTuple):
-    """What one worker reported."""
+    """The report of one worker."""
 
     rank: int
     value: Any
@@ -138,7 +138,7 @@ def _work(
     task: Callable[..., None],
     args: tuple[Any, ...],
 ) -> None:
-    """One worker, from its start to its last word."""
+    """Run one worker from its start to its last message."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides
     if core is not None and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

@@ -71,31 +71,31 @@ class GPTWork(Work):
 
     @property
     def config(self) -> GPTConfig:
-        """The model's."""
+        """The configuration of the model."""
         return GPTConfig(self.vocabulary, self.context, self.layers, self.heads, self.width)
 
     def stage(self, index: int, num_stages: int, worker: int = 0) -> nn.Module:
-        """A balanced cut's."""
+        """Make one stage of a balanced cut."""
         cut = balanced_cut(layer_costs(self.config), num_stages)
         return build_stage(self.config, cut[index], self.seed, torch.device("cpu"))
 
     def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        """Fused AdamW."""
+        """Make a fused AdamW."""
         return torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
     def batch(self, num_micro_batches: int) -> tuple[Tensor, Tensor]:
-        """Tokens and the tokens after them."""
+        """Make a batch: tokens and the tokens after them."""
         generator = torch.Generator().manual_seed(self.seed)
         shape = (num_micro_batches * self.sequences, self.context + 1)
         tokens = torch.randint(self.vocabulary, shape, generator=generator)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def loss(self, output: Any, target: Any) -> Tensor:
-        """Cross-entropy."""
+        """Return the mean cross-entropy."""
         return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
     def boundary(self, index: int, num_stages: int) -> tuple[Tensor, Tensor]:
-        """Tokens, x_BTD, logits."""
+        """Return what a stage takes in and gives out: tokens, x_BTD or logits."""
         rows = (self.sequences, self.context)
         tokens = torch.empty(rows, dtype=torch.int64, device="meta")
         x = torch.empty(*rows, self.width, device="meta", requires_grad=True)
@@ -104,7 +104,7 @@ class GPTWork(Work):
 
     @property
     def num_tokens(self) -> int:
-        """Sequences times context."""
+        """Return the sequences times the context."""
         return self.sequences * self.context
 
 
@@ -119,30 +119,30 @@ class EmptyWork(Work):
     message_bytes: int = 1024
 
     def stage(self, index: int, num_stages: int, worker: int = 0) -> nn.Module:
-        """``x + weight``."""
+        """Make a stage that computes ``x + weight``."""
         return _Addition()
 
     def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        """One that changes nothing."""
+        """Make an optimizer that changes nothing."""
         return torch.optim.SGD(module.parameters(), lr=0.0)
 
     def batch(self, num_micro_batches: int) -> tuple[Tensor, Tensor]:
-        """Zeros."""
+        """Make a batch of zeros."""
         return torch.zeros(num_micro_batches, self._width), torch.zeros(num_micro_batches, 1)
 
     def loss(self, output: Any, target: Any) -> Tensor:
-        """A sum."""
+        """Return the sum of the output."""
         loss: Tensor = output.sum()
         return loss
 
     def boundary(self, index: int, num_stages: int) -> tuple[Tensor, Tensor]:
-        """One row of numbers."""
+        """Return what a stage takes in and gives out: one row of numbers each."""
         first = torch.empty(1, self._width, device="meta", requires_grad=index > 0)
         return first, torch.empty(1, self._width, device="meta", requires_grad=True)
 
     @property
     def num_tokens(self) -> int:
-        """One a micro-batch."""
+        """Return one: each micro-batch counts once."""
         return 1
 
     @property
@@ -156,5 +156,5 @@ class _Addition(nn.Module):
         self.weight = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x + weight``."""
+        """Return ``x + weight``."""
         return x + self.weight

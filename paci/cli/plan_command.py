@@ -131,7 +131,7 @@ def _make(spec: str, num_stages: int, accumulation: int) -> Schedule:
 
 
 def _without_recomputation(weights: str | None) -> str | None:
-    """The policy that is asked for, if one is."""
+    """Return the policy that is asked for; one that recomputes is an error here."""
     from paci.runtime.weights.policy_registry import make_weight_policy
 
     if weights is not None and not make_weight_policy(weights).keeps_graph:

@@ -89,7 +89,7 @@ def _config(options: argparse.Namespace) -> GPTConfig:
 
 
 def _measured(options: argparse.Namespace) -> Profile | None:
-    """The profile; None on all ranks but the first."""
+    """Measure the profile; return None on all ranks but the first."""
     import torch
     import torch.distributed as dist
 

@@ -115,7 +115,7 @@ def _run_worker(config: TrainConfig) -> NoReturn:
 
 
 def _metavar(annotation: object) -> str:
-    """What an option takes, in one word."""
+    """Return in one word what an option takes."""
     if typing.get_origin(annotation) is typing.Literal:
         return "|".join(str(value) for value in typing.get_args(annotation))
     text = str(annotation)

@@ -172,7 +172,7 @@ def _not_utf8(path: Path, place: int) -> DataError:
 
 
 def _first_bad_byte(path: Path) -> int:
-    """Where a file stops to be UTF-8."""
+    """Return the place of the first byte that is not UTF-8."""
     place = 0
     left = b""
     with path.open("rb") as file:

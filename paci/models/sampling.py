@@ -55,7 +55,7 @@ def generate(
 def _draw(
     logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Tensor:
-    """One token, int64 [1]."""
+    """Draw one token; int64 [1]."""
     if temperature == 0:
         return logits_V.argmax(keepdim=True)
     if generator is not None:

@@ -63,7 +63,7 @@ def _is_foretold(optimizer: Optimizer, group: dict[str, Any]) -> bool:
 def _another(
     optimizer: Optimizer, parameters: list[nn.Parameter], options: dict[str, Any]
 ) -> Optimizer:
-    """An optimizer that shares all but groups and state."""
+    """Return a copy of an optimizer that shares all but groups and state."""
     probe: Any = object.__new__(type(optimizer))
     probe.__dict__.update(optimizer.__dict__)
     probe.param_groups = [{**options, "params": parameters}]
@@ -74,7 +74,7 @@ def _another(
 def _constructed(
     optimizer: Optimizer, parameters: list[nn.Parameter], options: dict[str, Any]
 ) -> Optimizer:
-    """An optimizer that its own constructor makes."""
+    """Return a new optimizer that its own constructor makes."""
     known = inspect.signature(type(optimizer)).parameters
     given = {key: value for key, value in options.items() if key in known}
     make: Any = type(optimizer)

@@ -97,5 +97,5 @@ def register_trial(kind: type[Optimizer], trial: Trial) -> None:
 
 
 def has_trial(kind: type[Optimizer]) -> bool:
-    """Whether one is registered."""
+    """Tell whether a trial is registered for this kind of optimizer."""
     return kind in _trials

@@ -40,7 +40,7 @@ class GivenSchedule(Schedule):
 
     @property
     def placement(self) -> Placement:
-        """As given."""
+        """Return the placement that was given."""
         return self.stages_by_worker
 
     def program(self, worker: int) -> Iterator[Action]:
@@ -53,11 +53,11 @@ class GivenSchedule(Schedule):
                 yield Action(Kind.UPDATE, stage, first + a - 1)
 
     def in_flight_cap(self, stage: int) -> int:
-        """The most that the row itself ever has."""
+        """Return the most micro-batches that the row itself ever has in flight."""
         return self._peaks[stage]
 
     def drift_bound(self, stage: int) -> int:
-        """None: it flushes."""
+        """Return 0: the schedule flushes."""
         return 0
 
     @functools.cached_property

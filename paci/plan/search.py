@@ -76,7 +76,7 @@ class Choice:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the worker that needs most."""
+        """The bytes of the worker that needs most."""
         return max(self.worker_bytes)
 
     @property
@@ -89,11 +89,11 @@ class Choice:
 
     @property
     def batch_size(self) -> int:
-        """Of one update."""
+        """The number of sequences of one update."""
         return self.schedule.accumulation * self.profile.micro_batch_size
 
     def command(self) -> str:
-        """The ``paci train`` that runs it, or who else does."""
+        """The ``paci train`` command that runs it, or the name of what does."""
         if isinstance(self.schedule, GivenSchedule):
             return f"(run by torch.distributed.pipelining, not by paci: {self.spec})"
         options: dict[str, Any] = dict(self.profile.train)

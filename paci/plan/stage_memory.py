@@ -66,7 +66,7 @@ class StageMemory:
 
     @property
     def total_bytes(self) -> int:
-        """All of them."""
+        """The sum of all kinds."""
         return (
             self.weight_bytes
             + self.master_bytes
@@ -105,7 +105,7 @@ class Inbox(NamedTuple):
         return cls(before, after, schedule.channel_capacity, schedule.in_flight_cap(stage))
 
     def receive_bytes(self, taken: Sequence[int], given: Sequence[int]) -> int:
-        """What is set aside.
+        """Return the bytes that are set aside for messages.
 
         Args:
             taken: bytes of each tensor that the stage takes in.
@@ -141,7 +141,7 @@ def ring_slots(capacity: int) -> int:
 
 
 def ring_slot_bytes(message_bytes: Sequence[int]) -> int:
-    """Of a slot for messages of tensors of these bytes."""
+    """Return the bytes of a slot for messages whose tensors have these sizes."""
     return max(_ALIGNMENT_BYTES, sum(map(aligned, message_bytes)))
 
 

@@ -69,7 +69,7 @@ class Layout:
         return tuple(Inbox.of(self.schedule, s, self.profile.transport) for s in stages)
 
     def _boundary_bytes(self, layer: int) -> int:
-        """What goes into ``layer``."""
+        """Return the bytes that go into ``layer``."""
         return self.profile.layers[layer - 1].output_bytes if layer else self.profile.input_bytes
 
     def stage_cost(self, stage: int, start: int, end: int) -> StageCost:
@@ -95,7 +95,7 @@ class Layout:
         )
 
     def costs(self, cut: tuple[range, ...], seed: int = 0) -> Costs:
-        """What the simulator needs to price a cut."""
+        """Return the costs with which the simulator prices a cut."""
         stages = tuple(
             self.stage_cost(stage, layers.start, layers.stop) for stage, layers in enumerate(cut)
         )
@@ -202,7 +202,7 @@ class Layout:
         return cost_of
 
     def _does_not_fit(self) -> ConfigError:
-        """How much is missing at best, and what would help."""
+        """Make the error that says how much is missing at best, and what would help."""
         num_stages, num_layers = self.schedule.num_stages, len(self.profile.layers)
         limits = [self._limit(stage) for stage in range(num_stages)]
 
@@ -228,7 +228,7 @@ class Layout:
         )
 
     def fits(self) -> bool:
-        """Whether there is a cut within the devices' memory."""
+        """Tell whether there is a cut within the devices' memory."""
         found = best_cut(
             len(self.profile.layers), self.schedule.num_stages, self._cost_within_memory()
         )

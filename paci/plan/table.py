@@ -57,7 +57,7 @@ class ActionTable:
 
     @property
     def worker(self) -> Integers:
-        """The worker of each action."""
+        """Return the worker of each action."""
         return np.repeat(np.arange(len(self.first) - 1, dtype=np.int32), np.diff(self.first))
 
 
@@ -86,7 +86,7 @@ def _worker_rows(schedule: Schedule, worker: int, num_updates: int) -> Rows:
 
 
 def _taken(program: Iterator[Action], num: int) -> Rows:
-    """The next ``num`` actions."""
+    """Take the next ``num`` actions."""
     values = np.fromiter(chain.from_iterable(islice(program, num)), dtype=object)
     codes = np.fromiter(map(_CODES.__getitem__, values[::3]), dtype=np.int32)
     return np.stack([codes, values[1::3].astype(np.int32), values[2::3].astype(np.int32)])

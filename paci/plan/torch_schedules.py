@@ -96,7 +96,7 @@ def torch_schedule(name: str, num_workers: int, num_micro_batches: int) -> Given
 def _table(
     family: str, placement: tuple[tuple[int, ...], ...], num_stages: int, num_micro_batches: int
 ) -> dict[int, list[Any]]:
-    """PyTorch's actions by rank."""
+    """Return PyTorch's actions by rank."""
     num_ranks = len(placement)
     stages: Any = [_Stage(index, num_stages, 0, num_ranks) for index in placement[0]]
     quiet = logging.getLogger("torch.distributed.pipelining")

@@ -68,7 +68,7 @@ def simulate_vectorized(schedule: Schedule, costs: Costs, num_updates: int) -> T
 
 
 class _Turns:
-    """All workers between two turns.
+    """The state of all workers between two turns.
 
     Messages and actions are numbers. Message ``channel * num_micro_batches + micro_batch`` goes
     through channel ``payload * num_stages + receiving stage``; two more stand for a message that
@@ -150,7 +150,7 @@ class _Turns:
 
 
 def _durations(schedule: Schedule, draws: Draws, table: ActionTable) -> Seconds:
-    """How long each action takes."""
+    """Return the seconds that each action takes."""
     if not draws.vary:
         fixed = np.stack([draws.seconds[kind][:, 0] for kind in KINDS])
         return fixed.take(table.kind * schedule.num_stages + table.stage)

@@ -396,7 +396,7 @@ class Pipeline:
         self._engine.recorder.start()
 
     def _run(self) -> None:
-        """Run what can run now, of this process.
+        """Run all of this process's actions that can run now.
 
         A process with one worker follows that worker's program. One with several needs an order
         between them that cannot block: the one order of all workers, its own actions picked out.
@@ -428,7 +428,7 @@ class Pipeline:
         self._feed.put(self._num_fed, parts, self.stages, self._loss)
 
     def _result(self) -> StepResult:
-        """What became known, and what was kept back."""
+        """Return what became known, after what was kept back."""
         kept, self._kept = self._kept, StepResult()
         return kept.followed_by(self._feed.take_result(self.schedule.accumulation))
 

@@ -1,4 +1,4 @@
-"""What a step tells."""
+"""The result of a step: losses and metrics that became known."""
 
 from __future__ import annotations
 

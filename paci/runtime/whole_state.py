@@ -31,7 +31,7 @@ from paci.runtime.weights.stage_weights import is_sharded, local
 def whole_state(
     stages: Mapping[int, Stage], names: Mapping[int, Names], num_micro_batches: int
 ) -> dict[str, Any]:
-    """The state of ``stages``, which are drained.
+    """Return the state of ``stages``, which are drained.
 
     An optimizer makes its state when it first steps. Where it has none yet, state of the same form
     stands in for it, since a checkpoint is loaded into what is there; ``blank`` lists where.
@@ -61,7 +61,7 @@ def whole_state(
 def state_by_stage(
     state: Mapping[str, Any], stages: Mapping[int, Stage], names: Mapping[int, Names]
 ) -> dict[int, dict[str, Any]]:
-    """For each of ``stages`` what ``Stage.load_state_dict`` takes.
+    """Return for each of ``stages`` what ``Stage.load_state_dict`` takes.
 
     Args:
         state: from ``whole_state``; or ``{"stages": {index: state of Stage.state_dict}}``, as
@@ -137,7 +137,7 @@ def _groups(groups: list[dict[str, Any]], names: Mapping[str, str]) -> list[dict
 
 
 def _sharded(value: Tensor, stage: Stage, name: str) -> Tensor:
-    """A shard that a policy keeps, as what it is a shard of."""
+    """Return a shard that a policy keeps as the DTensor that it is a part of."""
     master: Any = stage.weights.masters[name]
     if not is_sharded(master) or is_sharded(value):
         return value

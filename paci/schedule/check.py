@@ -102,7 +102,7 @@ class _StageCheck:
         self._complete: set[int] = set()
 
     def take(self, action: Action) -> str | None:
-        """What is wrong with ``action`` here, or None."""
+        """Take ``action``; return what is wrong with it here, or None."""
         if action.micro_batch < 0:
             return "micro-batches count from 0"
         problem = self._update(action) if action.kind is Kind.UPDATE else self._compute(action)

@@ -123,7 +123,7 @@ class Sequencer:
             cursor.feed(num_micro_batches)
 
     def drain(self) -> None:
-        """Nothing more will be fed."""
+        """Tell that nothing more will be fed."""
         for cursor in self.cursors:
             cursor.drain()
 
@@ -145,7 +145,7 @@ class Sequencer:
             yield column
 
     def actions(self) -> Iterator[Action]:
-        """Yield the same, action by action."""
+        """Yield the actions one by one."""
         for column in self.columns():
             yield from column
 

@@ -38,7 +38,7 @@ class MicroBatchVersions(NamedTuple):
         return self.updated - self.forward
 
     def later(self, num_updates: int) -> MicroBatchVersions:
-        """The same, that many updates later."""
+        """Return the same versions that many updates later."""
         return self._replace(
             forward=self.forward + num_updates,
             backward=self.backward + num_updates,

@@ -65,7 +65,7 @@ def save_stage(folder: Path, index: int, state: Mapping[str, Any]) -> dict[str, 
 
 
 def load_stage(folder: Path, index: int) -> dict[str, Any]:
-    """The state that ``save_stage`` wrote.
+    """Read the state that ``save_stage`` wrote.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -156,7 +156,7 @@ def newest(root: Path) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint is of.
+    """Read the manifest of a checkpoint.
 
     Raises:
         CheckpointError: the manifest is missing or damaged, or of another format.

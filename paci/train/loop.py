@@ -38,11 +38,12 @@ class Trainer:
         say: takes a line of progress.
 
     Attributes:
-        update: how many have been made.
-        resumed_at: how many of them another process made.
-        val_loss: of the newest evaluation.
-        train_s: seconds since then, evaluations and checkpoints left out.
-        say: the same, on the process that reports; nothing on others.
+        update: number of updates made since the start of training.
+        resumed_at: number of updates that the checkpoint held from which this run went on; 0 for a
+            new run.
+        val_loss: mean validation loss of the newest evaluation.
+        train_s: seconds of training since this process began, without evaluations and checkpoints.
+        say: prints a line, on the process that reports; does nothing on others.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Trainer:
 
     @property
     def tokens_per_update(self) -> int:
-        """Targets of one update."""
+        """The number of targets of one update."""
         return self.config.batch_size * self.config.context
 
     @property
@@ -263,4 +264,4 @@ def find_checkpoint(
 
 
 def _ignore(line: str) -> None:
-    """Another process says it."""
+    """Say nothing: another process does."""

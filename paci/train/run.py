@@ -41,7 +41,7 @@ def default_folder(config: TrainConfig) -> Path:
 
 
 def choose_folder(config: TrainConfig) -> Path:
-    """The run folder, if it may be used; nothing is made.
+    """Return the run folder if it may be used; make nothing.
 
     Raises:
         ConfigError: it holds another run, or there is none to resume.
@@ -60,7 +60,7 @@ def choose_folder(config: TrainConfig) -> Path:
 
 
 def claim_folder(config: TrainConfig) -> Path:
-    """The run folder, made if need be.
+    """Return the run folder, made if need be.
 
     Raises:
         ConfigError: it may not be used, or cannot be made or written.

@@ -56,7 +56,7 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, vocab_size: int) -> Plan:
-    """Work a configuration out.
+    """Work out all that follows from a configuration.
 
     Raises:
         ConfigError: its parts do not fit each other.

@@ -69,7 +69,7 @@ def summarize(trainer: Trainer) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a run rests on."""
+    """Return the versions of everything that a run rests on."""
     packages = ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "matplotlib")
     found = {"python": platform.python_version(), "platform": platform.platform()}
     found["paci"] = __version__

@@ -19,7 +19,7 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class Bar:
-    """One row.
+    """One row of a picture: a bar, made of parts.
 
     Attributes:
         label: on its left.
@@ -35,7 +35,7 @@ class Bar:
 
     @property
     def length(self) -> float:
-        """All parts."""
+        """The length of all parts together."""
         return sum(self.parts.values())
 
 

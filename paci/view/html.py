@@ -136,6 +136,6 @@ def partner_versions(trace: Trace) -> dict[int, int]:
 
 
 def _open_span_s(trace: Trace) -> float:
-    """How much time to show at first."""
+    """Return the seconds that the page shows at first."""
     fullest = max(Counter(event.worker for event in trace.events).values(), default=1)
     return trace.span_s * min(1.0, max(_ACTIONS_AT_FIRST, 3 * trace.num_workers) / fullest)

@@ -48,7 +48,7 @@ def report_page(
 
 
 def _figures(summary: Mapping[str, Any], rows: Rows) -> str:
-    """The numbers that one looks for first."""
+    """Write the numbers that one looks for first."""
     found: list[tuple[str, str]] = []
     if "val_perplexity" in summary:
         found.append((f"{summary['val_perplexity']:.2f}", "validation perplexity"))
@@ -128,7 +128,7 @@ def _curves(rows: Rows) -> list[str]:
 
 
 def _drift(summary: Mapping[str, Any]) -> str:
-    """A bar a stage, in parts by drift."""
+    """Draw a bar for each stage, in parts by drift."""
     bars = {}
     for stage, report in enumerate(summary.get("drift", [])):
         counts = report.get("drift", {})
@@ -142,7 +142,7 @@ def _drift(summary: Mapping[str, Any]) -> str:
 
 
 def _memory(memory: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """Bytes by stage, or at least what was in flight."""
+    """Draw bytes by stage, or at least what was in flight."""
     if memory:
         bars = {
             stage: {kind: value / _MIB for kind, value in kinds.items()}

@@ -68,7 +68,7 @@ def summary(trace: Trace) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time with four digits, in the unit that suits it."""
+    """Write a time with four digits in the unit that suits it."""
     unit_s, unit = _unit(seconds)
     return f"{seconds / unit_s:.4g} {unit}"
 

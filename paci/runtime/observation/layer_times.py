@@ -88,7 +88,7 @@ def profile_layers(
 
 
 class _Bench:
-    """One layer with its inputs."""
+    """A layer and the inputs that it is measured with."""
 
     def __init__(
         self, layer: nn.Module, inputs: Tensors, loss_fn: Callable[[Any], Tensor] | None, name: str
@@ -105,7 +105,7 @@ class _Bench:
     def measure(
         self, make_optimizer: MakeOptimizer, num_repeats: int
     ) -> tuple[LayerProfile, Tensors]:
-        """The layer's costs, and what it hands on."""
+        """Measure the layer's costs; return them and what the layer hands on."""
         kept_bytes, outputs = self._kept()
         handed_on = tuple(each.detach() for each in outputs)
         parts = "forward", "backward", "input", "trial", "update"
@@ -193,7 +193,7 @@ class _Bench:
 
     @torch.no_grad()
     def _try(self, optimizer: Optimizer) -> None:
-        """What the weight policy ``lookahead`` does before a forward."""
+        """Do what the weight policy ``lookahead`` does before a forward."""
         for parameter, step in trial_steps(optimizer):
             working = parameter.clone()
             working.copy_(step.mul_(1.0).add_(parameter))

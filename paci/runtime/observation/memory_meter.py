@@ -44,7 +44,7 @@ class MemoryBytes(NamedTuple):
 
     @property
     def total_bytes(self) -> int:
-        """All of them."""
+        """The sum of all kinds."""
         return sum(self)
 
     def larger(self, other: MemoryBytes) -> MemoryBytes:
@@ -68,19 +68,19 @@ class Storages:
         return tensor.untyped_storage()._cdata in self._kept
 
     def alive(self) -> dict[int, int]:
-        """Bytes of each that is left."""
+        """The bytes of each storage that is still alive."""
         for key in [key for key, (ref, _) in self._kept.items() if ref.expired()]:
             del self._kept[key]
         return {key: num_bytes for key, (_, num_bytes) in self._kept.items()}
 
     @property
     def num_bytes(self) -> int:
-        """Of all that are left."""
+        """The bytes of all storages that are still alive."""
         return sum(self.alive().values())
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the storages of ``tensors``, each once."""
+    """Count the bytes of the storages of ``tensors``, each storage once."""
     storages = Storages()
     held = list(tensors)
     for tensor in held:
@@ -200,7 +200,7 @@ def _union(several: Iterable[Storages]) -> int:
 
 
 class _Watched:
-    """One stage, whose actions are followed by a count.
+    """Watches one stage: memory is counted after each of its actions.
 
     Args:
         stage: which.
@@ -249,20 +249,20 @@ class _Watched:
             policy.graph = graph  # type: ignore[assignment,method-assign]
 
     def inputs(self) -> Iterator[Tensor]:
-        """Of micro-batches in flight."""
+        """The inputs of the micro-batches in flight."""
         for flight in self.stage.in_flight.values():
             yield from flight.inputs
 
     def masters(self) -> Iterator[Tensor]:
-        """Those that are not working weights."""
+        """The masters that are not working weights themselves."""
         yield from self.stage.weights.masters_apart()
 
     def gradients(self) -> Iterator[Tensor]:
-        """Of masters and working weights."""
+        """The gradients of masters and of working weights."""
         yield from self.stage.weights.gradients()
 
     def optimizer_state(self) -> Iterator[Tensor]:
-        """Tensors that the optimizer keeps."""
+        """The tensors that the optimizer keeps."""
         optimizer = self.stage.optimizer
         for state in () if optimizer is None else optimizer.state.values():
             yield from _tensors_in(state)
@@ -312,7 +312,7 @@ class _Casts(TorchDispatchMode):
         self._places = {weight.untyped_storage().data_ptr() for weight in weights.values()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``func``."""
+        """Call ``func`` and note the low-precision copies that it makes of weights."""
         result = func(*args, **(kwargs or {}))
         is_cast = func is torch.ops.aten._to_copy.default
         if is_cast and args[0].untyped_storage().data_ptr() in self._places:
@@ -321,7 +321,7 @@ class _Casts(TorchDispatchMode):
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors in containers in containers."""
+    """Yield the tensors in containers, however deep."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

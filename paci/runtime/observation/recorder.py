@@ -67,7 +67,7 @@ class Recorder:
         self._clock = VirtualClock(self._schedule)
 
     def mark(self) -> float | torch.cuda.Event:
-        """This moment of the device, to hand to ``note``."""
+        """Mark this moment on the device; ``note`` takes two of these marks."""
         return self._event() if self._on_cuda else time.perf_counter()
 
     def note(
@@ -137,7 +137,7 @@ class Recorder:
 
     @property
     def num_rows(self) -> int:
-        """Workers that the trace shows and the utilization counts."""
+        """The number of workers that the trace shows and the utilization counts."""
         return self._num_rows
 
     def _event(self) -> torch.cuda.Event:

@@ -1,4 +1,4 @@
-"""From a batch to micro-batches."""
+"""Cuts a batch into micro-batches."""
 
 from __future__ import annotations
 

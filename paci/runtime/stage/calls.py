@@ -89,7 +89,7 @@ class Caller:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say in one line what PyTorch says in its own terms."""
+        """Raise a ``ConfigError`` of one line for an error that PyTorch says in its own terms."""
         try:
             yield
         except RuntimeError as error:

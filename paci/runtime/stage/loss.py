@@ -70,7 +70,7 @@ class MeanOverMicroBatches:
         return self._criterion(output, target)
 
     def num_tokens(self, target: Any) -> Tensor | int:
-        """One: the micro-batch itself."""
+        """Return one: each micro-batch counts once."""
         return 1
 
 

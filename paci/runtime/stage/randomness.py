@@ -37,7 +37,7 @@ class Seeded:
         self.seed = 0
 
     def __call__(self, seed: int) -> Seeded:
-        """Choose what the next entry starts from."""
+        """Choose the seed that the next ``with`` starts from."""
         self.seed = seed
         return self
 

@@ -46,7 +46,7 @@ class Target:
         self.metrics: dict[str, Tensor] = {}
 
     def take(self, metrics: Mapping[str, Tensor]) -> None:
-        """Keep the share of this micro-batch in the update's means."""
+        """Keep this micro-batch's share of the update's mean metrics."""
         share = {name: value.detach() / self.divisor for name, value in metrics.items()}
         self.metrics.update(share)
 
@@ -405,7 +405,7 @@ class Stage:
     def _roots(
         self, micro_batch: int, flight: _InFlight, gradients: Tensors
     ) -> tuple[Tensors, Tensors]:
-        """Where the backward starts, and with which gradients."""
+        """Return the tensors that the backward starts from, and their gradients."""
         for owner, version in zip(self._owners, flight.versions, strict=True):
             owner.policy.before_backward((self.index, micro_batch), owner.version - version)
         if not self.policy.keeps_graph:
@@ -438,7 +438,7 @@ def _differentiate(roots: Tensors, gradients: Tensors) -> None:
 
 
 def _whole(outputs: Bundle) -> Any:
-    """What the module returned."""
+    """Return the value that the module returned."""
     return tuple(outputs) if outputs.structure is None else unflatten(outputs.structure, outputs)
 
 

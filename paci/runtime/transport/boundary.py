@@ -30,7 +30,7 @@ from paci.plan.stage_memory import aligned
 
 
 class Spec(NamedTuple):
-    """One tensor of a boundary."""
+    """Shape, dtype and ``requires_grad`` of one tensor at a boundary."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -42,17 +42,17 @@ class Spec(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of its values."""
+        """The size of its values in bytes."""
         return self.shape.numel() * self.dtype.itemsize
 
 
 def specs_of(tensors: Sequence[Tensor]) -> tuple[Spec, ...]:
-    """What ``tensors`` are."""
+    """Describe ``tensors``: shape, dtype and whether each requires a gradient."""
     return tuple(Spec(t.shape, t.dtype, t.requires_grad) for t in tensors)
 
 
 def all_are(tensors: Sequence[Tensor], specs: Sequence[Spec]) -> bool:
-    """Whether ``specs_of(tensors)`` would be ``specs``."""
+    """Tell whether ``specs_of(tensors)`` would equal ``specs``."""
     if len(tensors) != len(specs):
         return False
     for tensor, (shape, dtype, requires_grad) in zip(tensors, specs, strict=True):
@@ -233,7 +233,7 @@ def _name_of(cls: type) -> str | None:
 
 @functools.cache
 def _maker_of(name: str) -> Callable[[list[Any]], Any]:
-    """What makes an object of such a class from its elements."""
+    """Return a function that makes an object of the named class from its elements."""
     cls = _class_named(name)
     maker: Callable[[list[Any]], Any] = getattr(cls, "_make", cls)
     return maker
@@ -248,7 +248,7 @@ def _class_named(name: str) -> Any:
 
 
 class Form(NamedTuple):
-    """What a message looks like.
+    """Specs and structure of a message: all but its values.
 
     Attributes:
         specs: of its tensors.
@@ -259,12 +259,12 @@ class Form(NamedTuple):
     structure: Structure | None = None
 
     def fits(self, tensors: Sequence[Tensor], structure: Structure | None) -> bool:
-        """Whether a message of these is of this form."""
+        """Tell whether a message of ``tensors`` with ``structure`` has this form."""
         return all_are(tensors, self.specs) and structure == self.structure
 
     @property
     def layout(self) -> tuple[tuple[torch.Size, torch.dtype], ...]:
-        """What memory for its tensors depends on."""
+        """Shapes and dtypes: all that memory for its tensors depends on."""
         return tuple((spec.shape, spec.dtype) for spec in self.specs)
 
     def encode(self) -> bytes:
@@ -316,6 +316,6 @@ def fits_a_notice(num_bytes: int) -> bool:
 
 
 def read_notice(notice: memoryview) -> tuple[int, bytes]:
-    """How many bytes the text has, and the text if it fits."""
+    """Return the length of the text in bytes, and the text itself if the notice holds it."""
     (num_bytes,) = _LENGTH.unpack_from(notice)
     return num_bytes, bytes(notice[_LENGTH.size : _LENGTH.size + num_bytes])

@@ -105,14 +105,14 @@ class Sender(abc.ABC):
 
     @abc.abstractmethod
     def seal(self) -> None:
-        """Nothing more will be sent in this stretch."""
+        """Tell that nothing more will be sent in this stretch."""
 
     @abc.abstractmethod
     def finish(self) -> None:
         """Wait until everything has been sent."""
 
     def close(self) -> None:  # noqa: B027  (most ends have nothing to close)
-        """Let go of what the end holds of the system; it is not used afterwards."""
+        """Free sockets, memory and process groups; the end is not used afterwards."""
 
 
 class Receiver(abc.ABC):
@@ -139,7 +139,7 @@ class Receiver(abc.ABC):
         return 0
 
     def holds(self, address: int) -> bool:
-        """Whether what lies at ``address`` lies in that memory."""
+        """Tell whether ``address`` lies in that memory."""
         return False
 
 
@@ -184,10 +184,10 @@ class LocalChannel(Sender, Receiver):
         return Bundle(here, structure)
 
     def seal(self) -> None:
-        """Nothing to do."""
+        """Do nothing: a queue inside a process posts nothing ahead."""
 
     def finish(self) -> None:
-        """Nothing may be left."""
+        """Check that the queue is empty."""
         assert not self._queue, "a drained pipeline must have handed everything over"
 
 

@@ -65,7 +65,7 @@ class Lane(enum.IntEnum):
 
 
 class Link:
-    """A channel's process group, and what can go wrong with it.
+    """The process group of a channel; its errors become ``LinkError``.
 
     Calls the group's own operations: what ``torch.distributed.isend`` adds to them, once more for
     every message, is checks of what cannot change on a channel.
@@ -143,23 +143,23 @@ class _Line:
         self._num_alike = _STEADY
 
     def take(self) -> bool:
-        """The oldest is used; whether it had room for a payload."""
+        """Use the oldest posted receive; return whether it had room for a payload."""
         self.num_posted -= 1
         return self.has_room
 
     def went_on(self) -> None:
-        """A payload was like the last."""
+        """Note that a payload had the form of the last."""
         self._num_alike += 1
 
     def changed(self) -> int:
-        """A payload was not: how many of the posted are in vain."""
+        """Note that a payload had another form; return how many posted receives are of no use."""
         num_in_vain = self.num_posted if self.has_room else 0
         self.num_posted -= num_in_vain
         self._num_alike = 0
         return num_in_vain
 
     def refill(self) -> tuple[int, bool]:
-        """How many to post now, and whether with room.
+        """Return how many receives to post now, and whether with room for a payload.
 
         All in line are of one kind, or a payload would overtake the one before.
         """
@@ -184,7 +184,7 @@ class _Packet(NamedTuple):
 
     @classmethod
     def of(cls, specs: Sequence[Spec]) -> Self:
-        """Its values are undefined."""
+        """Make the payload's tensors; their values are undefined."""
         size = ring_slot_bytes([spec.num_bytes for spec in specs])
         whole = torch.empty(NOTICE_BYTES + size, dtype=torch.uint8)
         return cls(whole, tensors_in(whole.numpy().data[NOTICE_BYTES:], specs))
@@ -201,7 +201,7 @@ class _Started(NamedTuple):
 
 
 class RemoteSender(Sender):
-    """The sending end.
+    """The sending end of a channel over torch.distributed.
 
     Args:
         link: who talks to whom.
@@ -273,7 +273,7 @@ class RemoteSender(Sender):
         self._link.restart()
 
     def _begin(self, message: Message) -> list[_Started]:
-        """What is started from now on belongs to ``message``."""
+        """Let all that is started from now on belong to ``message``."""
         started: list[_Started] = []
         self._under_way.append((message, started))
         return started
@@ -310,7 +310,7 @@ class RemoteSender(Sender):
             self._start(started, plain(tensor), Lane.PAYLOAD)
 
     def _packet(self, specs: Sequence[Spec], notice: Tensor) -> _Packet:
-        """One that can be written to, with this notice in it."""
+        """Return a packet that may be written to, with ``notice`` in it."""
         if notice is _AS_BEFORE and self._spare:
             return self._spare.pop()
         packet = _Packet.of(specs)
@@ -339,7 +339,7 @@ class _Posted(NamedTuple):
 
 
 class RemoteReceiver(Receiver):
-    """The receiving end.
+    """The receiving end of a channel over torch.distributed.
 
     Args:
         link: who talks to whom.
@@ -389,7 +389,7 @@ class RemoteReceiver(Receiver):
         return Bundle(tensors, form.structure)
 
     def finish(self) -> None:
-        """Take in the fillers."""
+        """Receive the fillers that answer what was posted ahead."""
         while self._posted:
             self._take(self._posted.popleft(), self._newest)
         self._form, self._line = None, _Line()
@@ -397,11 +397,11 @@ class RemoteReceiver(Receiver):
 
     @property
     def reserved_bytes(self) -> int:
-        """Of the payloads that are posted ahead."""
+        """The bytes of the payloads that are posted ahead."""
         return sum(spec.num_bytes for posted in self._posted for spec in posted.specs)
 
     def _hear(self, posted: _Posted, message: Message) -> Form:
-        """What the next message looks like."""
+        """Receive the form of the next message."""
         work, lane = posted.works.pop(0)
         self._link.wait(work, "receive", message, lane)
         num_bytes, text = read_notice(posted.notice.numpy().data)
@@ -436,12 +436,12 @@ class RemoteReceiver(Receiver):
         return _Posted(notice, specs, works, tensors)
 
     def _take(self, posted: _Posted, message: Message) -> Tensors:
-        """What came."""
+        """Return the tensors that came."""
         for work, lane in posted.works:
             self._link.wait(work, "receive", message, lane)
         return posted.tensors
 
 
 def _bytes(content: bytearray) -> Tensor:
-    """A tensor in the memory of ``content``."""
+    """Return a uint8 tensor that shares the memory of ``content``."""
     return torch.frombuffer(content, dtype=torch.uint8)

@@ -72,7 +72,7 @@ class Meeting:
             self._undo = undo.pop_all()
 
     def accept(self, timeout_s: float) -> socket.socket:
-        """The connection, once the other end has called ``visit``.
+        """Wait for the other end to call ``visit``; return the connection.
 
         Raises:
             OSError: there is none.
@@ -82,7 +82,7 @@ class Meeting:
         return connection
 
     def close(self) -> None:
-        """Take the name away."""
+        """Remove the socket's name."""
         self._undo.close()
 
 
@@ -145,7 +145,7 @@ class _Memory:
 
     @property
     def addresses(self) -> range:
-        """Of all slots, in this process."""
+        """The addresses of all slots in this process."""
         start = torch.frombuffer(self._bytes, dtype=torch.uint8, offset=self._first).data_ptr()
         return range(start, start + self.num_slots * self.slot_bytes)
 
@@ -154,12 +154,12 @@ class _Memory:
         return self._map.find(bytes((_FREE,)), 0, self.num_slots)
 
     def num_sent(self) -> int:
-        """Slots on their way."""
+        """The number of slots that were sent and not given back."""
         return self._map[: self.num_slots].count(_SENT)
 
 
 class SharedSender(Sender):
-    """The sending end.
+    """The sending end of a channel in shared memory.
 
     Args:
         connection: to the other end.
@@ -199,10 +199,10 @@ class SharedSender(Sender):
             raise self._failure(message, error) from error
 
     def seal(self) -> None:
-        """Nothing is posted ahead."""
+        """Do nothing: the receiver posts nothing ahead."""
 
     def finish(self) -> None:
-        """What was sent is in the memory: nothing to wait for."""
+        """Do nothing: what was sent is in the memory already."""
 
     def close(self) -> None:
         """Close the connection."""
@@ -265,7 +265,7 @@ class SharedSender(Sender):
 
 
 class SharedReceiver(Receiver):
-    """The receiving end.
+    """The receiving end of a channel in shared memory.
 
     Args:
         connection: to the other end.
@@ -303,7 +303,7 @@ class SharedReceiver(Receiver):
         return Bundle(tensors, form.structure)
 
     def finish(self) -> None:
-        """Everything sent has been received."""
+        """Do nothing: everything that was sent has been received."""
 
     def close(self) -> None:
         """Close the connection; what was received stays valid."""
@@ -311,7 +311,7 @@ class SharedReceiver(Receiver):
 
     @property
     def reserved_bytes(self) -> int:
-        """All slots; of those never used the system holds nothing yet."""
+        """The bytes of all slots; the system backs a slot with memory when it is first used."""
         memory = self._memory
         return 0 if memory is None else memory.num_slots * memory.slot_bytes
 
@@ -332,7 +332,7 @@ class SharedReceiver(Receiver):
         held[index] = weakref.ref(slot, free)
 
     def _hear(self, message: Message) -> None:
-        """Hear what is to come."""
+        """Receive the form, and the memory if there is new, of the messages to come."""
         try:
             header, files, _, _ = socket.recv_fds(self._connection, _HEADER.size, 1)
         except OSError as error:

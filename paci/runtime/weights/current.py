@@ -1,4 +1,4 @@
-"""``current``: whatever the stage holds at that moment."""
+"""``current``: every forward and backward uses the newest weights."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ class Current(WeightPolicy):
     summary: ClassVar[str] = "the newest weights, one copy (PACI)"
 
     def publish(self) -> None:
-        """In place."""
+        """Write the masters to the working weights in place."""
         self.weights.write_in_place()

@@ -54,31 +54,31 @@ class DoubleBuffer(WeightPolicy):
             )
 
     def sees(self, met: MicroBatchVersions) -> MicroBatchVersions:
-        """The version before the one that is updated."""
+        """Return the version before the one that the gradient updates."""
         version = max(0, met.updated - 1)
         return met._replace(forward=version, backward=version)
 
     def num_copies(self, num_versions: int) -> tuple[int, int]:
-        """Two versions."""
+        """Return two working copies: the newest version and the one before."""
         return 2, 0
 
     def attach(
         self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
     ) -> None:
-        """Nothing is in flight yet, and there are no buffers."""
+        """Start without buffers: nothing is in flight yet."""
         super().attach(weights, optimizer, rule)
         self._older: Values = {}
         self._newest: Values = {}
         self._met: dict[Key, Values] = {}  # by micro-batches in flight
 
     def before_forward(self, key: Key, delay: int) -> None:
-        """Pick the buffer."""
+        """Let the parameters hold the version that this micro-batch uses."""
         assert 0 <= delay <= 1, f"no buffer for a delay of {delay}"
         self._met[key] = self._newest if delay else self._older
         self.weights.use(self._met[key])
 
     def before_backward(self, key: Key, drift: int) -> None:
-        """That of its forward."""
+        """Let the parameters hold the version of this micro-batch's forward."""
         self.weights.use(self._met.pop(key))
 
     def publish(self) -> None:
@@ -104,7 +104,7 @@ class DoubleBuffer(WeightPolicy):
         self.weights.use(self._newest)
 
     def take_over(self, names: Collection[str]) -> None:
-        """To new tensors, in both buffers."""
+        """Write the masters to new tensors in both buffers."""
         older = {n: v for n, v in self._older.items() if n not in names}
         newest = {n: v for n, v in self._newest.items() if n not in names}
         self._older = {**older, **self.weights.fresh(names)}
@@ -112,19 +112,19 @@ class DoubleBuffer(WeightPolicy):
         self.weights.use(self._newest)
 
     def before_own_write(self, name: str) -> Tensor | None:
-        """Two versions cannot both be told."""
+        """Return None: a write to one of two versions cannot be told from the other."""
         return None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The older version, which the next micro-batches see."""
+        """Return the older version, which the next micro-batches see."""
         return {**self._older} or self.weights.fresh()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The older version; the newest follows from the masters."""
+        """Take over the older version; the newest follows from the masters."""
         self._older = {name: value.clone() for name, value in state.items()}
         self._newest = {}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, not-a-number included."""
+    """Tell whether two tensors are equal bit for bit, not-a-number included."""
     return bool(((one == other) | (one.isnan() & other.isnan())).all())

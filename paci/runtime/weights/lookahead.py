@@ -78,7 +78,7 @@ class Lookahead(WeightPolicy):
     def attach(
         self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
     ) -> None:
-        """Start at the masters."""
+        """Start with working weights equal to the masters."""
         super().attach(weights, optimizer, rule)
         self._ahead = 0.0  # steps from the masters to the working weights
         if optimizer is not None and (self.reach or self.beyond):
@@ -92,19 +92,19 @@ class Lookahead(WeightPolicy):
             self._write(ahead)
 
     def before_backward(self, key: Key, drift: int) -> None:
-        """Count it."""
+        """Count the backwards since the working weights were written."""
         self._age += 1
 
     def publish(self) -> None:
-        """The masters, in place."""
+        """Write the masters to the working weights in place."""
         self._write(0.0)
 
     def renew(self) -> None:
-        """The masters, in place."""
+        """Write the masters to the working weights in place."""
         self._write(0.0)
 
     def take_over(self, names: Collection[str]) -> None:
-        """The masters, in place; the next forward looks ahead from there."""
+        """Write the masters in place; the next forward looks ahead from there."""
         self._write(0.0)
 
     def before_own_write(self, name: str) -> Tensor | None:

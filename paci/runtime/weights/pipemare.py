@@ -61,13 +61,13 @@ class PipeMare(WeightPolicy):
         self._mean_drift = statistics.fmean(met.drift for met in steady_update(schedule, stage))
 
     def num_copies(self, num_versions: int) -> tuple[int, int]:
-        """One, and a mean change where anything is late."""
+        """Return one working copy, and one mean change where a gradient is late."""
         return 1, int(num_versions > 1)
 
     def attach(
         self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
     ) -> None:
-        """Start at the masters, which have not changed yet."""
+        """Start at the masters, with mean changes of zero."""
         super().attach(weights, optimizer, rule)
         self._behind = 0
         self._before: dict[str, Tensor] = {}  # masters, during an update
@@ -75,19 +75,19 @@ class PipeMare(WeightPolicy):
         self._add_deltas()
 
     def before_forward(self, key: Key, delay: int) -> None:
-        """The newest."""
+        """Let the parameters hold the newest weights."""
         self._write(0)
 
     def before_backward(self, key: Key, drift: int) -> None:
-        """As many mean changes back as there were updates since the forward."""
+        """Go back by one mean change for each update since the forward."""
         self._write(drift)
 
     def before_update(self) -> None:
-        """Remember what will change."""
+        """Keep the masters as they are before the update."""
         self._before = {name: self.weights.master(name).clone() for name in self._deltas}
 
     def publish(self) -> None:
-        """In place; the change goes into the mean."""
+        """Write the masters to the working weights in place, and add the change to the mean."""
         if self._deltas:
             share = 1 - self.decay ** (1 / self._mean_drift)
             for name, delta in self._deltas.items():
@@ -98,7 +98,7 @@ class PipeMare(WeightPolicy):
         self.weights.write_in_place()
 
     def renew(self) -> None:
-        """In place; what was unfrozen has not changed yet."""
+        """Write the masters in place; what was unfrozen starts with no change."""
         self._add_deltas()
         self._behind = 0
         self.weights.write_in_place()
@@ -108,11 +108,11 @@ class PipeMare(WeightPolicy):
         self.renew()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The mean changes."""
+        """Return the mean change of each weight."""
         return self._deltas
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the mean changes over."""
+        """Take over the mean change of each weight."""
         for name, delta in self._deltas.items():
             delta.copy_(state[name])
 

@@ -90,7 +90,7 @@ class WeightPolicy(abc.ABC):
         return 0.0
 
     def cost(self, schedule: Schedule, stage: int) -> PolicyCost:
-        """What ``stage`` pays for it, in training without end."""
+        """Return what ``stage`` pays for this policy in steady state."""
         num_versions = peak_versions(schedule, stage, updates_to_settle(schedule))
         delays = [met.delay for met in steady_update(schedule, stage)]
         return PolicyCost(*self.num_copies(num_versions), self.separate, self.trials(delays))
@@ -122,7 +122,7 @@ class WeightPolicy(abc.ABC):
         """
 
     def after_backward(self) -> None:  # noqa: B027 - most policies have no need
-        """Give up what only that backward needed."""
+        """Free what only that backward needed."""
 
     def before_update(self) -> None:  # noqa: B027 - most policies do nothing here
         """Take note of what the update that comes now will change."""

@@ -42,13 +42,13 @@ class Predict(WeightPolicy):
     separate: ClassVar[bool] = True
 
     def num_copies(self, num_versions: int) -> tuple[int, int]:
-        """One, and a step where anything is late."""
+        """Return one working copy, and one step where a gradient is late."""
         return 1, int(num_versions > 1)
 
     def attach(
         self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
     ) -> None:
-        """Start at the masters."""
+        """Start with working weights equal to the masters."""
         super().attach(weights, optimizer, rule)
         if optimizer is not None:
             require_momentum(optimizer)
@@ -56,28 +56,28 @@ class Predict(WeightPolicy):
         self._ahead = 0  # of the masters, in updates
 
     def before_forward(self, key: Key, delay: int) -> None:
-        """As far ahead as the gradient will be late."""
+        """Predict as many updates ahead as the gradient will be late."""
         self._write(delay)
 
     def before_backward(self, key: Key, drift: int) -> None:
-        """The newest."""
+        """Let the parameters hold the newest weights."""
         self._write(0)
 
     def publish(self) -> None:
-        """In place; the step is another one from now on."""
+        """Write the masters to the working weights in place; the step is computed anew."""
         self._steps, self._ahead = None, 0
         self.weights.write_in_place()
 
     def renew(self) -> None:
-        """In place; the optimizer's state may be another."""
+        """Write the masters in place, and compute the step anew: the state may have changed."""
         self.publish()
 
     def take_over(self, names: Collection[str]) -> None:
-        """In place; the next forward is predicted from there."""
+        """Write the masters in place; the next forward is predicted from there."""
         self.publish()
 
     def before_own_write(self, name: str) -> Tensor | None:
-        """From the step that is kept."""
+        """Compute it from the step that is kept."""
         if not self._ahead or self._steps is None or name not in self._steps:
             return super().before_own_write(name)
         there = torch.add(self.weights.master(name), local(self._steps[name]), alpha=self._ahead)

@@ -25,5 +25,5 @@ class Recompute(WeightPolicy):
     keeps_graph: ClassVar[bool] = False
 
     def publish(self) -> None:
-        """In place."""
+        """Write the masters to the working weights in place."""
         self.weights.write_in_place()

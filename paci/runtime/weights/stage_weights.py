@@ -134,7 +134,7 @@ class StageWeights:
         return tuple(Leaf(p, edge(p)) for p in self._all if p.requires_grad)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` lies in what the module computes with."""
+        """Tell whether ``tensor`` lies in the storage of a weight that the module computes with."""
         place = tensor.untyped_storage().data_ptr()
         return any(place == local(p).untyped_storage().data_ptr() for p in self._all if p.numel())
 
@@ -420,7 +420,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's values, without a graph."""
+    """Return the values that this process holds, without a graph."""
     if is_sharded(tensor):
         sharded: Any = tensor.detach()
         local: Tensor = sharded.to_local()

@@ -35,38 +35,38 @@ class Stash(WeightPolicy):
     def attach(
         self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
     ) -> None:
-        """Nothing is in flight yet."""
+        """Start without old weights: nothing is in flight yet."""
         super().attach(weights, optimizer, rule)
         self._newest: Values = {}
         self._met: dict[Key, Values] = {}  # by micro-batches in flight
 
     def before_forward(self, key: Key, delay: int) -> None:
-        """The newest."""
+        """Remember which weights this forward meets: the newest."""
         self._met[key] = self._newest
 
     def before_backward(self, key: Key, drift: int) -> None:
-        """Those of its forward."""
+        """Let the parameters hold the weights of this micro-batch's forward."""
         self.weights.use(self._met.pop(key))
 
     def after_backward(self) -> None:
-        """The newest again."""
+        """Let the parameters hold the newest weights again."""
         self.weights.use(self._newest)
 
     def publish(self) -> None:
-        """To new tensors if any micro-batch in flight still needs the old ones."""
+        """Write the masters to new tensors if a micro-batch in flight still needs the old ones."""
         if self._met:
             self._use(self.weights.fresh())
         else:
             self.weights.write_in_place()
 
     def renew(self) -> None:
-        """In place."""
+        """Write the masters to the working weights in place."""
         self._met.clear()
         self._use({**self.weights.in_use})
         self.weights.write_in_place()
 
     def take_over(self, names: Collection[str]) -> None:
-        """To new tensors."""
+        """Write the masters to new tensors, so that old versions stay as they are."""
         kept = {n: v for n, v in self.weights.in_use.items() if n not in names}
         self._use({**kept, **self.weights.fresh(names)})
 
