@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
@@ -12,15 +10,28 @@ from torch import Tensor
 from paci.errors import ConfigError
 
 
-class _Collector:
-    """The losses that a forward adds."""
+class LossCollector:
+    """Collects what ``add_loss`` is called with inside ``with``.
+
+    Attributes:
+        losses: in order.
+    """
+
+    __slots__ = ("_outer", "losses", "wants_graph")
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.wants_graph = torch.is_grad_enabled()
 
+    def __enter__(self) -> list[Tensor]:
+        self._outer = _collector.set(self)
+        return self.losses
 
-_collector: ContextVar[_Collector | None] = ContextVar("collector of added losses", default=None)
+    def __exit__(self, *_: object) -> None:
+        _collector.reset(self._outer)
+
+
+_collector: ContextVar[LossCollector | None] = ContextVar("collector of added losses", default=None)
 
 
 def add_loss(loss: Tensor) -> None:
@@ -64,8 +75,7 @@ def add_loss(loss: Tensor) -> None:
     collector.losses.append(loss)
 
 
-@contextlib.contextmanager
-def collect_losses() -> Iterator[list[Tensor]]:
+def collect_losses() -> LossCollector:
     """Collect what ``add_loss`` is called with inside, in order.
 
     A pipeline does so by itself. This is for the same module in plain training::
@@ -74,9 +84,4 @@ def collect_losses() -> Iterator[list[Tensor]]:
             output = model(inputs)
         (loss_fn(output, targets) + sum(losses)).backward()
     """
-    collector = _Collector()
-    token = _collector.set(collector)
-    try:
-        yield collector.losses
-    finally:
-        _collector.reset(token)
+    return LossCollector()

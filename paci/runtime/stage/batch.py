@@ -127,9 +127,17 @@ def as_tensors(value: Any, what: str) -> tuple[Tensor, ...]:
 
 def tensors_in(value: Any) -> tuple[Tensor, ...]:
     """The tensors in tuples, lists and dicts, in order."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return tuple(found)
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        return (value,)
-    return tuple(itertools.chain(*map(tensors_in, _parts(value))))
+        found.append(value)
+    else:
+        for part in _parts(value):
+            _collect(part, found)
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -187,11 +195,11 @@ def _is_collated(batch: list[Any]) -> bool:
 
 
 def _parts(value: Any) -> Sequence[Any]:
+    if isinstance(value, tuple) or isinstance(value, list):  # noqa: SIM101 - the fast way
+        return value
     if isinstance(value, Mapping):
         return tuple(value.values())
-    if isinstance(value, Whole | Split):
-        return (value.value,)
-    return value if isinstance(value, tuple | list) else ()
+    return (value.value,) if isinstance(value, Whole | Split) else ()
 
 
 def _sizes(value: Any) -> list[int]:

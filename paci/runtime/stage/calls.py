@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,8 +48,13 @@ class Caller:
                 cannot be handed on.
         """
         given = arguments(getattr(inputs, "structure", None), inputs)
-        with self._explained():
+        try:
             output = self._module(*given, **direct)
+        except RuntimeError as error:
+            explained = self._explained(error)
+            if explained is error:
+                raise
+            raise explained from error
         return Bundle(*flatten(output, f"the output of stage {self._index}"))
 
     def take_in(self, inputs: Any) -> Bundle:
@@ -87,24 +91,21 @@ class Caller:
 
         return mapped(take, value)
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Raise a ``ConfigError`` of one line for an error that PyTorch says in its own terms."""
-        try:
-            yield
-        except RuntimeError as error:
-            text = str(error)
-            if "leaf Variable that requires grad is being used in an in-place" in text:
-                raise writes_to_inputs(self._index) from error
-            if self._dtype is not None and ("dtype" in text or "scalar type" in text):
-                wide = [n for n, b in self._module.named_buffers() if b.dtype is torch.float32]
-                raise ConfigError(
-                    f"under precision bf16 the forward of stage {self._index} must compute with "
-                    f"bf16 weights and inputs, got {text.splitlines()[0]} (fp32 buffers: "
-                    f"{', '.join(wide[:3]) or 'none'}); convert its fp32 values with "
-                    f".to(x.dtype) where they meet others"
-                ) from error
-            raise
+    def _explained(self, error: RuntimeError) -> Exception:
+        """The error to raise: ``error`` itself, or one line for what PyTorch says in its own
+        terms."""
+        text = str(error)
+        if "leaf Variable that requires grad is being used in an in-place" in text:
+            return writes_to_inputs(self._index)
+        if self._dtype is not None and ("dtype" in text or "scalar type" in text):
+            wide = [n for n, b in self._module.named_buffers() if b.dtype is torch.float32]
+            return ConfigError(
+                f"under precision bf16 the forward of stage {self._index} must compute with "
+                f"bf16 weights and inputs, got {text.splitlines()[0]} (fp32 buffers: "
+                f"{', '.join(wide[:3]) or 'none'}); convert its fp32 values with "
+                f".to(x.dtype) where they meet others"
+            )
+        return error
 
 
 def writes_to_inputs(index: int) -> ConfigError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -387,11 +386,12 @@ class Stage:
 
     def _run(self, micro_batch: int, flight: _InFlight) -> Tensors:
         with self._seeded(mix(self._seed, self.index, micro_batch)):
-            recording: Any = contextlib.nullcontext()
-            if self._splitter is not None:
-                recording = self._splitter.recording(flight.ledger)
-            with recording, collect_losses() as added:
-                outputs = self.call(flight.inputs, flight.direct)
+            with collect_losses() as added:
+                if self._splitter is None:
+                    outputs = self.call(flight.inputs, flight.direct)
+                else:
+                    with self._splitter.recording(flight.ledger):
+                        outputs = self.call(flight.inputs, flight.direct)
             flight.added = tuple(added)
             if flight.target is None:
                 flight.structure = outputs.structure

@@ -117,6 +117,9 @@ def flatten(
     Raises:
         ConfigError: it holds what no channel carries.
     """
+    if type(value) is Tensor:  # the most frequent one
+        _require_dense(value, "", what)
+        return (value,), _TENSOR
     tensors: list[Tensor] = []
     structure = _flatten(value, tensors, "", what)
     return tuple(tensors), structure
@@ -138,7 +141,7 @@ def arguments(structure: Structure | None, tensors: Sequence[Tensor]) -> tuple[A
         structure: None for a tuple of tensors and nothing else.
         tensors: that came with it.
     """
-    if structure is None:
+    if structure is None or structure is _TENSOR:
         return tuple(tensors)
     value = unflatten(structure, tensors)
     return tuple(value) if isinstance(value, tuple | list) else (value,)
