@@ -168,6 +168,10 @@ def make_batch(seed: int, rows: int) -> tuple[Tensor, Tensor]:
     return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
 
+def mse(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output.to(target.dtype), target)
+
+
 def build(
     run: Run,
     group: dist.ProcessGroup | None,
@@ -192,7 +196,7 @@ def build(
     weights = run.weights or run.schedule.weights
     arguments = {"weights": weights, "precision": run.precision, "seed": 3, "timeout_s": 100.0}
     return paci.Pipeline(
-        modules, run.schedule, optimizers, F.mse_loss, group=group, **(arguments | options)
+        modules, run.schedule, optimizers, mse, group=group, **(arguments | options)
     )
 
 

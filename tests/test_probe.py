@@ -81,10 +81,11 @@ FORETOLD: dict[str, Callable[[Any], Optimizer]] = {
     "adadelta": lambda p: Adadelta(p),
     "asgd": lambda p: ASGD(p),
     "rmsprop": lambda p: RMSprop(p),
-    "muon with adamw": lambda p: paci.MuonWithAdamW(
-        [{"params": list(p), "algorithm": "muon"}], lr=1e-3
-    ),
 }
+if hasattr(torch.optim, "Muon"):  # PyTorch 2.9 and newer
+    FORETOLD["muon with adamw"] = lambda p: paci.MuonWithAdamW(
+        [{"params": list(p), "algorithm": "muon"}], lr=1e-3
+    )
 REFUSED: dict[str, Callable[[Any], Optimizer]] = {
     "Adafactor": lambda p: Adafactor(p),
     "Lars": lambda p: Lars(p, lr=0.1),
