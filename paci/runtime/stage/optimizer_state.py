@@ -61,7 +61,12 @@ def blank_state(
         {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
-    others = {k: copy.deepcopy(v) for k, v in optimizer.state.items() if k not in set(fresh)}
+    # Parameters without a gradient are left alone; what is of no parameter may change.
+    others = {
+        key: value if isinstance(key, Tensor) else copy.deepcopy(value)
+        for key, value in optimizer.state.items()
+        if not isinstance(key, Tensor) or value
+    }
     gradients = [p.grad for p in held]
     values = [p.detach().clone() for p in fresh]
     try:
