@@ -64,6 +64,12 @@ def _disagreement(what: Mapping[str, Any], group: dist.ProcessGroup | None) -> C
     return None
 
 
+# Groups of the pipeline that was closed last. A group that goes joins its threads and holds
+# Python's lock meanwhile, which a thread may need to give up a tensor (PyTorch 2.6 hung there). So
+# it goes when the next pipeline is closed, and its threads have long been idle.
+_retired: list[dist.ProcessGroup] = []
+
+
 class World:
     """The processes of one pipeline; one process alone if there is no group.
 
@@ -264,10 +270,11 @@ class World:
 
     def close(self) -> None:
         """Close the channels; all processes of the world must be done with them."""
-        for group in self._groups.values():
+        groups = [*self._groups.values(), *filter(None, [self._control])]
+        for group in groups:
             dist.destroy_process_group(group)
-        if self._control is not None:
-            dist.destroy_process_group(self._control)
+        if groups:
+            _retired[:] = groups
         self._groups, self._control = {}, None
 
     def _channel_groups(
