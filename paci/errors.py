@@ -5,19 +5,19 @@
     PaciError                     anything paci itself reports
     ├── ConfigError (ValueError)  what the user asked for cannot be done
     │   ├── ScheduleError         a schedule's program is not legal
-    │   ├── DataError             a corpus is missing, empty or too short
-    │   └── CheckpointError       a checkpoint is damaged, or of another model
+    │   ├── DataError             a corpus or tokenizer is missing, invalid or too short
+    │   └── CheckpointError       a checkpoint is missing, damaged, or of another model
     ├── DriftError                a run saw other weight versions than its program says
     └── WorkerError               a worker died, or a wait passed its time-out
 
-A message is one line: what must hold, what was got, what to do.
+Each message is one line that says what must hold, what was found instead, and what to do.
 """
 
 
 class PaciError(Exception):
     """Base of every error that paci raises on purpose.
 
-    ``exit_code`` is what the command line exits with: 1 for a failure at run time, 2 for a
+    ``exit_code`` is the exit status of the command line: 1 for a failure at run time, 2 for a
     request that cannot be met.
     """
 
@@ -31,11 +31,11 @@ class ConfigError(PaciError, ValueError):
 
 
 class ScheduleError(ConfigError):
-    """A schedule's program breaks a rule; the message holds the grid with the culprit marked."""
+    """A schedule's program breaks a rule; ``check`` draws the grid with the culprit marked."""
 
 
 class DataError(ConfigError):
-    """A corpus is missing, empty, or shorter than what is asked of it."""
+    """A corpus, a tokenizer or a request for batches is missing, unreadable or out of range."""
 
 
 class CheckpointError(ConfigError):
@@ -43,8 +43,8 @@ class CheckpointError(ConfigError):
 
 
 class DriftError(PaciError):
-    """A run met other weight versions than its program predicts: a bug, never to be ignored."""
+    """A run met other weight versions than its program predicts; this is always a bug."""
 
 
 class WorkerError(PaciError):
-    """A worker died or a wait passed its time-out; names rank, stage, micro-batch and action."""
+    """A worker died, a wait passed its time-out, or a pipeline that failed was used again."""

@@ -1,5 +1,4 @@
-"""Find the members of a family: every concrete class of a package's modules, by its name; and
-read the options of one from text."""
+"""Find the concrete subclasses of a base class by name, and parse their options from text."""
 
 from __future__ import annotations
 
@@ -17,16 +16,16 @@ Family = TypeVar("Family")
 
 
 def modules_of(package: ModuleType) -> list[ModuleType]:
-    """Import every module directly inside ``package``, in alphabetical order."""
+    """Import and return the modules directly inside ``package``, in alphabetical order."""
     names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
     return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
 
 
 def members(modules: Iterable[ModuleType], family: type[Family]) -> dict[str, type[Family]]:
-    """The concrete subclasses of ``family`` that ``modules`` define, by their ``name``.
+    """Return the concrete subclasses of ``family`` that ``modules`` define, sorted by ``name``.
 
     Raises:
-        ConfigError: two of them share a name, or one has none.
+        ConfigError: two of them share a name, or one has no name.
     """
     found: dict[str, type[Family]] = {}
     for module in modules:
@@ -51,18 +50,19 @@ def members(modules: Iterable[ModuleType], family: type[Family]) -> dict[str, ty
 
 
 def read_options(member: type, kind: str, text: str, num_fixed: int = 0) -> dict[str, object]:
-    """Read ``OPTION=VALUE,...`` as keyword arguments of a dataclass, by the types of its defaults.
+    """Parse ``OPTION=VALUE,...`` into keyword arguments of a dataclass.
 
-    Several numbers for one option are separated by ``/``.
+    Each value gets the type of its field's default. The numbers of a tuple are separated by ``/``.
 
     Args:
         member: a dataclass with a class attribute ``name``.
-        kind: what errors call it.
-        text: may be empty.
-        num_fixed: leading fields that are no options.
+        kind: the word for ``member`` in error messages, such as ``"schedule"``.
+        text: the options; may be empty.
+        num_fixed: number of leading fields that are not options.
 
     Raises:
-        ConfigError: no such option, or a value of another type.
+        ConfigError: there is no such option, a value has the wrong type, or ``member`` is not a
+            dataclass whose options all have defaults of a supported type.
     """
     name = member.name  # type: ignore[attr-defined]
     own = {field.name: field for field in _options_of(member, kind)[num_fixed:]}

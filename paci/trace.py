@@ -1,4 +1,4 @@
-"""What happened, and when: one form for real, virtual and simulated runs."""
+"""Traces: which action ran when, in one format for real, virtual and simulated runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from paci.schedule.base import Schedule
 
 
 class Event(NamedTuple):
-    """One action that ran: who, what, when (seconds), and the stage's version at its start."""
+    """One action that ran, with its start and end in seconds.
+
+    ``version`` is the number of updates that the stage had applied when the action started.
+    """
 
     worker: int
     stage: int
@@ -33,14 +36,14 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """A stretch of a run.
+    """The actions of a part of a run.
 
     Attributes:
-        events: in order of start.
-        num_workers: workers that took part, each a row of a timeline.
-        clock: ``"wall"`` for times of a real run; ``"virtual"`` for one process that plays all
-            workers, whose measured action times are laid out as separate devices would
-            have run them; ``"simulated"`` for times from a cost model.
+        events: the actions, in order of their start.
+        num_workers: number of workers in the pipeline.
+        clock: ``"wall"`` for the measured times of a real run; ``"virtual"`` for a run of all
+            workers in one process, whose measured durations are laid out as separate devices
+            would have run them; ``"simulated"`` for times from a cost model.
     """
 
     events: tuple[Event, ...]
@@ -49,7 +52,7 @@ class Trace:
 
     @staticmethod
     def of(events: Iterable[Event], num_workers: int, clock: str) -> Trace:
-        """Collect events in any order."""
+        """Make a trace of events, which may come in any order."""
         ordered = sorted(events, key=lambda e: (e.start_s, e.end_s, e.worker, e.stage))
         return Trace(tuple(ordered), num_workers, clock)
 
@@ -70,16 +73,16 @@ class Trace:
 
     @property
     def utilization(self) -> float:
-        """Busy time over workers times span; 0 for an empty trace."""
+        """The share of the workers' time that they spend in actions; 0 for an empty trace."""
         return sum(self.busy_s) / (self.num_workers * self.span_s) if self.span_s > 0 else 0.0
 
     @property
     def bubble(self) -> float:
-        """The rest: the share of the time in which workers were idle."""
+        """The share of the workers' time in which they are idle: ``1 - utilization``."""
         return 1.0 - self.utilization
 
     def peak_in_flight(self) -> dict[int, int]:
-        """Most micro-batches between forward and backward, for each stage in the trace."""
+        """Return, by stage, the most micro-batches between forward and backward at any time."""
         held: dict[int, set[int]] = defaultdict(set)
         peaks: Counter[int] = Counter()
         for event in self.events:
@@ -91,7 +94,11 @@ class Trace:
         return dict(peaks)
 
     def drift(self) -> dict[int, Counter[int]]:
-        """How many micro-batches met each drift, for each stage; whole micro-batches only."""
+        """Return, by stage, how many micro-batches met each drift.
+
+        Drift is the number of updates between forward and backward. Micro-batches whose forward
+        is not in the trace do not count.
+        """
         forward: dict[tuple[int, int], int] = {}
         found: dict[int, Counter[int]] = defaultdict(Counter)
         for event in self.events:
@@ -103,7 +110,7 @@ class Trace:
         return dict(found)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready form: a row of seven values an event."""
+        """Return the trace as JSON-ready data, with a row of seven values for each event."""
         return {
             "clock": self.clock,
             "num_workers": self.num_workers,
@@ -113,22 +120,22 @@ class Trace:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Trace:
-        """The trace that ``to_json`` wrote."""
+        """Rebuild a trace from what ``to_json`` returned."""
         events = (Event._make([*row[:3], Kind(row[3]), *row[4:]]) for row in data["events"])
         return Trace.of(events, data["num_workers"], data["clock"])
 
 
 class VirtualClock:
-    """Lays actions of known duration out in time, as separate devices would run them.
+    """Computes when actions of known duration start and end, as if run on separate devices.
 
-    Each starts when its worker is free and its message has come.
+    An action starts when its worker is free and the message that it needs has arrived.
 
     Args:
-        schedule: whose actions come, in any legal order.
-        carry: takes a message and the time at which its action ended, and says when it arrives,
-            both in seconds; by default messages take no time. A worker's messages come in the
-            order in which it sends them.
-        pause_s: seconds after each action in which its worker does nothing that counts.
+        schedule: the schedule whose actions are laid out, in any legal order.
+        carry: takes a message and the time at which the action that sends it ended, and returns
+            the time at which it arrives, both in seconds; by default messages take no time. It is
+            called for a worker's messages in the order in which the worker sends them.
+        pause_s: idle seconds after each action before its worker is free again.
     """
 
     def __init__(
@@ -145,7 +152,7 @@ class VirtualClock:
         self._pause_s = pause_s
 
     def lay_out(self, action: Action, duration_s: float) -> tuple[float, float]:
-        """Start and end of ``action``, in seconds since the first start."""
+        """Return when ``action`` starts and ends, in seconds since the first start."""
         worker = self._worker_of[action.stage]
         start_s = self._free_s[worker]
         needed = consumes(action, self._num_stages)

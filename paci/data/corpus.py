@@ -1,4 +1,4 @@
-"""Where text comes from: a corpus spec becomes named documents in a fixed order.
+"""Read a corpus: its spec becomes named documents in a fixed order.
 
 ==========================  ==========================================================
 ``stdlib``                  the ``*.py`` text of the running Python's standard library
@@ -37,9 +37,9 @@ def documents(spec: str) -> Iterator[tuple[str, str]]:
 
     Files are read as UTF-8, with U+FFFD in place of what is not. A single file is one document,
     or several if it holds ``<|endoftext|>``, on a line of its own (the line is dropped) or within
-    one; a folder holds one document a file, sorted by relative path, without hidden files, binary
-    files (a NUL byte in the first 8 KiB) and links to folders. Documents of nothing but white
-    space are dropped.
+    a line; a folder holds one document per file, sorted by relative path, without hidden files,
+    binary files (a NUL byte in the first 8 KiB) and links to folders. Documents of nothing but
+    white space are dropped.
 
     Args:
         spec: ``stdlib``, a path, or ``hf:NAME[:SPLIT[:COLUMN]]``.
@@ -70,8 +70,8 @@ def fingerprint(spec: str) -> list[str]:
         spec: as for `documents`.
 
     Returns:
-        One line for the source (absolute path, Python version or dataset name), then one line
-        a file: relative path, size in bytes, modification time in nanoseconds.
+        Lines for the source (absolute path, Python version or dataset name), then one line per
+        file: relative path, size in bytes, modification time in nanoseconds.
 
     Raises:
         DataError: the path is missing, or the folder holds no file.
@@ -91,7 +91,7 @@ def fingerprint(spec: str) -> list[str]:
 
 
 def _content_name(prefix: str, text: str) -> str:
-    """Name a document that has no name of its own by its text: ``prefix#digest``."""
+    """Return a name for a document without one, made from its text: ``prefix#digest``."""
     return f"{prefix}#{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]}"
 
 
@@ -172,7 +172,7 @@ def _not_utf8(path: Path, place: int) -> DataError:
 
 
 def _first_bad_byte(path: Path) -> int:
-    """Return the place of the first byte that is not UTF-8."""
+    """Return the offset of the first byte that is not UTF-8."""
     place = 0
     left = b""
     with path.open("rb") as file:
@@ -198,7 +198,7 @@ def _is_binary(path: Path) -> bool:
 
 
 def _read(path: Path) -> str:
-    """Return a file's text, or nothing for a binary file."""
+    """Return a file's text, or an empty string for a binary file."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -231,7 +231,7 @@ def _documents_of_file(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _split_at_end_of_text(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Cut lines at the separator; yields each text and whether there was a separator so far."""
+    """Cut lines at ``<|endoftext|>``; yield each text, and whether there was one so far."""
     is_split = False
     parts: list[str] = []
     for line in lines:

@@ -16,7 +16,7 @@ _ROWS_PER_READ = 256
 
 @dataclass(frozen=True)
 class HuggingFaceSource:
-    """Which column of which split of which dataset; ``name`` may be a local folder."""
+    """A text column of one split of a dataset; ``name`` may be a local folder."""
 
     name: str
     split: str

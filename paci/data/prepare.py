@@ -30,18 +30,18 @@ def prepare(
     *,
     val_fraction: float = 0.1,
 ) -> Corpus:
-    """Tokenize a corpus, or find it tokenized already.
+    """Tokenize a corpus, or open its tokens in the cache.
 
-    Any number of processes may do so at once. A damaged folder is built anew. A dataset of the
-    Hub counts as unchanged as long as its name is the same.
+    Any number of processes may call this at once. A damaged folder is built again. A dataset of
+    the Hub counts as unchanged as long as its name is the same.
 
     Args:
         spec: as for `documents`: ``stdlib``, a path, or ``hf:NAME[:SPLIT[:COLUMN]]``.
         tokenizer_spec: ``bytes`` or ``bpe:SIZE`` (trained on the training documents).
-        cache_dir: where folders go; ``$PACI_CACHE``, else ``$XDG_CACHE_HOME/paci``, else
+        cache_dir: the folder of the cache; ``$PACI_CACHE``, else ``$XDG_CACHE_HOME/paci``, else
             ``~/.cache/paci`` if None.
-        val_fraction: expected share of documents for validation, in (0, 1); the side of each
-            depends on its name alone. Of a single document, the share of its characters.
+        val_fraction: expected share of documents for validation, in (0, 1); each document's name
+            alone decides. If there is a single document, the share of its characters.
 
     Raises:
         DataError: a spec or the fraction is not valid, the corpus is missing, empty or changes

@@ -24,16 +24,17 @@ Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """Windows at uniformly random places; batch ``step`` depends on ``seed`` and ``step`` alone.
+    """Random windows of tokens; batch ``step`` depends on ``seed`` and ``step`` alone.
 
-    There is no state to save: a run that starts again at any step sees what it would have seen.
+    There is no state to save: a run that resumes at any step sees the batches that it would have
+    seen without a break.
     The random numbers come from Philox with the seed as key and the step in the counter's second
     word, so that no two steps share any.
 
     Args:
         tokens: uint16 [num_tokens], at least ``context + 1``.
-        context: tokens a row.
-        batch_size: rows a batch.
+        context: tokens per row.
+        batch_size: rows per batch.
         seed: in ``[0, 2**64)``.
 
     Raises:
@@ -70,18 +71,18 @@ class Sampler:
 def validation_batches(
     tokens: npt.NDArray[np.uint16], context: int, batch_size: int, num_sequences: int
 ) -> Iterator[Batch]:
-    """Yield windows spread evenly over the tokens, without overlap, the same ones every time and
-    whatever the size of a batch.
+    """Yield the same windows every time, evenly spread over the tokens and without overlap.
 
-    The tokens are cut into windows of ``context`` inputs one after the other. If there are more
-    than ``num_sequences``, every so many-th is taken; if there are fewer, all are. The last batch
-    may hold rows of padding at its end: inputs 0, targets `IGNORE_INDEX`.
+    The tokens are cut into consecutive windows of ``context`` inputs. If there are more than
+    ``num_sequences``, that many are taken at even distances, else all; which ones does not depend
+    on ``batch_size``. The last batch may end with rows of padding: inputs 0, targets
+    `IGNORE_INDEX`.
 
     Args:
         tokens: uint16 [num_tokens], at least ``context + 1``.
-        context: tokens a row.
-        batch_size: rows a batch.
-        num_sequences: windows at most; there is always at least one.
+        context: tokens per row.
+        batch_size: rows per batch.
+        num_sequences: the most windows to take, at least 1.
 
     Returns:
         ``(inputs, targets)`` pairs, each int64 [batch_size, context].

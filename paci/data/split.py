@@ -1,10 +1,10 @@
-"""Which documents are for training and which for validation: the name of each decides.
+"""Split documents into training and validation by their names.
 
 ::
 
     u = first 8 bytes of sha256(name) / 2**64        validation if u < val_fraction
 
-A document keeps its side whatever else joins or leaves the corpus.
+A document stays in its part when other documents are added or removed.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The side of each document of a corpus, by position.
+    """Which documents of a corpus are for validation.
 
     Attributes:
-        is_val: bool [num_documents].
-        val_fraction: the share of documents (of a single document's characters) asked for.
+        is_val: whether each document is for validation, in order; bool [num_documents].
+        val_fraction: the requested share of documents, or of a single document's characters.
     """
 
     is_val: npt.NDArray[np.bool_]
     val_fraction: float
 
     def apply(self, documents: Iterable[tuple[str, str]]) -> Iterator[tuple[bool, str]]:
-        """Yield ``(is validation, text)`` for the documents that the split was made of.
+        """Yield ``(is validation, text)`` for the documents that the split was made from.
 
         A single document is cut in two: the last ``val_fraction`` of its characters, at least
         one, are for validation.
@@ -51,17 +51,17 @@ class Split:
 
 
 def make_split(names: Iterable[str], val_fraction: float) -> Split:
-    """Decide the side of every document by its name.
+    """Decide by its name whether each document is for training or validation.
 
-    With two or more documents neither side stays empty: if the rule leaves one empty, the
-    document nearest to the threshold changes sides, the first of several.
+    With two or more documents neither part stays empty: if the rule leaves one empty, the
+    document nearest to the threshold moves there (the first of several that are equally near).
 
     Args:
         names: document names, in the corpus' order.
         val_fraction: expected share of documents for validation, in (0, 1).
 
     Raises:
-        DataError: as `check_val_fraction`.
+        DataError: ``val_fraction`` is not in (0, 1).
     """
     check_val_fraction(val_fraction)
     positions = np.fromiter((_position(name) for name in names), dtype=np.float64)

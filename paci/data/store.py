@@ -39,8 +39,8 @@ class Corpus:
     """A tokenized corpus, mapped into memory.
 
     Attributes:
-        folder: where it lies.
-        tokenizer: what made the tokens.
+        folder: the folder that holds its files.
+        tokenizer: the tokenizer that made the tokens.
         train: uint16 [num_train_tokens], read-only.
         val: uint16 [num_val_tokens], read-only.
         digest: hexadecimal digest of all tokens; equal on two hosts if they hold the same ones.
@@ -53,7 +53,7 @@ class Corpus:
     digest: str
 
     def unigram_perplexity(self) -> float:
-        """Return the perplexity that token frequencies alone reach: a bar for any real model.
+        """Return the validation perplexity of token frequencies alone, a baseline for models.
 
         ``exp(-mean over val of ln p(token))`` with add-one smoothing over ``train``,
         ``p(token) = (count(token) + 1) / (num_train_tokens + vocab_size)``.
@@ -74,8 +74,8 @@ def write_corpus(
 
     Args:
         folder: an empty folder.
-        parts: ``(is validation, text)``, each followed by the end-of-text token.
-        tokenizer: makes the tokens and is saved beside them.
+        parts: ``(is validation, text)`` pairs; the end-of-text token is written after each text.
+        tokenizer: the tokenizer to use; it is saved into the folder.
         facts: further entries of ``meta.json``.
     """
     tokenizer.save(folder)
@@ -98,7 +98,7 @@ def write_corpus(
 
 
 def open_corpus(folder: Path) -> Corpus | None:
-    """Return the corpus in a folder, None if there is none or it is damaged.
+    """Return the corpus in a folder, or None if there is none or it is damaged.
 
     The sizes of the token files and the content of the tokenizer file are compared with
     ``meta.json``; reading all tokens on every start would cost too much.
@@ -123,16 +123,16 @@ def open_corpus(folder: Path) -> Corpus | None:
 
 
 def sibling(folder: Path) -> Path:
-    """Name a folder that nobody else uses, on the same file system as ``folder``."""
+    """Return a path for a new folder beside ``folder`` that no other process uses."""
     return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
 
 
 def install(new_folder: Path, folder: Path) -> None:
-    """Move a complete new folder to its place; discard it if a sound one is there already.
+    """Move a complete new folder to its place; delete it if a sound one is there already.
 
-    Of several processes the first wins. One that finds a damaged folder in the place moves that
-    aside first. Should it thereby take away what another has just put there, its own new folder
-    has the same content; the caller opens the result, and tries again if it is gone.
+    If several processes do this, the first wins. A damaged folder in the place is deleted first.
+    If that deletes a sound folder which another process has just put there, the new folder has the
+    same content. The caller must open the result, and try again if that fails.
     """
     try:
         if _rename(new_folder, folder) or open_corpus(folder) is not None:
@@ -147,7 +147,7 @@ def install(new_folder: Path, folder: Path) -> None:
 
 
 class _TokenFile:
-    """Appends documents to an open file and keeps count of them."""
+    """Appends documents to an open file, and counts and hashes what it writes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.hash = hashlib.sha256()
@@ -164,7 +164,10 @@ class _TokenFile:
 
 
 def _rename(source: Path, target: Path) -> bool:
-    """Rename a folder unless the target exists (an empty folder may be replaced)."""
+    """Rename a folder unless the target exists; return whether it was renamed.
+
+    An empty folder may be replaced.
+    """
     try:
         os.rename(source, target)
     except OSError:
@@ -179,7 +182,7 @@ def _sha256(path: Path) -> str:
 
 
 def _token_counts(tokens: npt.NDArray[np.uint16], vocab_size: int) -> npt.NDArray[np.int64]:
-    """Count each token, int64 [vocab_size], a piece at a time: bincount widens its input."""
+    """Count each token, int64 [vocab_size]; in pieces, since bincount converts its input."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), _TOKENS_PER_COUNT):
         counts += np.bincount(tokens[start : start + _TOKENS_PER_COUNT], minlength=vocab_size)

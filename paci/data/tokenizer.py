@@ -1,7 +1,7 @@
-"""Text to tokens and back: single bytes, or byte-level BPE trained on the corpus.
+"""Tokenizers: single bytes, or byte-level BPE trained on the corpus.
 
-Specs are ``bytes`` and ``bpe:SIZE``. Tokens fit 16 bits; the last one ends a document. A text
-that spells ``<|endoftext|>`` is encoded as these letters, never as the token.
+Specs are ``bytes`` and ``bpe:SIZE``. Tokens fit 16 bits; the last one marks the end of a document.
+The letters ``<|endoftext|>`` in a text are encoded as letters, never as that token.
 """
 
 import json
@@ -55,7 +55,7 @@ class Tokenizer(ABC):
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
         """Return the text of tokens [num_tokens]; broken UTF-8 becomes U+FFFD.
 
-        The end-of-text token reads ``<|endoftext|>``.
+        The end-of-text token becomes ``<|endoftext|>``.
 
         Raises:
             DataError: a token is not in ``[0, vocab_size)``.
@@ -68,7 +68,7 @@ class Tokenizer(ABC):
 
 @final
 class ByteTokenizer(Tokenizer):
-    """One token a byte of UTF-8: 256 bytes and the end of text."""
+    """One token per byte of UTF-8: 256 bytes and the end of text."""
 
     vocab_size = NUM_BYTES + 1
     end_of_text = NUM_BYTES
@@ -119,7 +119,7 @@ class BpeTokenizer(Tokenizer):
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BpeTokenizer":
         """Learn ``vocab_size`` tokens from texts; the same texts give the same tokens.
 
-        A corpus with too little to merge gives fewer tokens.
+        If the texts have too little to merge, there are fewer tokens.
 
         Raises:
             DataError: ``vocab_size`` is not in ``[257, 65535]``.
@@ -182,7 +182,7 @@ def check_tokenizer_spec(spec: str) -> int | None:
 
 
 def tokenizer_spec(vocab_size: int) -> str | None:
-    """The spec of a tokenizer with so many tokens; None if there is none."""
+    """Return the spec of a tokenizer with ``vocab_size`` tokens, or None if there is none."""
     if vocab_size == ByteTokenizer.vocab_size:
         return "bytes"
     return f"bpe:{vocab_size}" if MIN_BPE_SIZE <= vocab_size <= MAX_BPE_SIZE else None
@@ -193,10 +193,10 @@ def build_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
 
     Args:
         spec: as for `check_tokenizer_spec`.
-        texts: what BPE learns from; not read for ``bytes``.
+        texts: texts to train BPE on; not read for ``bytes``.
 
     Raises:
-        DataError: a bad spec.
+        DataError: the spec is not valid.
     """
     vocab_size = check_tokenizer_spec(spec)
     return ByteTokenizer() if vocab_size is None else BpeTokenizer.train(texts, vocab_size)
@@ -236,7 +236,7 @@ def _checked(
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text where it makes no difference to its tokens.
+    """Cut a long text into pieces where this does not change its tokens.
 
     No word of GPT-2's pattern spans a line end and the non-space before it: a run of white space
     starts a new word at its first character unless that is a space.

@@ -1,4 +1,4 @@
-"""Models as rows of layers that a pipeline can cut anywhere."""
+"""Models as sequences of layers that can be cut into stages anywhere."""
 
 from paci.models.gpt import (
     PRESETS,

@@ -1,4 +1,4 @@
-"""A profile of a GPT by formula, for devices that are not at hand."""
+"""Estimate the profile of a GPT by formula, for devices that are not at hand."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ def estimate_profile(
     precision: str = "fp32",
     optimizer: str = "muon",
 ) -> Profile:
-    """What a GPT costs on a device that computes at ``flops_per_s``.
+    """Return the estimated profile of a GPT on a device that computes at ``flops_per_s``.
 
-    A multiply-add is two operations; a backward is twice a forward, half of it to the input. Kept
-    activations of a block of width D with T tokens are ``14 T D`` values (its input, both norms,
-    queries, keys, values, attention's output, the expansion before and after GELU), as fused
-    attention keeps no matrix of T by T; the head keeps its logits and the loss as many in float32.
-    Gradients are of 4 bytes, as are the masters that weights of 2 bytes have. The optimizer keeps
-    two values of 4 bytes per parameter, Muon one for those in the matrices of blocks; its
-    arithmetic counts for nothing.
+    A multiply-add is two operations; a backward takes twice the time of a forward, half of it for
+    the input gradient. A block of width D keeps ``14 T D`` values for T tokens (its input, both
+    norms, queries, keys, values, attention's output, the expansion before and after GELU), as fused
+    attention keeps no matrix of T by T; the head keeps its logits, and the loss as many values, in
+    float32. Gradients have 4 bytes per value, as have the masters of weights of 2 bytes. The
+    optimizer keeps two values of 4 bytes per parameter; Muon keeps one for parameters in the
+    matrices of blocks. The time of updates is left out.
 
     Args:
-        config: of the model.
-        micro_batch_size: sequences.
-        flops_per_s: what the device sustains, not its peak.
-        precision: of activations and working weights, as of ``paci train``.
-        optimizer: likewise.
+        config: shape of the model.
+        micro_batch_size: sequences of a micro-batch.
+        flops_per_s: floating-point operations per second that the device sustains, not its peak.
+        precision: ``"fp32"`` or ``"bf16"``, for activations and working weights.
+        optimizer: the name as for ``paci train --optimizer``; only ``"muon"`` has an effect.
 
     Raises:
         ConfigError: ``precision`` is not known.

@@ -94,7 +94,7 @@ PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 
 
 def gpt_config(size: str, *, vocab_size: int, context: int, **overrides: Any) -> GPTConfig:
-    """The config of a preset size.
+    """Return the config of a preset size.
 
     Args:
         size: a key of ``PRESETS``: with a byte vocabulary "tiny" has about 1 M parameters and
@@ -104,7 +104,7 @@ def gpt_config(size: str, *, vocab_size: int, context: int, **overrides: Any) ->
         overrides: any other field of ``GPTConfig``; wins over the preset.
 
     Raises:
-        ConfigError: unknown size or field, or the result is no valid config.
+        ConfigError: the size or a field is unknown, or a value is not valid.
     """
     if size not in PRESETS:
         raise ConfigError(f"size must be one of {', '.join(PRESETS)}, got {size!r}; pick one")
@@ -129,7 +129,11 @@ class Embedding(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Embed tokens; more of them than the context is a ``ConfigError``."""
+        """Map tokens_BT to x_BTD.
+
+        Raises:
+            ConfigError: there are more tokens in a sequence than the context allows.
+        """
         num_tokens = tokens_BT.shape[-1]
         if num_tokens > self.context:
             raise ConfigError(
@@ -208,18 +212,18 @@ class Head(nn.Module):
         self.vocabulary = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Logits of the next token at each position, in the dtype of the weights."""
+        """Map x_BTD to logits_BTV of the next token at each position."""
         logits_BTV: Tensor = self.vocabulary(self.norm(x_BTD))
         return logits_BTV
 
 
 def build_layer(config: GPTConfig, layer: int, seed: int, device: torch.device) -> nn.Module:
-    """Build one layer with its initial weights, float32, the same on every device and cut.
+    """Build one layer with its initial float32 weights, the same for every device and cut.
 
-    Matrices and embeddings are N(0, 0.02); the two projections that end a residual branch are
-    scaled by ``1 / sqrt(2 * num_layers)``; biases are 0 and norm gains 1. The numbers come from
-    a CPU generator of the layer's own, seeded from ``(seed, layer)``, and the global random
-    state is neither read nor moved. On the "meta" device nothing is drawn.
+    Matrices and embeddings are normal with standard deviation 0.02; the two projections that end
+    a residual branch are scaled by ``1 / sqrt(2 * num_layers)``; biases are 0 and norm gains 1.
+    The numbers come from a CPU generator for this layer, seeded from ``(seed, layer)``; the global
+    random state is neither read nor changed. On the "meta" device nothing is drawn.
     """
     assert layer in config.layer_range
     kind = Embedding if layer == 0 else Head if layer == config.layer_range[-1] else Block
@@ -234,7 +238,7 @@ def build_layer(config: GPTConfig, layer: int, seed: int, device: torch.device) 
 
 
 def _layer_seed(seed: int, layer: int) -> int:
-    """63 well mixed bits: neighbouring seeds and layers get unrelated streams."""
+    """Return 63 well mixed bits, so that nearby seeds and layers get unrelated streams."""
     digest = hashlib.sha256(f"paci layer {seed} {layer}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -250,7 +254,7 @@ def _initialize(module: nn.Module, residual_scale: float, generator: torch.Gener
 
 
 def num_parameters(config: GPTConfig) -> int:
-    """Parameters of the whole model by formula, a tied matrix counted once."""
+    """Return the number of parameters of the whole model; a tied matrix counts once."""
     width, bias = config.width, int(config.bias)
     embedding = (config.vocab_size + config.context) * width
     block = 12 * width**2 + 2 * width + 11 * bias * width
@@ -259,18 +263,21 @@ def num_parameters(config: GPTConfig) -> int:
 
 
 def is_hidden_matrix(name: str) -> bool:
-    """Whether the parameter of that name, ``layers.3.mlp.expansion.weight``, is a matrix inside a
-    block: what Muon is for."""
+    """Return whether a parameter is a matrix inside a block, as Muon needs it.
+
+    Args:
+        name: name of the parameter, such as ``layers.3.mlp.expansion.weight``.
+    """
     inside = (".attention.", ".mlp.")
     return name.endswith(".weight") and any(part in name for part in inside)
 
 
 def layer_costs(config: GPTConfig) -> list[float]:
-    """Forward multiply-adds per token of each layer, for ``paci.plan.partition.balanced_cut``.
+    """Return each layer's forward multiply-adds per token, for ``balanced_cut``.
 
     A block costs ``12 D^2`` for its matrices and ``2 T D`` for attention over a full context
     (the causal half counted too, as kernels differ in whether they skip it), the head ``V D``,
-    the embedding its ``D`` additions. Norms and activations are left out.
+    the embedding ``D`` for its additions. Norms and activations are left out.
     """
     width = config.width
     block = float(12 * width**2 + 2 * config.context * width)

@@ -1,4 +1,4 @@
-"""Part of a model under the names of the whole: parameter names and digests ignore the cut."""
+"""Stages of a model, whose parameter names and digests do not depend on the cut."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _LAYER_NAME = re.compile(r"layers\.(\d+)\..+")
 class LayerStack(nn.Module):
     """Consecutive layers of a model, each under its index in the whole model.
 
-    Parameters are called ``layers.<global index>.<name in the layer>`` on whichever stage they
-    live, so checkpoints and digests of different cuts agree, and
-    ``second(*first(x))`` (or ``second(first(x))`` for a single tensor) equals the uncut stack.
+    Parameters are called ``layers.<global index>.<name in the layer>`` on every stage, so
+    checkpoints and digests of different cuts agree. For two stages, ``second(*first(x))`` (or
+    ``second(first(x))`` for a single tensor) equals the uncut stack.
 
     Args:
         layers: modules by their index in the whole model; at least one, consecutive, ascending.
@@ -53,10 +53,10 @@ class LayerStack(nn.Module):
         """Apply the layers in order; a tuple from one becomes the arguments of the next.
 
         Args:
-            inputs: what the first layer takes, one or several tensors.
+            inputs: the inputs of the first layer, one or several tensors.
 
         Returns:
-            What the last layer returns: a tensor, or a tuple of tensors.
+            The output of the last layer: a tensor, or a tuple of tensors.
         """
         value: Boundary = inputs
         for layer in self.layers.values():
@@ -96,9 +96,9 @@ def build_stages(
 
     Args:
         config: shape of the whole model.
-        cut: the layers of each stage to build, as for ``build_stage``.
-        seed: likewise.
-        device: likewise.
+        cut: the layer range of each stage to build, as for ``build_stage``.
+        seed: as for ``build_stage``.
+        device: as for ``build_stage``.
 
     Raises:
         ConfigError: a range is empty, has a step, or leaves the model; or embeddings are tied and
@@ -136,12 +136,12 @@ def build_stages(
 def parameter_groups(
     module: nn.Module, weight_decay: float, without: Iterable[nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
-    """Optimizer groups with weight decay on matrices (two dimensions or more) only.
+    """Make optimizer groups with weight decay on matrices (two dimensions or more) only.
 
     Args:
         module: any module; a tied parameter appears once.
         weight_decay: at least 0, for the matrices; biases and norm gains get 0.
-        without: parameters that another optimizer has, as those shared with another stage.
+        without: parameters to leave out, such as those that another stage's optimizer updates.
 
     Returns:
         Dicts of ``params`` (in the module's order) and ``weight_decay``; no group is empty.
@@ -166,21 +166,22 @@ def muon_groups(
     is_hidden: Callable[[str], bool],
     without: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
-    """The ``parameter_groups``, each shared out for ``paci.optim.muon``: Muon for the hidden
-    matrices, AdamW for the rest.
+    """Make groups for ``paci.optim.muon``: Muon for hidden matrices, AdamW for the rest.
+
+    They are the ``parameter_groups``, each divided by algorithm.
 
     Args:
-        module: likewise.
-        weight_decay: likewise.
-        is_hidden: says by its name whether a parameter is inside the model (not of an embedding
-            or the output layer).
-        without: likewise.
+        module: as for ``parameter_groups``.
+        weight_decay: as for ``parameter_groups``.
+        is_hidden: returns, from its name, whether a parameter is inside the model (not of an
+            embedding or the output layer).
+        without: as for ``parameter_groups``.
 
     Returns:
-        Groups with a key ``algorithm``, ``"muon"`` or ``"adamw"``; none is empty.
+        Groups with the further key ``algorithm``, ``"muon"`` or ``"adamw"``; none is empty.
 
     Raises:
-        ConfigError: likewise.
+        ConfigError: ``weight_decay`` is negative or not a number.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups: list[dict[str, Any]] = []
@@ -194,11 +195,11 @@ def muon_groups(
 
 
 def layer_digests(tensors: Mapping[str, Tensor]) -> dict[int, str]:
-    """Fingerprint of each layer, down to the last bit.
+    """Return a digest of each layer that changes with any bit of its tensors.
 
-    sha256 over name, dtype, shape and raw little-endian bytes of the layer's tensors, sorted by
-    name. A layer's digest depends on that layer alone, not on the stage, process or device that
-    holds it. Tensors are copied to the CPU one at a time.
+    It is the sha256 over name, dtype, shape and raw little-endian bytes of the layer's tensors,
+    sorted by name. A layer's digest depends on that layer alone, not on the stage, process or
+    device that holds it. Tensors are copied to the CPU one at a time.
 
     Args:
         tensors: by name, ``layers.<index>.<anything>``, as ``LayerStack.named_parameters`` gives
@@ -208,7 +209,7 @@ def layer_digests(tensors: Mapping[str, Tensor]) -> dict[int, str]:
         Hexadecimal digests by layer index, ascending.
 
     Raises:
-        ConfigError: a name does not say its layer.
+        ConfigError: a name does not have this form.
     """
     names: dict[int, list[str]] = {}
     for name in sorted(tensors):
@@ -233,7 +234,7 @@ def layer_digests(tensors: Mapping[str, Tensor]) -> dict[int, str]:
 
 
 def combine_digests(digests: Mapping[int, str]) -> str:
-    """Fingerprint of the whole model from its layers', wherever each was computed.
+    """Return a digest of the whole model, made from the digests of its layers.
 
     Args:
         digests: by layer index, in any order: the union of ``layer_digests`` of all stages.
@@ -242,7 +243,7 @@ def combine_digests(digests: Mapping[int, str]) -> str:
         Hexadecimal sha256 over the layers in ascending order.
 
     Raises:
-        ConfigError: there is no layer, so equality would mean nothing.
+        ConfigError: ``digests`` is empty, so equality would mean nothing.
     """
     if not digests:
         raise ConfigError("digests must hold at least one layer, got none; pass every stage's")
@@ -251,7 +252,7 @@ def combine_digests(digests: Mapping[int, str]) -> str:
 
 
 def _little_endian(tensor: Tensor) -> memoryview:
-    """The tensor's elements as bytes, without a further copy when it is contiguous on the CPU."""
+    """Return a tensor's little-endian bytes, without a copy if it is contiguous on the CPU."""
     elements = tensor.detach().cpu().contiguous().reshape(-1)
     octets = elements.view(torch.uint8)
     if sys.byteorder == "big":

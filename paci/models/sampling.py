@@ -23,25 +23,26 @@ def generate(
 ) -> Tensor:
     """Append ``num_tokens`` tokens drawn from ``softmax(logits / temperature)``.
 
-    Each step runs the whole context again (no cache of keys and values): simple, right for
-    samples during training, slow for serving. The model is in eval mode meanwhile; afterwards
-    every module of it is in the mode it was in, also when an error ends the call.
+    Each step runs the whole context again, without a cache of keys and values; this is simple, but
+    slow for serving. The model is in eval mode meanwhile; afterwards each of its modules is in the
+    mode that it was in, also if an error ends the call.
 
     Args:
         model: maps tokens, int64 [1, T], to logits [1, T, V] of any float dtype.
         tokens_T: the prompt, int64 [T] with T >= 1, on the model's device.
         num_tokens: how many to append, >= 0.
-        context: most tokens the model takes, >= 1; only the last ``context`` are shown to it.
+        context: most tokens that the model takes, >= 1; it sees only the last ``context`` tokens.
         temperature: below 1 is bolder, above 1 wilder; 0 always takes the likeliest token.
-        top_k: draw among the ``top_k`` likeliest tokens only, >= 1 (V at most counts); None
+        top_k: draw among the ``top_k`` likeliest tokens only, >= 1 (above V counts as V); None
             for all.
-        generator: source of the draws, made on its own device; torch's global state if None.
+        generator: source of random numbers, which are drawn on its device; torch's global
+            generator if None.
 
     Returns:
         Prompt and continuation, int64 [T + num_tokens], on the prompt's device.
 
     Raises:
-        ConfigError: an argument is outside what is said above, or the model has diverged.
+        ConfigError: an argument is out of range, or the logits are not finite.
     """
     _check(tokens_T, num_tokens, context, temperature, top_k)
     with _eval_mode(model):
@@ -55,7 +56,7 @@ def generate(
 def _draw(
     logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Tensor:
-    """Draw one token; int64 [1]."""
+    """Draw one token, int64 [1], from float32 logits [V]."""
     if temperature == 0:
         return logits_V.argmax(keepdim=True)
     if generator is not None:
@@ -74,7 +75,7 @@ def _draw(
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; outside, each module as it was (parts may have been frozen in eval)."""
+    """Put a model into eval mode, and each module back into its own mode at the end."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:

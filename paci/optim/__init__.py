@@ -1,1 +1,1 @@
-"""What delay asks of an optimizer."""
+"""Optimizers, gradient clipping, learning rates and predictions of steps under delay."""

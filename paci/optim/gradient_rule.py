@@ -1,4 +1,4 @@
-"""What lies between an update's last backward and the optimizer's step."""
+"""Gradient clipping, which comes between an update's last backward and its step."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _TINY = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
 class GradientRule:
-    """Clips the gradient of a stage to a norm, that of the stage alone.
+    """Clips a stage's gradient to a maximum norm, which is taken over that stage alone.
 
         factor = min(1, max_grad_norm / (norm + 1e-6)),    norm = ||gradient||_2 in float32 or wider
 
-    A trial of the update (``paci.optim.trial``) comes before its gradient is whole, so it uses the
-    newest factor that is known: that of the update before.
+    A trial of the update (``paci.optim.trial``) comes before its gradient is complete, so it uses
+    the newest factor that is known: that of the update before.
 
     Args:
-        max_grad_norm: None for no clipping.
+        max_grad_norm: the largest norm allowed; None for no clipping.
 
     Attributes:
-        norm: of the newest update's gradient before clipping, a scalar that was not waited for;
-            None before the first, or without clipping.
+        norm: norm of the newest update's gradient before clipping, a scalar tensor that the device
+            may still be computing; None before the first update, or without clipping.
 
     Raises:
         ConfigError: ``max_grad_norm`` is not positive and finite.
@@ -46,12 +46,12 @@ class GradientRule:
 
     @property
     def trial_factor(self) -> Tensor | None:
-        """What a trial multiplies gradients with; None for one."""
+        """The factor for the gradients of a trial, a scalar tensor; None means 1."""
         return self._factor
 
     @torch.no_grad()
     def apply(self, parameters: Iterable[Tensor]) -> None:
-        """Clip the gradients of ``parameters`` in place."""
+        """Clip the gradients of ``parameters`` in place, or do nothing without a maximum norm."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.max_grad_norm is None or not gradients:
             return
@@ -63,19 +63,22 @@ class GradientRule:
         self.norm, self._factor = norm, factor
 
     def state_dict(self) -> dict[str, Any]:
-        """The newest factor: a run that goes on makes the same trials. One before the first."""
+        """Return the newest factor (1 before the first update), for a resumed run's trials."""
         if self.max_grad_norm is None:
             return {}
         return {"factor": torch.ones(()) if self._factor is None else self._factor}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         self._factor = state.get("factor")
 
 
 def gradients_seen(optimizer: Optimizer) -> list[tuple[int, int]]:
-    """What tells whether a hook of ``optimizer`` changes gradients: call it before and after the
-    step. Empty if there is no hook before the step; no optimizer of PyTorch writes to them."""
+    """Return each gradient's identity and version, to detect that a hook changes gradients.
+
+    If the values before and after a step of ``optimizer`` differ, a hook has changed gradients:
+    PyTorch's optimizers do not. The list is empty if the optimizer has no hook before its step.
+    """
     if not optimizer._optimizer_step_pre_hooks:
         return []
     parameters = (p for group in optimizer.param_groups for p in group["params"])
@@ -89,7 +92,7 @@ def _wide(gradient: Tensor) -> Tensor:
 
 
 def _whole(norm: Tensor) -> Tensor:
-    """The norm over all shards, where the gradient is sharded (DTensor)."""
+    """Return the norm over all shards if the gradient is sharded (DTensor)."""
     full: Any = getattr(norm, "full_tensor", None)
     whole: Tensor = norm if full is None else full()
     return whole

@@ -1,4 +1,4 @@
-"""The step that an optimizer's momentum alone would make now."""
+"""Predict the step of an optimizer from its momentum alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Rule = Callable[[Mapping[str, Any], Mapping[str, Any]], Tensor]
 
 @torch.no_grad()
 def momentum_steps(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yield each parameter with the change of the next update, should momentum stay as it is.
+    """Yield each parameter with the change that the next update makes if momentum stays as it is.
 
-    From the state alone; gradients are not looked at (``paci.optim.trial`` does that), and nothing
-    is changed. With ``m`` and ``v`` as they are, divided by ``1 - beta ** t``:
+    It reads the optimizer's state alone, not the gradients (``paci.optim.trial`` does that), and
+    changes nothing. With the moments ``m`` and ``v`` divided by ``1 - beta ** t``:
 
     - SGD: ``-lr * u``, ``u`` the momentum buffer, Nesterov or not;
     - Adam, AdamW, NAdam: ``-lr * m / (sqrt(v) + eps)``;
@@ -28,15 +28,15 @@ def momentum_steps(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]
     Weight decay is left out.
 
     Args:
-        optimizer: one of these, or one whose groups each name theirs as ``group["algorithm"]``
-            (``paci.optim.muon``).
+        optimizer: one of these, or one whose groups each name one of these in lower case as
+            ``group["algorithm"]`` (``paci.optim.muon``).
 
     Returns:
         Pairs of a parameter and a tensor of its shape and dtype, in the order of the groups;
         parameters that were never updated are left out.
 
     Raises:
-        ConfigError: there is no momentum, or none that is known here.
+        ConfigError: the optimizer has no momentum, or is none of these.
 
     Source: PipeOptim, arXiv 2312.00839; Muon's is ours.
     """
@@ -66,7 +66,7 @@ def require_momentum(optimizer: Optimizer) -> None:
 
 
 def _algorithm(optimizer: Optimizer, group: Mapping[str, Any]) -> str:
-    """What rules a group: its own word, or the class of PyTorch that the optimizer is of."""
+    """Return a group's algorithm: its own entry, or the name of the optimizer's PyTorch class."""
     if "algorithm" in group:
         return str(group["algorithm"])
     names = (c.__name__.lower() for c in type(optimizer).__mro__ if "torch.optim" in c.__module__)

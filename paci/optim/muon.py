@@ -13,24 +13,24 @@ from paci.errors import ConfigError
 
 
 class MuonWithAdamW(Optimizer):
-    """PyTorch's Muon and PyTorch's AdamW over the groups that name them.
+    """One optimizer that steps some groups with PyTorch's Muon and others with its AdamW.
 
-    A stage has one optimizer, and Muon takes matrices only. Both parts step on the groups and on
-    the state of this one, so learning-rate schedulers and checkpoints see a plain optimizer.
+    A stage has one optimizer, and Muon takes matrices only. Both parts use the groups and the
+    state of this optimizer, so learning-rate schedulers and checkpoints see a plain optimizer.
 
     Args:
-        groups: as of any optimizer, with one key more: ``algorithm``, ``"muon"`` (parameters of
+        groups: parameter groups, each with one key more: ``algorithm``, ``"muon"`` (parameters of
             two dimensions) or ``"adamw"``.
-        lr: of groups that say none. Muon's updates are scaled to the size of AdamW's
-            (``adjust_lr_fn="match_rms_adamw"``), so that one rate serves both.
-        momentum: Muon's; Nesterov's form.
-        betas: AdamW's.
-        trial_ns_steps: Newton-Schulz iterations of Muon in a trial (``paci.optim.trial``); 5 in a
-            real step.
-        weight_decay: decoupled; of groups that say none.
+        lr: learning rate of groups without their own. Muon's updates are scaled to the size of
+            AdamW's (``adjust_lr_fn="match_rms_adamw"``), so that one rate serves both.
+        momentum: momentum of Muon, which is Nesterov's.
+        betas: decay rates of AdamW's two moments.
+        weight_decay: decoupled weight decay of groups without their own.
+        trial_ns_steps: Newton-Schulz iterations of Muon in a trial (``paci.optim.trial``); a real
+            step has 5.
 
     Raises:
-        ConfigError: a group names no algorithm, or this PyTorch has no Muon.
+        ConfigError: a group names no known algorithm, or this PyTorch has no Muon.
 
     Source: Muon, Keller Jordan 2024; scaled as in arXiv 2502.16982.
     """
@@ -70,13 +70,13 @@ class MuonWithAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step both parts; the closure, if any, is called once."""
+        """Step both parts; return the loss of ``closure``, which is called once, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for name, part in self._parts.items():
-            # This optimizer's, whatever has been loaded into them since.
+            # Groups and state may have been replaced by load_state_dict.
             part.param_groups = [g for g in self.param_groups if g["algorithm"] == name]
             part.state = self.state
             part.step()

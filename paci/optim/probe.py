@@ -1,4 +1,4 @@
-"""Whether a trial of an optimizer's step tells what the step will do."""
+"""Test whether ``trial_steps`` predicts the steps of an optimizer."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ _TOLERANCE = 1e-3
 
 
 def require_trial(optimizer: Optimizer) -> None:
-    """Raise ``ConfigError`` unless ``trial_steps`` tells what ``optimizer`` will do.
+    """Raise ``ConfigError`` unless ``trial_steps`` predicts the steps of ``optimizer``.
 
-    Tried on small parameters of its own, with another instance of the same class and options:
-    real steps from weights of ordinary size must be those that the trials foretold, without decay.
-    An optimizer whose step depends on the size of the weights (Adafactor, LARS), on other
-    parameters or on a state of its own (Prodigy, schedule-free) fails. Nothing of ``optimizer`` is
-    changed, and no random state is used.
+    The test runs another instance of the same class, with the same options but no weight decay, on
+    small parameters: its real steps must equal those that the trials predict. The test fails for
+    an optimizer whose step depends on the size of the weights (Adafactor, LARS), on other
+    parameters, or on state that belongs to no parameter (Prodigy, schedule-free). Neither
+    ``optimizer`` nor any global random state is changed. An optimizer with a registered trial
+    (``register_trial``) is accepted untested.
 
     Args:
-        optimizer: one that a stage was given.
+        optimizer: the optimizer of a stage.
     """
     for group in optimizer.param_groups:
         if not has_trial(type(optimizer)) and not _is_foretold(optimizer, group):
@@ -56,14 +57,14 @@ def _is_foretold(optimizer: Optimizer, group: dict[str, Any]) -> bool:
             probe = make(optimizer, parameters, options)
             return all(_step_is_foretold(probe, parameters, generator) for _ in range(_NUM_STEPS))
         except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError):
-            continue  # a state that only its constructor makes, or nothing to be done
+            continue  # perhaps only the constructor makes its state: try the next way
     return False
 
 
 def _another(
     optimizer: Optimizer, parameters: list[nn.Parameter], options: dict[str, Any]
 ) -> Optimizer:
-    """Return a copy of an optimizer that shares all but groups and state."""
+    """Return a copy of an optimizer that shares all attributes but groups and state."""
     probe: Any = object.__new__(type(optimizer))
     probe.__dict__.update(optimizer.__dict__)
     probe.param_groups = [{**options, "params": parameters}]
@@ -74,7 +75,7 @@ def _another(
 def _constructed(
     optimizer: Optimizer, parameters: list[nn.Parameter], options: dict[str, Any]
 ) -> Optimizer:
-    """Return a new optimizer that its own constructor makes."""
+    """Return a new optimizer of the same class, made by its constructor."""
     known = inspect.signature(type(optimizer)).parameters
     given = {key: value for key, value in options.items() if key in known}
     make: Any = type(optimizer)
@@ -83,7 +84,7 @@ def _constructed(
 
 
 def _random(size: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Double, so that steps of any size can be told from rounding."""
+    """Return random numbers, float64 so that steps of any size stand out from rounding."""
     return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
 
 
@@ -96,7 +97,7 @@ def _step_is_foretold(
     before = [parameter.detach().clone() for parameter in parameters]
     bare_step(probe)
     if any(not isinstance(key, Tensor) for key in probe.state):
-        return False  # a state that is of no parameter
+        return False  # state that belongs to no parameter
     for parameter, old in zip(parameters, before, strict=True):
         change, told = parameter.detach() - old, foretold[parameter]
         if (change - told).norm() > _TOLERANCE * max(change.norm(), told.norm()):

@@ -1,4 +1,4 @@
-"""Learning rates by how late a stage's gradients are."""
+"""Learning rates that depend on the delay of a stage's gradients."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from paci.schedule.versions import steady_update
 
 
 def delay_factor(delay: float, update: int, num_updates: int) -> float:
-    """What to multiply a learning rate with: small at first where gradients are late, 1 in the end.
+    """Return a learning rate's factor: small at first where gradients are late, 1 in the end.
 
         tau ** -(1 - min(update / num_updates, 1)),    tau = max(1, delay)
 
     Args:
-        delay: by how many updates the stage's gradients are late, on average.
-        update: from 0.
-        num_updates: after which the rate is left alone (``K``).
+        delay: mean delay of the stage's gradients, in updates; at least 0.
+        update: index of the update, from 0.
+        num_updates: number of updates after which the factor is 1 (``K`` in the paper).
 
     Raises:
         ConfigError: a value is out of range.
@@ -33,6 +33,6 @@ def delay_factor(delay: float, update: int, num_updates: int) -> float:
 
 
 def rate_by_delay(schedule: Schedule, stage: int, num_updates: int) -> Callable[[int], float]:
-    """``delay_factor`` of a stage, for ``torch.optim.lr_scheduler.LambdaLR``."""
+    """Return ``delay_factor`` of ``stage`` as a function of the update, for ``LambdaLR``."""
     delay = statistics.fmean(met.delay for met in steady_update(schedule, stage))
     return lambda update: delay_factor(delay, update, num_updates)

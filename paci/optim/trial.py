@@ -1,4 +1,4 @@
-"""The step that an optimizer would make now, without making it."""
+"""Compute the step that an optimizer would make now, without making it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ def trial_steps(
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Yield each parameter with the change that ``optimizer.step()`` would make to it now.
 
-    From the gradients and the state as they are: halfway through an update's micro-batches the
-    gradients are half of what they will be, and momentum says the rest. The change is found by the
-    optimizer's own code: a parameter of zeros, with the same gradient and a copy of the state, is
-    stepped, and where it lands is the step. So it holds for every optimizer whose step depends on
-    the parameter through (decoupled or coupled) weight decay alone, and leaves that decay out.
+    Gradients and state are taken as they are: halfway through an update's micro-batches the
+    gradients are about half of what they will be. The optimizer's own code computes the change: it
+    steps a parameter of zeros with the same gradient and a copy of the state, and the parameter's
+    new value is the change. This is right for every optimizer whose step depends on the parameter
+    through (decoupled or coupled) weight decay alone; the decay is left out.
 
-    A group may carry options that hold for trials only, as ``group["trial"]``: a prediction need
-    not be as exact as a step.
+    ``group["trial"]`` may hold options for trials only, as a prediction need not be as exact as a
+    step. An optimizer with a registered trial (``register_trial``) uses that instead.
 
-    One parameter at a time: what exists besides is the size of the largest and its state.
+    Parameters are stepped one at a time, so that the extra memory is that of the largest parameter
+    and its state.
 
     Args:
-        optimizer: any of torch.optim that takes no closure, or one made of them; see
-            ``paci.optim.probe`` for those that it does not hold for.
-        factor: of the gradients, as ``GradientRule.trial_factor``.
+        optimizer: any of torch.optim that takes no closure, or one made of them;
+            ``paci.optim.probe`` tests whether its trials are right.
+        factor: multiplies the gradients, as ``GradientRule.trial_factor``; None means 1.
 
     Returns:
         Pairs of a parameter and a tensor of its shape and dtype, in the order of the groups;
@@ -72,8 +73,10 @@ def _step_of(
 
 
 def bare_step(optimizer: Optimizer) -> None:
-    """The class's own step: without the user's hooks, those on all optimizers included, and without
-    what a learning-rate scheduler has put on the instance."""
+    """Run the step that the optimizer's class defines.
+
+    Hooks of the user, global ones included, and wrappers by learning-rate schedulers do not run.
+    """
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):
         step = step.__wrapped__
@@ -85,17 +88,20 @@ _trials: dict[type[Optimizer], Trial] = {}
 
 
 def register_trial(kind: type[Optimizer], trial: Trial) -> None:
-    """Tell what a step of ``kind`` would do, where that does not follow from gradient and state.
+    """Register a function that predicts the step of an optimizer class, used by ``trial_steps``.
+
+    It is needed where the step does not follow from gradient and state alone.
 
     Args:
         kind: the optimizer's class; subclasses need their own.
         trial: ``trial(optimizer, group, parameter, state, gradient)`` returns the change of
-            ``parameter``, a tensor of its shape and dtype, and changes nothing; weight decay left
-            out. What ``parameter`` holds may be the working weight.
+            ``parameter`` without weight decay, a tensor of its shape and dtype, and changes
+            nothing. The values of ``parameter`` may be those of the working weight, not of the
+            master.
     """
     _trials[kind] = trial
 
 
 def has_trial(kind: type[Optimizer]) -> bool:
-    """Tell whether a trial is registered for this kind of optimizer."""
+    """Return whether a trial is registered for the optimizer class ``kind``."""
     return kind in _trials

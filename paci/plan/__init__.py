@@ -1,1 +1,1 @@
-"""What a run will cost before it starts: partitioner, cost model, simulator, search; no torch."""
+"""Predict the time and memory of a run: partitioner, cost model, simulators and search."""

@@ -1,6 +1,6 @@
-"""What a run cost and how fast it was, from its trace: to hold predictions against runs.
+"""Measure the costs of a run from its trace.
 
-Costs of a run on some machine price other schedules on that machine: measure one, predict all.
+The costs of a run on a machine predict the speed of other schedules on the same machine.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ def costs_of_trace(
     slow: Sequence[Slow] = (),
     accumulation: int = 1,
 ) -> Costs:
-    """The costs of a run: per stage and kind the median time of an action.
+    """Return the costs of a run, with the median duration of an action by stage and kind.
 
-    Jitter is the root mean square of what actions differ from their median, as a share of it.
-    Overhead is the median pause before an action whose message had been sent before the worker
-    was free; latency the median time from the end of an action to the start of the one that was
-    waiting for it, so it holds what sending, waking up and receiving take. A schedule that flushes
-    shows both.
+    Jitter is the root mean square of the relative deviations of forwards and backwards from their
+    median. Overhead is the median pause of a worker before an action that did not have to wait for
+    a message. Latency is the median time from the end of an action to the start of an action on
+    another worker that was waiting for its message; it includes the time for sending, waking up
+    and receiving. A schedule that flushes shows both.
 
     Args:
-        trace: of a run of some updates.
-        link: between its workers, instead of the latency that the trace shows.
-        seed: of the simulations to come.
-        slow: disturbances that are known: what they add is not taken for jitter, nor for the time
-            of an action, but is in the costs as it is given.
-        accumulation: micro-batches of an update, which tell where a disturbance comes again.
+        trace: the trace of a run, with at least three forwards of each stage.
+        link: the link between its workers, in place of the latency that the trace shows.
+        seed: random seed for simulations with these costs.
+        slow: known disturbances. The seconds that they add are subtracted from actions before
+            durations and jitter are taken, and the disturbances become part of the costs.
+        accumulation: micro-batches of an update, needed to know which of them are disturbed.
 
     Raises:
-        ConfigError: a stage has too few actions to tell its costs.
+        ConfigError: a stage has too few forwards.
     """
     extra_s = _extra(trace, slow, accumulation)
     times: defaultdict[tuple[int, Kind], list[float]] = defaultdict(list)
@@ -77,7 +77,7 @@ def costs_of_trace(
 
 
 def _extra(trace: Trace, slow: Sequence[Slow], accumulation: int) -> Callable[[Event], float]:
-    """What disturbances add to an action; stages of a worker share it."""
+    """Return a function that gives the seconds that disturbances add to an event."""
     stages_of: defaultdict[int, set[int]] = defaultdict(set)
     for event in trace.events:
         stages_of[event.worker].add(event.stage)
@@ -109,7 +109,7 @@ def _stage_cost(stage: int, medians: dict[tuple[int, Kind], float]) -> StageCost
 
 
 def _waits(trace: Trace, num_stages: int) -> tuple[list[float], list[float]]:
-    """Pauses of workers that need not wait, and delays of messages that were waited for."""
+    """Return pauses before actions that need not wait, and delays of awaited messages."""
     last: dict[int, Event] = {}
     sent: dict[Message, Event] = {}
     pauses: list[float] = []

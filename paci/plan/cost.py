@@ -1,8 +1,8 @@
-"""What everything costs: seconds and bytes of each stage, links between workers, chance.
+"""The cost model: seconds and bytes of each stage, links between workers, random variation.
 
-A cost is a plain number here, wherever it comes from: a profile, a formula, a guess. ``Draws``
-turns costs into the duration of every single action and message of a run, so that whoever
-simulates it reads the same numbers.
+Costs are plain numbers, whether they come from a profile, a formula or a guess. ``Draws`` turns
+them into the duration of every single action and message of a run, so that all simulators use the
+same numbers.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ def require_amount(what: str, value: float, finite: bool = True) -> None:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage and one micro-batch: how long, and how many bytes go out.
+    """Times of one stage for one micro-batch, and sizes of the messages that it sends.
 
     Attributes:
         forward_s: seconds of a forward.
         backward_s: seconds of a whole backward.
-        backward_input_s: of its part that the stage before waits for; half of the whole if None.
-        backward_weight_s: of the other part; what is left of the whole if None.
+        backward_input_s: seconds of an input backward; if None, what the weight backward leaves of
+            the whole, or half of the whole if that is None too.
+        backward_weight_s: seconds of a weight backward; if None, what the input backward leaves of
+            the whole.
         update_s: seconds of an optimizer update.
-        activation_bytes: what the forward hands to the next stage.
-        gradient_bytes: what the backward hands to the stage before.
+        activation_bytes: bytes that a forward sends to the next stage.
+        gradient_bytes: bytes that a backward sends to the stage before.
     """
 
     forward_s: float
@@ -60,7 +62,7 @@ class StageCost:
                 require_amount(name, getattr(self, name))
 
     def seconds(self, kind: Kind) -> float:
-        """How long an action of ``kind`` takes."""
+        """Return the seconds that an action of ``kind`` takes."""
         if kind is Kind.FORWARD:
             return self.forward_s
         if kind is Kind.BACKWARD:
@@ -82,13 +84,16 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Link:
-    """One direction between two workers: a message of ``b`` bytes occupies the wire for
-    ``b / bytes_per_s`` seconds, then arrives ``latency_s`` (and a random rest) later.
+    """A link between two workers, in one direction.
+
+    A message of ``b`` bytes occupies the link for ``b / bytes_per_s`` seconds, and arrives
+    ``latency_s`` and a random delay after that. The next message need not wait for its arrival.
 
     Attributes:
-        latency_s: seconds that every message is on its way, the wire free behind it.
+        latency_s: latency of every message, in seconds.
         bytes_per_s: bandwidth; infinite by default.
-        jitter_s: mean of a further delay, drawn for each message from an exponential distribution.
+        jitter_s: mean, in seconds, of the random delay, which is drawn for each message from an
+            exponential distribution.
     """
 
     latency_s: float = 0.0
@@ -107,14 +112,16 @@ class Link:
 
 @dataclass(frozen=True)
 class Slow:
-    """A disturbance that does not change: a worker takes longer, forward and backward each, with
-    one micro-batch of every update or with all of them. Its stages share the time.
+    """A constant disturbance that slows one worker down.
+
+    It adds time to the forward and to the backward of one micro-batch of every update, or of all
+    micro-batches. If the worker has several stages, each gets an equal share of the time.
 
     Attributes:
-        worker: which.
-        extra_s: seconds more for a forward, and as many for a backward (its first half, where it is
-            split).
-        micro_batch: which one of every update, from 0; None for all.
+        worker: index of the worker.
+        extra_s: seconds added to a forward, and as many to a backward (to the input backward,
+            where it is split).
+        micro_batch: index within every update, from 0, of the slow micro-batch; None for all.
     """
 
     worker: int
@@ -128,23 +135,24 @@ class Slow:
             require_count("micro_batch", self.micro_batch, least=0)
 
     def hits(self, micro_batch: int, accumulation: int) -> bool:
-        """Whether a micro-batch, counted from the run's first, takes longer."""
+        """Return whether a micro-batch, counted from 0 at the run's start, is slow."""
         return self.micro_batch is None or micro_batch % accumulation == self.micro_batch
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a run costs.
+    """The costs of a run.
 
     Attributes:
-        stages: in their order.
-        link: between two workers that ``links`` does not name.
-        links: by (sending worker, receiving worker). Stages on one worker hand over for nothing.
+        stages: the costs of each stage, in order.
+        link: the link between any two workers that ``links`` does not name.
+        links: links by (sending worker, receiving worker). Messages between stages on one worker
+            take no time.
         jitter: coefficient of variation of computing times: each is multiplied by a draw from a
             gamma distribution with mean 1 and this standard deviation.
-        seed: of all draws.
-        overhead_s: seconds that a worker loses after each action, receiving and sending.
-        slow: disturbances.
+        seed: seed of all random draws.
+        overhead_s: seconds that a worker loses after each action, for receiving and sending.
+        slow: disturbances of single workers.
     """
 
     stages: tuple[StageCost, ...]
@@ -168,7 +176,7 @@ class Costs:
         link: Link | None = None,
         message_bytes: float = 0.0,
     ) -> Costs:
-        """The same costs on every stage and link."""
+        """Make costs that are the same for every stage and link."""
         stage = StageCost(
             forward_s, backward_s, activation_bytes=message_bytes, gradient_bytes=message_bytes
         )
@@ -181,15 +189,16 @@ class Costs:
         backward_s: float,
         backward_weight_s: float | None = None,
     ) -> Costs:
-        """The same work on every worker, shared out evenly to its stages; messages are free.
+        """Make costs with the same work on every worker, and messages that take no time.
 
-        So schedules with one and with several stages per worker are priced for one model.
+        The stages of a worker share its work evenly, so that schedules with one and with several
+        stages per worker are compared on the same model.
 
         Args:
-            schedule: whose stages.
-            forward_s: of a micro-batch on a worker.
-            backward_s: likewise, both halves.
-            backward_weight_s: of ``backward_s``, what a split backward puts off; half if None.
+            schedule: the schedule that defines stages and workers.
+            forward_s: seconds of a micro-batch's forward through all stages of a worker.
+            backward_s: seconds of its whole backward through all of them.
+            backward_weight_s: the part of ``backward_s`` for weight backwards; half if None.
         """
         share = schedule.num_workers / schedule.num_stages
         weight_s = None if backward_weight_s is None else share * backward_weight_s
@@ -197,11 +206,11 @@ class Costs:
         return Costs((stage,) * schedule.num_stages)
 
     def link_between(self, source: int, target: int) -> Link:
-        """The link from worker ``source`` to worker ``target``."""
+        """Return the link from worker ``source`` to worker ``target``."""
         return self.links.get((source, target), self.link)
 
     def message_bytes(self, message: Message) -> float:
-        """The size of a message."""
+        """Return the size of a message in bytes."""
         sender = self.stages[message.sender]
         is_activation = message.payload is Payload.ACTIVATION
         return sender.activation_bytes if is_activation else sender.gradient_bytes
@@ -222,17 +231,23 @@ class Draws:
     a shorter one.
 
     Args:
-        costs: of the stages.
-        schedule: whose run.
-        num_updates: how long it is.
+        costs: costs of the run.
+        schedule: the schedule that runs.
+        num_updates: length of the run in updates.
 
     Attributes:
         costs: as given.
-        seconds: by kind; ``[stage, micro_batch]``, for an update ``[stage, update]``.
-        delay_s: latency and jitter by payload; ``[receiving stage, micro_batch]``.
-        occupied_s: time on the wire by payload; ``[receiving stage]``.
-        vary: whether the actions of a kind differ at a stage.
-        delays_vary: whether the messages of a channel differ.
+        seconds: durations by kind: float64 ``[stage, micro_batch]``, for updates
+            ``[stage, update]``.
+        delay_s: latency plus random delay in seconds, by payload: float64
+            ``[receiving stage, micro_batch]``.
+        occupied_s: seconds that a message occupies its link, by payload: float64
+            ``[receiving stage]``.
+        vary: whether actions of one kind and stage may differ in duration.
+        delays_vary: whether messages from one stage to the next may differ in delay.
+
+    Raises:
+        ConfigError: the costs are of another number of stages, or a slow worker does not exist.
     """
 
     def __init__(self, costs: Costs, schedule: Schedule, num_updates: int) -> None:

@@ -1,6 +1,6 @@
-"""A schedule from a table of actions that somebody else made, repeated update after update.
+"""A schedule made from a given table of actions, which is repeated for every update.
 
-So a rival's schedule goes through the same checker, analysis, simulator and views as ours.
+It lets schedules of other libraries use the same checker, analysis, simulators and views as ours.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class GivenSchedule(Schedule):
     Args:
         num_stages: stages in the pipeline.
         accumulation: micro-batches of one update.
-        label: what to call it.
-        stages_by_worker: its placement.
+        label: the name shown when the schedule is printed.
+        stages_by_worker: the placement: each worker's stages.
         rows: each worker's forwards and backwards of one update.
     """
 
@@ -44,7 +44,7 @@ class GivenSchedule(Schedule):
         return self.stages_by_worker
 
     def program(self, worker: int) -> Iterator[Action]:
-        """Yield the worker's row, then its updates, again and again."""
+        """Yield the worker's row of actions, then the updates of its stages, again and again."""
         a = self.accumulation
         for first in itertools.count(0, a):
             for kind, stage, j in self.rows[worker]:
@@ -53,7 +53,7 @@ class GivenSchedule(Schedule):
                 yield Action(Kind.UPDATE, stage, first + a - 1)
 
     def in_flight_cap(self, stage: int) -> int:
-        """Return the most micro-batches that the row itself ever has in flight."""
+        """Return the most micro-batches that the given actions have in flight at ``stage``."""
         return self._peaks[stage]
 
     def drift_bound(self, stage: int) -> int:
@@ -62,7 +62,7 @@ class GivenSchedule(Schedule):
 
     @functools.cached_property
     def _peaks(self) -> dict[int, int]:
-        # Asked for at every action by whoever checks it.
+        # Cached, since the checker asks for it at every action.
         held: defaultdict[int, int] = defaultdict(int)
         peaks: defaultdict[int, int] = defaultdict(int)
         for row in self.rows:

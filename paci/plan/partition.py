@@ -4,7 +4,7 @@ An asynchronous pipeline runs at the pace of its slowest stage, so
 
     minimize  max_s C_s,   C_s = cost of stage s
 
-comes first. One dear layer often fixes that maximum and leaves many cuts that reach it. Among
+comes first. One expensive layer often fixes that maximum and leaves many cuts that reach it. Among
 those the smallest ``sum_s C_s ** 2`` wins (the other stages are even, which leaves slack for
 jitter), and then the one whose earlier stages are shorter, as those keep more micro-batches in
 flight. Costs are integers on a common denominator, so no rounding decides a tie: the answer is
@@ -53,7 +53,7 @@ def balanced_cut(costs: Sequence[float], num_stages: int) -> tuple[range, ...]:
 
 
 def require_stages(num_layers: int, num_stages: int) -> None:
-    """Raise ``ConfigError`` unless as many stages can have a layer each."""
+    """Raise ``ConfigError`` unless ``num_stages`` is from 1 to ``num_layers``."""
     if num_stages < 1:
         raise ConfigError(f"num_stages must be at least 1, got {num_stages}; ask for one or more")
     if num_stages > num_layers:
@@ -64,19 +64,19 @@ def require_stages(num_layers: int, num_stages: int) -> None:
 
 
 def as_integers(costs: Sequence[float]) -> list[int]:
-    """The costs times their common denominator: every float is a ratio of integers."""
+    """Return the costs as exact integers: each times the common denominator of all."""
     ratios = [float(cost).as_integer_ratio() for cost in costs]
     scale = math.lcm(*(denominator for _, denominator in ratios))
     return [numerator * (scale // denominator) for numerator, denominator in ratios]
 
 
 def best_cut(num_layers: int, num_stages: int, cost_of: StageCostOf) -> tuple[range, ...] | None:
-    """The best cut by this module's measure, or None if every cut has a stage that must not be.
+    """Return the best cut by this module's measure, or None if every cut has a forbidden stage.
 
     Args:
-        num_layers: how many.
+        num_layers: number of layers in the model.
         num_stages: 1 to ``num_layers``.
-        cost_of: of a stage.
+        cost_of: returns the cost of a stage from its index, first layer and end; None forbids it.
     """
     table = [
         {
@@ -99,13 +99,13 @@ _Table = list[dict[tuple[int, int], int]]
 
 
 def _ends(stage: int, start: int, num_layers: int, num_stages: int) -> range:
-    """Where a stage that begins at ``start`` can end: each later one needs a layer."""
+    """Return where a stage that begins at ``start`` can end; each later stage needs a layer."""
     last = num_layers - (num_stages - 1 - stage)
     return range(last if stage == num_stages - 1 else start + 1, last + 1)
 
 
 def _smallest_largest(num_layers: int, table: _Table) -> int | None:
-    """The largest stage cost of the best cut."""
+    """Return the largest stage cost of the best cut, or None if no cut is allowed."""
     # best[start]: smallest largest cost of the layers from start on in the stages seen so far
     best: dict[int, int] = {num_layers: -1}
     for costs in reversed(table):
@@ -120,7 +120,7 @@ def _smallest_largest(num_layers: int, table: _Table) -> int | None:
 
 
 def _evenest_ends(num_layers: int, table: _Table, largest: int) -> list[int]:
-    """The end of each stage in the evenest cut that keeps every stage within ``largest``."""
+    """Return the end of each stage in the evenest cut that has no stage above ``largest``."""
     # Each row: start -> (sum of squares, end of the first stage); pairs compare by the square
     # first, then the shorter first stage.
     rows: list[dict[int, tuple[int, int]]] = [{num_layers: (0, num_layers)}]

@@ -1,11 +1,11 @@
-"""A profile: what each layer of a model costs on a device, and what links there are. A JSON file.
+"""Profiles: JSON files with the costs of a model's layers on a device, and of the links.
 
-``paci profile`` measures one; it can as well be written by hand. The least it needs::
+``paci profile`` measures a profile; it can also be written by hand. The least that it needs::
 
     {"micro_batch_size": 4,
      "layers": [{"forward_s": 0.01, "backward_s": 0.02}, ...]}
 
-Bytes that are left out count as 0, so a plan made from them says nothing of memory.
+Bytes that are left out count as 0, so a plan made without them says nothing about memory.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class _Part(BaseModel):
 
 
 class LayerProfile(_Part):
-    """One layer and one micro-batch.
+    """Times and sizes of one layer for one micro-batch.
 
     Attributes:
-        name: for people.
+        name: a name for display.
         forward_s: seconds of its forward.
         backward_s: seconds of its whole backward.
-        backward_input_s: seconds of a backward to its input alone; None if not known.
+        backward_input_s: seconds of its input backward alone; None if not known.
         update_s: seconds of its optimizer update.
-        trial_s: seconds to try one, for a weight policy that looks ahead.
-        weight_bytes: of its weights, once, in the precision that it computes with.
-        master_bytes: of its masters, where another precision keeps them apart from these.
-        gradient_bytes: of its weight gradients.
-        optimizer_bytes: of its optimizer state.
-        kept_bytes: what stays from its forward until its backward, without weights.
-        output_bytes: what it hands to the next layer.
+        trial_s: seconds of a trial update, for a weight policy that looks ahead.
+        weight_bytes: bytes of one copy of its weights, in the dtype that it computes with.
+        master_bytes: bytes of its master weights if they have another dtype, else 0.
+        gradient_bytes: bytes of its weight gradients.
+        optimizer_bytes: bytes of its optimizer state.
+        kept_bytes: bytes kept from its forward until its backward, without weights.
+        output_bytes: bytes of its output to the next layer.
     """
 
     name: str = ""
@@ -67,7 +67,7 @@ class LayerProfile(_Part):
 
 
 class LinkProfile(_Part):
-    """The link between two neighbouring workers, the same in both directions."""
+    """The link between two neighbouring workers, the same in both directions; see ``Link``."""
 
     latency_s: Duration = 0.0
     bytes_per_s: Annotated[float, Field(gt=0.0)] = float("inf")
@@ -75,26 +75,27 @@ class LinkProfile(_Part):
 
 
 class DeviceProfile(_Part):
-    """A device: how much slower than the profiled one, and how much memory it has."""
+    """A device: its slowdown against the profiled one, and its memory; None means no limit."""
 
     slowdown: Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)] = 1.0
     memory_bytes: Annotated[int, Field(gt=0)] | None = None
 
 
 class Profile(_Part):
-    """What planning needs to know of a model.
+    """All that planning must know about a model and its devices.
 
     Attributes:
-        layers: in their order.
+        layers: the costs of each layer, in order.
         micro_batch_size: sequences (or samples) of the micro-batch that was measured.
-        input_bytes: what the first layer takes in.
+        input_bytes: bytes of the input of the first layer.
         jitter: coefficient of variation of computing times.
-        links: between workers 0 and 1, 1 and 2, and so on; the last one stands for all after it.
-        devices: of workers 0, 1, ...; the last one stands for all after it.
+        links: links between workers 0 and 1, 1 and 2, and so on; the last one also stands for all
+            later ones.
+        devices: devices of workers 0, 1, ...; the last one also stands for all later ones.
         transport: how messages go between workers: ``shared`` memory of one host (CPU only), or a
             process ``group``.
-        train: options of ``paci train`` that make this model, and that the numbers hold for.
-        about: where the numbers come from.
+        train: the options of ``paci train`` with which the model has these costs.
+        about: notes on where the numbers come from.
     """
 
     layers: Annotated[tuple[LayerProfile, ...], Field(min_length=1)]
@@ -108,16 +109,16 @@ class Profile(_Part):
     about: dict[str, Any] = {}
 
     def device(self, worker: int) -> DeviceProfile:
-        """The device of a worker."""
+        """Return the device of ``worker``; the profiled one if no devices are listed."""
         return self.devices[min(worker, len(self.devices) - 1)] if self.devices else DeviceProfile()
 
     def link(self, worker: int) -> LinkProfile:
-        """The link between ``worker`` and the next."""
+        """Return the link between ``worker`` and the next; a free one if no links are listed."""
         return self.links[min(worker, len(self.links) - 1)] if self.links else LinkProfile()
 
 
 def load_profile(path: Path) -> Profile:
-    """Read a profile.
+    """Read a profile from a JSON file.
 
     Raises:
         ConfigError: the file cannot be read, or a value is missing, negative or absurd.
@@ -134,7 +135,11 @@ def load_profile(path: Path) -> Profile:
 
 
 def parse_profile(data: Any, where: str = "the profile") -> Profile:
-    """A profile from what JSON holds; raises ``ConfigError`` that names the culprit."""
+    """Make a profile from decoded JSON.
+
+    Raises:
+        ConfigError: a value is missing, unknown or invalid; the message names it.
+    """
     try:
         return Profile.model_validate(data)
     except ValidationError as error:
@@ -153,7 +158,11 @@ def parse_profile(data: Any, where: str = "the profile") -> Profile:
 
 
 def save_profile(profile: Profile, path: Path) -> None:
-    """Write a profile, whole or not at all."""
+    """Write a profile to a JSON file, whole or not at all.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     data = profile.model_dump(mode="json", exclude_defaults=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

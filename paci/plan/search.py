@@ -1,4 +1,4 @@
-"""Try every way to run a model on a number of devices, and rank them."""
+"""Predict every given way to run a model on a number of devices, and rank them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from paci.schedule.versions import stage_versions
 # Times that differ by less than this share are equal: then less drift, then less memory wins.
 _SAME_TIME = 1e-3
 MakeSchedule = Callable[[str, int, int], Schedule]
-# From a schedule, and whether backwards compute their forward again.
+# From a schedule, and whether backwards recompute their forward.
 ChooseWeights = Callable[[Schedule, bool], "Weights"]
 
 
@@ -31,8 +31,8 @@ class Weights(NamedTuple):
     """A weight policy, as planning sees it.
 
     Attributes:
-        spec: what ``paci train --weights`` calls it.
-        policies: what it costs each stage; one copy of the weights if left out.
+        spec: its name and options, as for ``paci train --weights``.
+        policies: its cost for each stage; if empty, each stage keeps one copy of its weights.
     """
 
     spec: str
@@ -40,26 +40,26 @@ class Weights(NamedTuple):
 
 
 def own_weights(schedule: Schedule, recompute: bool) -> Weights:
-    """The policy that belongs to a schedule by definition, or recomputation: one working copy."""
+    """Return the schedule's own policy, or ``recompute``, priced as one copy of the weights."""
     return Weights("recompute" if recompute else schedule.weights)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to run a model, priced.
+    """One way to run a model, with its predicted time and memory.
 
     Attributes:
         spec: the schedule's name and options.
-        schedule: what would run.
-        profile: of its micro-batch size.
-        recompute: whether backwards compute their forward again.
-        weights: the weight policy with its options.
+        schedule: the schedule that would run.
+        profile: the profile for its micro-batch size.
+        recompute: whether backwards recompute their forward.
+        weights: name and options of the weight policy.
         cut: the layers of each stage.
-        costs: of its stages and links.
-        steady: time per update and utilization.
-        memory: of each stage.
-        max_drift: at stage 0.
-        mean_delay: updates by which a gradient of stage 0 is late, on average.
+        costs: costs of its stages and links.
+        steady: time per update and utilization in steady state.
+        memory: memory of each stage.
+        max_drift: largest drift at stage 0, in updates.
+        mean_delay: mean delay of the gradients of stage 0, in updates.
     """
 
     spec: str
@@ -76,12 +76,12 @@ class Choice:
 
     @property
     def peak_bytes(self) -> int:
-        """The bytes of the worker that needs most."""
+        """The memory, in bytes, of the worker that needs most."""
         return max(self.worker_bytes)
 
     @property
     def worker_bytes(self) -> tuple[int, ...]:
-        """Bytes of each worker."""
+        """The memory of each worker, in bytes."""
         return tuple(
             sum(self.memory[stage].total_bytes for stage in stages)
             for stages in self.schedule.placement
@@ -93,7 +93,7 @@ class Choice:
         return self.schedule.accumulation * self.profile.micro_batch_size
 
     def command(self) -> str:
-        """The ``paci train`` command that runs it, or the name of what does."""
+        """Return the ``paci train`` command that runs it, or a note if paci cannot run it."""
         if isinstance(self.schedule, GivenSchedule):
             return f"(run by torch.distributed.pipelining, not by paci: {self.spec})"
         options: dict[str, Any] = dict(self.profile.train)
@@ -110,7 +110,7 @@ class Choice:
         return " ".join(["paci train", *words])
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready form."""
+        """Return the choice as JSON-ready data."""
         return {
             "schedule": self.spec,
             "num_stages": self.schedule.num_stages,
@@ -132,11 +132,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Choices from best to worst, and what could not be done.
+    """The possible choices, and the combinations that are not possible.
 
     Attributes:
-        choices: ranked.
-        refused: what was tried in vain, with the reason.
+        choices: possible choices from best to worst.
+        refused: combinations that are not possible, each with the reason.
     """
 
     choices: tuple[Choice, ...]
@@ -155,16 +155,16 @@ def search(
     """Price every combination of profile, number of workers, schedule and recomputation.
 
     Args:
-        profiles: of one model, one for each micro-batch size that may be used.
+        profiles: profiles of one model, one for each micro-batch size to try.
         batch_size: sequences of one update.
-        worker_counts: how many devices may be used.
-        specs: schedules with their options, as ``paci train --schedule`` takes them.
-        recompute: whether backwards may, or must, compute their forward again.
-        make: a schedule from its name, number of stages and accumulation.
-        choose_weights: the weight policy that a schedule will run with.
+        worker_counts: the numbers of devices to try.
+        specs: schedules to try, with their options, as for ``paci train --schedule``.
+        recompute: what to try: ``False`` for keeping activations, ``True`` for recomputing them.
+        make: makes a schedule from its spec, number of stages and accumulation.
+        choose_weights: returns the weight policy that a schedule will run with.
 
     Raises:
-        ConfigError: nothing can be done; the reason of the first attempt.
+        ConfigError: no combination is possible; the message is that of the first one tried.
     """
     require_count("batch_size", batch_size)
     choices: list[Choice] = []
@@ -194,15 +194,15 @@ def search(
 
 
 def price(layout: Layout, spec: str, weights: str) -> Choice:
-    """Cut a model for a schedule and predict what it costs.
+    """Cut a model into stages for a schedule, and predict its time and memory.
 
     Args:
-        layout: the model on the pipeline.
+        layout: the model, the schedule, and the costs of the weight policy.
         spec: the schedule's name and options.
-        weights: the weight policy's, which the layout is for.
+        weights: name and options of the weight policy.
 
     Raises:
-        ConfigError: it does not fit.
+        ConfigError: there are fewer layers than stages, or the model does not fit the memory.
     """
     cut, schedule = layout.cut(), layout.schedule
     costs = layout.costs(cut)
@@ -224,7 +224,7 @@ def price(layout: Layout, spec: str, weights: str) -> Choice:
 
 
 def _num_met(schedule: Schedule) -> int:
-    """Micro-batches to look at: the second half of them is whole updates in steady state."""
+    """Return how many micro-batches to look at; their second half is in steady state."""
     num_updates = 2 + 2 * schedule.channel_capacity // schedule.accumulation
     return 2 * num_updates * schedule.accumulation
 
@@ -232,7 +232,7 @@ def _num_met(schedule: Schedule) -> int:
 def _schedule(
     spec: str, num_workers: int, batch_size: int, profile: Profile, make: MakeSchedule
 ) -> Schedule:
-    """The schedule with as many workers; some put two stages or more on each."""
+    """Make the schedule for ``num_workers`` workers, with one or two stages on each."""
     if batch_size % profile.micro_batch_size:
         raise ConfigError(
             f"batch_size must be divisible into micro-batches of {profile.micro_batch_size}, got "
@@ -250,7 +250,7 @@ def _schedule(
 
 
 def explain(plan: Plan) -> list[str]:
-    """Why the first choice is first, in a few lines."""
+    """Explain in a few lines why the first choice is the best."""
     best = plan.choices[0]
     lines = [
         f"{best.spec} with {best.schedule.accumulation} micro-batches of "

@@ -1,9 +1,9 @@
-"""Run a program on paper, action by action: the simulator that all others must equal.
+"""The reference simulator, which computes the times of a run one action at a time.
 
-It walks the workers' programs in the one order that ``Sequencer`` gives and lays each action out
-on a ``VirtualClock``: it starts when its worker is free and its message has come. Messages leave
-when their action ends, one after the other on each direction between two workers, and nobody
-waits for what he sends. Stages on one worker hand over at once.
+It walks the workers' programs in the order of ``Sequencer`` and lays each action out on a
+``VirtualClock``: it starts when its worker is free and its message has arrived. Messages leave
+when their action ends, one after the other in each direction between two workers, and a sender
+never waits for them. Messages between stages on one worker arrive at once.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from paci.trace import Event, Trace, VirtualClock
 
 
 def simulate(schedule: Schedule, costs: Costs, num_updates: int) -> Trace:
-    """The trace of ``num_updates`` updates from an empty pipeline to an empty one.
+    """Return the trace of ``num_updates`` updates, from an empty pipeline to an empty one.
 
     Args:
-        schedule: what would run.
-        costs: of each of its stages.
-        num_updates: how long.
+        schedule: the schedule to simulate.
+        costs: costs of its stages and links.
+        num_updates: length of the run in updates.
 
     Raises:
-        ConfigError: the costs are of another number of stages.
+        ConfigError: ``num_updates`` is below 1, the costs are of another number of stages, or a
+            slow worker does not exist.
         ScheduleError: the workers wait for each other for ever.
     """
     require_count("num_updates", num_updates)
@@ -57,7 +58,7 @@ def require_finished(finished: bool, schedule: Schedule) -> None:
 
 
 class _Network:
-    """The wires between the workers, and until when each is occupied."""
+    """The links between workers, with the time until which each is occupied."""
 
     def __init__(self, schedule: Schedule, draws: Draws) -> None:
         self._worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
@@ -65,7 +66,7 @@ class _Network:
         self._free_s: dict[tuple[int, int], float] = {}
 
     def carry(self, message: Message, sent_s: float) -> float:
-        """When a message arrives whose action ended at ``sent_s``."""
+        """Return when a message arrives if the action that sends it ended at ``sent_s``."""
         payload, stage, j = message
         wire = self._worker_of[message.sender], self._worker_of[stage]
         if wire[0] == wire[1]:

@@ -1,11 +1,12 @@
-"""What a stage keeps beside its activations: copies of its weights, and memory that messages come
-into. The runtime sets it aside, planning prices it, both from here.
+"""The memory of a stage besides its activations: copies of its weights, and receive buffers.
+
+The runtime allocates and planning predicts this memory by the same functions.
 
 Memory of a channel, by transport::
 
     shared   a ring in memory that two processes of one host share: for each message that may be
-             under way one slot for it, and one for another in the receiver's hands
-    group    a process group of two: receives that are posted ahead
+             under way one slot for it, and one for a message that the receiver still holds
+    group    a process group of two: buffers of receives that are posted ahead
     local    a queue within a process: nothing
 """
 
@@ -19,19 +20,19 @@ from paci.schedule.base import Schedule
 
 Transport = Literal["shared", "group", "local"]
 
-RECEIVES_AHEAD = 2  # that a receiver in a process group keeps posted
-_SLOTS_PER_MESSAGE = 2  # of those that may be under way: one for it, one in the receiver's hands
-_ALIGNMENT_BYTES = 64  # as torch's own allocator: kernels give the same bits
+RECEIVES_AHEAD = 2  # receives that a receiver in a process group keeps posted
+_SLOTS_PER_MESSAGE = 2  # one for a message under way, one for a message that the receiver holds
+_ALIGNMENT_BYTES = 64  # as torch's own allocator, so that kernels give the same bits
 
 
 class PolicyCost(NamedTuple):
-    """What a weight policy costs a stage: copies of its weights, and time.
+    """What a weight policy costs a stage in copies of its weights, and in time.
 
     Attributes:
-        num_working: in the precision that the stage computes with.
-        num_full: in that of the masters, which are not among them.
-        separate: whether the masters are apart from working weights of the same precision.
-        trials: steps of the optimizer that are tried before a forward, on average.
+        num_working: copies in the dtype that the stage computes with.
+        num_full: further copies in the masters' dtype, the masters themselves not counted.
+        separate: whether masters are kept besides working weights even if the dtype is the same.
+        trials: mean number of trial steps of the optimizer before a forward.
     """
 
     num_working: int = 1
@@ -40,22 +41,27 @@ class PolicyCost(NamedTuple):
     trials: float = 0.0
 
     def weight_bytes(self, working: int, full: int) -> int:
-        """Of all copies, from the bytes of one of either precision."""
+        """Return the bytes of all copies, without masters that are kept besides them.
+
+        Args:
+            working: bytes of one copy in the dtype that the stage computes with.
+            full: bytes of one copy in the masters' dtype.
+        """
         return self.num_working * working + self.num_full * full
 
     def master_bytes(self, full: int, apart: int) -> int:
-        """Of the masters where they are not the working weights themselves.
+        """Return the bytes of the masters that are not the working weights themselves.
 
         Args:
             full: bytes of all masters.
-            apart: of those that their precision alone sets apart.
+            apart: bytes of those masters whose dtype is not that of the working weights.
         """
         return full if self.separate else apart
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one stage, by kind."""
+    """The memory of one stage in bytes, by kind."""
 
     weight_bytes: int
     master_bytes: int
@@ -78,13 +84,13 @@ class StageMemory:
 
 
 class Inbox(NamedTuple):
-    """The channels into a stage.
+    """The channels on which a stage receives messages.
 
     Attributes:
-        activations: how they come from the stage before.
-        gradients: how they come from the stage after.
+        activations: transport of the channel from the stage before.
+        gradients: transport of the channel from the stage after.
         capacity: messages that may be under way on a channel.
-        num_in_flight: most micro-batches between forward and backward.
+        num_in_flight: most micro-batches between forward and backward at the stage.
     """
 
     activations: Transport
@@ -94,7 +100,7 @@ class Inbox(NamedTuple):
 
     @classmethod
     def of(cls, schedule: Schedule, stage: int, transport: Transport) -> Inbox:
-        """Those of ``stage``, where workers talk by ``transport``."""
+        """Return the channels into ``stage`` if messages between workers use ``transport``."""
         own = schedule.worker_of(stage)
         before, after = (
             "local"
@@ -105,11 +111,11 @@ class Inbox(NamedTuple):
         return cls(before, after, schedule.channel_capacity, schedule.in_flight_cap(stage))
 
     def receive_bytes(self, taken: Sequence[int], given: Sequence[int]) -> int:
-        """Return the bytes that are set aside for messages.
+        """Return the bytes that are allocated for messages, besides activations.
 
         Args:
-            taken: bytes of each tensor that the stage takes in.
-            given: likewise of what it hands on, whose gradients come back.
+            taken: bytes of each tensor of the stage's input.
+            given: bytes of each tensor of its output, whose gradients come back.
         """
         return channel_bytes(
             self.activations, taken, self.capacity, self.num_in_flight
@@ -119,14 +125,15 @@ class Inbox(NamedTuple):
 def channel_bytes(
     transport: Transport, message_bytes: Sequence[int], capacity: int, num_held: int = 0
 ) -> int:
-    """What the receiver of a channel sets aside, less what counts as activations.
+    """Return the bytes that the receiver of a channel allocates, less those of activations.
 
     Args:
-        transport: of the channel.
-        message_bytes: of each tensor of a message.
+        transport: transport of the channel.
+        message_bytes: bytes of each tensor of a message.
         capacity: messages that may be under way.
-        num_held: messages that micro-batches in flight hold. They count as activations; in a ring
-            they lie in its slots, while receives that are posted ahead come besides.
+        num_held: messages that micro-batches in flight still hold. They count as activations. In a
+            ring they stay in its slots, so they are subtracted; in a process group they are not
+            in the buffers of receives that are posted ahead.
     """
     if transport == "local":
         return 0
@@ -136,15 +143,15 @@ def channel_bytes(
 
 
 def ring_slots(capacity: int) -> int:
-    """Slots of a ring in which ``capacity`` messages may be under way."""
+    """Return the number of slots of a ring for ``capacity`` messages under way."""
     return _SLOTS_PER_MESSAGE * capacity
 
 
 def ring_slot_bytes(message_bytes: Sequence[int]) -> int:
-    """Return the bytes of a slot for messages whose tensors have these sizes."""
+    """Return the bytes of a ring's slot for messages whose tensors have these sizes in bytes."""
     return max(_ALIGNMENT_BYTES, sum(map(aligned, message_bytes)))
 
 
 def aligned(num_bytes: int) -> int:
-    """Rounded up to where the next tensor of a slot may begin."""
+    """Return ``num_bytes`` rounded up to the alignment of tensors in a slot."""
     return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

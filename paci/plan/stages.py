@@ -1,4 +1,4 @@
-"""From layers to stages: their memory, their costs, and the best cut that fits.
+"""Cut layers into stages: memory and costs of each stage, and the best cut that fits.
 
 Stage ``s`` of a schedule holds at most ``c_s = in_flight_cap(s)`` micro-batches (``N - s`` under
 1F1B and PACI, more with slack), so its memory is known from its layers::
@@ -6,7 +6,7 @@ Stage ``s`` of a schedule holds at most ``c_s = in_flight_cap(s)`` micro-batches
     weights (in as many copies as the weight policy keeps) + gradients + optimizer state
       + c_s * (what the layers keep from forward to backward)   or, recomputing,
         c_s * (the stage's input) + (what the layers keep, once)
-      + memory that messages come into
+      + buffers that messages are received into
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from paci.schedule.base import Schedule
 
 @dataclass(frozen=True)
 class Layout:
-    """A model on a pipeline, before it is cut.
+    """A model and a schedule, before the model is cut into stages.
 
     Args:
-        profile: of the model.
-        schedule: what will run; one stage a worker if a limit of memory is to be kept exactly.
-        recompute: whether backwards compute their forward again.
-        policies: what the weight policy costs each stage; one copy of the weights if left out.
+        profile: profile of the model and its devices.
+        schedule: the schedule to run. With several stages per worker and limited memory, a cut
+            that would fit may be missed.
+        recompute: whether backwards recompute their forward.
+        policies: cost of the weight policy for each stage; if empty, each stage keeps one copy of
+            its weights.
     """
 
     profile: Profile
@@ -42,7 +44,7 @@ class Layout:
     policies: tuple[PolicyCost, ...] = ()
 
     def memory(self, stage: int, start: int, end: int) -> StageMemory:
-        """What ``stage`` needs for the layers from ``start`` to before ``end``."""
+        """Return the memory of ``stage`` if it holds layers ``start`` to ``end - 1``."""
         layers = self.profile.layers[start:end]
         kept = sum(layer.kept_bytes for layer in layers)
         cap = self.schedule.in_flight_cap(stage)
@@ -69,11 +71,11 @@ class Layout:
         return tuple(Inbox.of(self.schedule, s, self.profile.transport) for s in stages)
 
     def _boundary_bytes(self, layer: int) -> int:
-        """Return the bytes that go into ``layer``."""
+        """Return the bytes of the input of ``layer``."""
         return self.profile.layers[layer - 1].output_bytes if layer else self.profile.input_bytes
 
     def stage_cost(self, stage: int, start: int, end: int) -> StageCost:
-        """What ``stage`` costs on its worker with these layers."""
+        """Return the costs of ``stage`` if it holds layers ``start`` to ``end - 1``."""
         layers = self.profile.layers[start:end]
         slowdown = self.profile.device(self.schedule.worker_of(stage)).slowdown
         trials_s = self._policy(stage).trials * sum(layer.trial_s for layer in layers) * slowdown
@@ -95,7 +97,7 @@ class Layout:
         )
 
     def costs(self, cut: tuple[range, ...], seed: int = 0) -> Costs:
-        """Return the costs with which the simulator prices a cut."""
+        """Return the costs of a cut for the simulator; ``seed`` is that of its random draws."""
         stages = tuple(
             self.stage_cost(stage, layers.start, layers.stop) for stage, layers in enumerate(cut)
         )
@@ -113,17 +115,19 @@ class Layout:
         return Costs(stages, links=links, jitter=self.profile.jitter, seed=seed)
 
     def cut(self) -> tuple[range, ...]:
-        """The contiguous cut whose slowest stage is fastest, within the devices' memory.
+        """Return the contiguous cut whose slowest stage is fastest, within the devices' memory.
 
-        A stage costs a slot (forward, backward, its share of an update) on its own device, or the
-        time of the message that it hands on, whichever is longer. Exact; see
-        ``paci.plan.partition`` for what decides between equals. Where workers hold several
-        stages this is only where the search starts (with an equal share of the memory for each
-        stage): single layers are then moved until the workers are as even as that makes them.
+        The cost of a stage is the time of a slot (forward, backward, its share of an update) on
+        its device, or the time that its message to the next stage occupies the link, whichever is
+        longer. The cut is exactly the best; ``paci.plan.partition`` says how ties are decided.
+
+        Where workers hold several stages, that cut (with an equal share of the memory for each
+        stage) is only the start: single layers are then moved between neighbouring stages for as
+        long as that makes the workers more even.
 
         Raises:
-            ConfigError: there are fewer layers than stages, or nothing fits; says by how much and
-                what would.
+            ConfigError: there are fewer layers than stages, or no cut fits; the message says how
+                much memory is missing and what would help.
         """
         num_stages, layers = self.schedule.num_stages, self.profile.layers
         require_stages(len(layers), num_stages)
@@ -133,7 +137,7 @@ class Layout:
         return self._evened(found) if self.schedule.num_workers < num_stages else found
 
     def _evened(self, cut: tuple[range, ...]) -> tuple[range, ...]:
-        """Move single layers to neighbouring stages for as long as it evens the workers out."""
+        """Move single layers to neighbouring stages for as long as workers become more even."""
         cost_of = self._cost_within_memory(limited=False)
         best, rank = cut, self._unevenness(cut, cost_of)
         improved = True
@@ -145,7 +149,7 @@ class Layout:
         return best
 
     def _unevenness(self, cut: tuple[range, ...], cost_of: StageCostOf) -> tuple[int, int]:
-        """The largest cost of a worker, and the sum of their squares."""
+        """Return the largest cost of a worker, and the sum of all workers' squared costs."""
         costs = [
             sum(cost_of(stage, cut[stage].start, cut[stage].stop) or 0 for stage in stages)
             for stages in self.schedule.placement
@@ -182,7 +186,7 @@ class Layout:
             for stage in range(num_stages)
             for end in range(len(layers) + 1)
         ]
-        # On one scale: work * slowdown and seconds on a wire, all as integers.
+        # work * slowdown and seconds on a link as integers on one scale.
         slow = as_integers([*slowdowns, 1.0])
         whole = as_integers([*work, *sent])
         firsts = range(0, len(work), len(layers))
@@ -202,7 +206,7 @@ class Layout:
         return cost_of
 
     def _does_not_fit(self) -> ConfigError:
-        """Make the error that says how much is missing at best, and what would help."""
+        """Make the error that says how much memory the best cut lacks, and what would help."""
         num_stages, num_layers = self.schedule.num_stages, len(self.profile.layers)
         limits = [self._limit(stage) for stage in range(num_stages)]
 
@@ -228,7 +232,7 @@ class Layout:
         )
 
     def fits(self) -> bool:
-        """Tell whether there is a cut within the devices' memory."""
+        """Return whether there is a cut within the devices' memory."""
         found = best_cut(
             len(self.profile.layers), self.schedule.num_stages, self._cost_within_memory()
         )
@@ -236,7 +240,7 @@ class Layout:
 
 
 def _one_layer_moved(cut: tuple[range, ...]) -> Iterator[tuple[range, ...]]:
-    """Every cut that differs by one layer at one boundary and leaves no stage empty."""
+    """Yield every cut that moves one boundary by one layer and leaves no stage empty."""
     for place, (left, right) in enumerate(itertools.pairwise(cut)):
         for boundary in (left.stop - 1, left.stop + 1):
             if left.start < boundary < right.stop:

@@ -1,4 +1,4 @@
-"""What a schedule will cost in steady state, away from fill and drain."""
+"""Predict the time per update of a schedule in steady state, without fill and drain."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from paci.plan.cost import Costs, Seconds
 from paci.plan.vectorized import simulate_vectorized
 from paci.schedule.base import Schedule
 
-# Updates that differ by less than this share of their time are taken to repeat.
+# Times between updates whose relative difference is below this count as equal.
 _SAME = 1e-9
 
 
 @dataclass(frozen=True)
 class SteadyState:
-    """What one update comes to once a pipeline runs as it will go on.
+    """Time per update and utilization of a pipeline in steady state.
 
     Attributes:
-        update_s: seconds from one update of a stage to its next.
-        utilization: busy time over workers times ``update_s``.
-        num_updates: over how many updates both were taken.
+        update_s: mean seconds from one update of a stage to its next.
+        utilization: the share of the workers' time that they spend in actions.
+        num_updates: number of updates over which both were measured.
     """
 
     update_s: float
@@ -30,25 +30,25 @@ class SteadyState:
 
     @property
     def bubble(self) -> float:
-        """The share of the time in which workers are idle."""
+        """The share of the workers' time in which they are idle: ``1 - utilization``."""
         return 1.0 - self.utilization
 
 
 def steady_state(schedule: Schedule, costs: Costs, num_updates: int | None = None) -> SteadyState:
-    """Simulate enough updates to leave fill and drain behind, and take the rest.
+    """Simulate a run, and measure its updates between fill and drain.
 
-    Where the times of updates repeat (there is no jitter), exactly one of their periods is
-    taken; otherwise all updates between fill and drain.
+    If the times between updates repeat (as without jitter), exactly one period of them is
+    measured, else all updates between fill and drain.
 
     Args:
-        schedule: what would run.
-        costs: of each of its stages.
-        num_updates: updates to take between fill and drain; by default as many as hold eight
-            times what can be in flight, and at least 256 micro-batches. With jitter the result is
-            as exact as this is large.
+        schedule: the schedule to simulate.
+        costs: costs of its stages and links.
+        num_updates: updates to simulate between fill and drain; by default enough for 256
+            micro-batches and for eight times ``schedule.channel_capacity``. With jitter, more
+            updates give a more exact result.
 
     Raises:
-        ConfigError: the costs are of another number of stages.
+        ConfigError: the costs are of another number of stages, or a slow worker does not exist.
         ScheduleError: the workers wait for each other for ever.
     """
     a, cap = schedule.accumulation, schedule.channel_capacity
@@ -61,7 +61,7 @@ def steady_state(schedule: Schedule, costs: Costs, num_updates: int | None = Non
     period = _period(ends_s[:, num_fill : last + 1]) or num_taken
     first = last - period
     span_s = float(np.mean(ends_s[:, last] - ends_s[:, first]))
-    # The work of as many updates, wherever in time each worker did it.
+    # The work of these updates, whenever each worker did it.
     micro_batch = times.table.micro_batch
     taken = (micro_batch >= (first + 1) * a) & (micro_batch < (last + 1) * a)
     busy_s = float((times.end_s - times.start_s)[taken].sum())
@@ -70,7 +70,7 @@ def steady_state(schedule: Schedule, costs: Costs, num_updates: int | None = Non
 
 
 def _period(ends_s: Seconds) -> int | None:
-    """The fewest updates after which the times between updates repeat, if they do in the window."""
+    """Return the fewest updates after which times between updates repeat; None if never."""
     between = np.diff(ends_s, axis=1)
     num = between.shape[1]
     for period in range(1, num // 2 + 1):

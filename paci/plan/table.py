@@ -1,9 +1,9 @@
-"""The actions of all workers as arrays: what array code needs instead of programs.
+"""The actions of all workers as arrays, for code that cannot use programs.
 
 Programs are endless generators, and a long run of a wide pipeline has millions of actions. But a
-program repeats: from some update on, each round of updates holds the same actions with
+program repeats: from some update on, each round of updates holds the same actions, with
 micro-batches ``a`` further on. A worker's program is walked until two rounds in a row agree, and
-the rest is written down by adding; one that never repeats is walked to its end.
+the rest is computed by addition. A program that never repeats is walked to the run's end.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class ActionTable:
     """All actions of a run, worker after worker, each in the order of its program.
 
     Attributes:
-        kind: index into ``KINDS``.
-        stage: of each action.
-        micro_batch: likewise.
-        first: where each worker's actions begin; one entry more for the end.
+        kind: index of each action's kind in ``KINDS``, integers [num_actions].
+        stage: stage of each action, likewise.
+        micro_batch: micro-batch of each action, likewise.
+        first: index of each worker's first action, then the number of actions,
+            integers [num_workers + 1].
     """
 
     kind: Integers
@@ -47,7 +48,7 @@ class ActionTable:
 
     @staticmethod
     def of(schedule: Schedule, num_updates: int) -> ActionTable:
-        """The actions of ``num_updates`` updates and the drain."""
+        """Make the table of ``num_updates`` updates, from an empty pipeline to an empty one."""
         rows = [
             _worker_rows(schedule, worker, num_updates) for worker in range(schedule.num_workers)
         ]
@@ -57,12 +58,12 @@ class ActionTable:
 
     @property
     def worker(self) -> Integers:
-        """Return the worker of each action."""
+        """The worker of each action, integers [num_actions]."""
         return np.repeat(np.arange(len(self.first) - 1, dtype=np.int32), np.diff(self.first))
 
 
 def _worker_rows(schedule: Schedule, worker: int, num_updates: int) -> Rows:
-    """Kinds, stages and micro-batches of one worker's actions, a row each."""
+    """Return one worker's actions as three rows: kinds, stages and micro-batches."""
     a, num_held = schedule.accumulation, len(schedule.placement[worker])
     num_due = num_held * num_updates
     program = schedule.program(worker)
@@ -86,21 +87,21 @@ def _worker_rows(schedule: Schedule, worker: int, num_updates: int) -> Rows:
 
 
 def _taken(program: Iterator[Action], num: int) -> Rows:
-    """Take the next ``num`` actions."""
+    """Return the next ``num`` actions as rows; fewer if the program ends."""
     values = np.fromiter(chain.from_iterable(islice(program, num)), dtype=object)
     codes = np.fromiter(map(_CODES.__getitem__, values[::3]), dtype=np.int32)
     return np.stack([codes, values[1::3].astype(np.int32), values[2::3].astype(np.int32)])
 
 
 def _alike(one: Rows, other: Rows, shift: int) -> bool:
-    """Whether ``other`` is ``one`` with micro-batches ``shift`` further on."""
+    """Return whether ``other`` equals ``one`` with micro-batches ``shift`` further on."""
     return one.shape == other.shape and bool(
         (one[:2] == other[:2]).all() and (one[2] + shift == other[2]).all()
     )
 
 
 def _repeated(last: Rows, shift: int, num_rounds: int) -> Rows:
-    """``num_rounds`` rounds that follow ``last``."""
+    """Return the ``num_rounds`` rounds that follow the round ``last``."""
     rows = np.tile(last, num_rounds)
     shifts = np.arange(1, num_rounds + 1, dtype=np.int32) * shift
     rows[2] += np.repeat(shifts, last.shape[1])
@@ -108,7 +109,7 @@ def _repeated(last: Rows, shift: int, num_rounds: int) -> Rows:
 
 
 def _drained(schedule: Schedule, worker: int, num_updates: int) -> Rows:
-    """What ``Cursor`` makes of a program that does not end: an error that says so."""
+    """Walk a program that is too long to be legal with ``Cursor``, which raises the error."""
     cursor = Cursor(schedule, worker)
     cursor.feed(num_updates * schedule.accumulation)
     cursor.drain()

@@ -1,11 +1,11 @@
-"""PyTorch's own pipeline schedules, from the action tables that it generates itself.
+"""PyTorch's own pipeline schedules, read from the action tables that PyTorch generates.
 
 ``torch.distributed.pipelining`` makes a table of every rank's actions when a schedule is built. It
-needs no process group for that, only stages that say where they are; so its schedules can be
-checked, simulated and drawn beside ours, on any machine. The tables are private to PyTorch: what
-cannot be read is an error, not a guess. (``Schedule1F1B`` is left out: its table, made for display
-only, lets the last stage begin with micro-batch 1, which the checker refuses. What it runs is our
-``1f1b``.)
+needs no process group for that, only objects with a few attributes of a stage; so its schedules
+can be checked, simulated and drawn beside ours, on any machine. The tables are private to PyTorch:
+a table that cannot be read raises an error. (``Schedule1F1B`` is left out: its table, made for
+display only, lets the last stage begin with micro-batch 1, which the checker refuses. What it runs
+is our ``1f1b``.)
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _KINDS = {
 
 
 class _Stage:
-    """As much of a pipeline stage as a schedule asks for when it makes its table."""
+    """The attributes of a pipeline stage that a schedule reads when it makes its table."""
 
     def __init__(self, index: int, num_stages: int, rank: int, num_ranks: int) -> None:
         self.stage_index = index
@@ -57,16 +57,16 @@ class _Stage:
 
 
 def torch_schedule(name: str, num_workers: int, num_micro_batches: int) -> GivenSchedule:
-    """One of ``TORCH_SCHEDULES`` as a schedule of ours, checked against every rule.
+    """Return one of PyTorch's schedules as a ``GivenSchedule``, checked against every rule.
 
     Args:
         name: a key of ``TORCH_SCHEDULES``.
-        num_workers: ranks; some schedules put two stages on each.
-        num_micro_batches: of one update.
+        num_workers: number of ranks; some schedules put two stages on each.
+        num_micro_batches: micro-batches of one update.
 
     Raises:
-        ConfigError: no such schedule, or PyTorch refuses the size.
-        ScheduleError: what PyTorch generated is not legal.
+        ConfigError: there is no such schedule, or PyTorch refuses the size.
+        ScheduleError: PyTorch's table cannot be read, or its schedule is not legal.
     """
     require_count("num_workers", num_workers)
     require_count("num_micro_batches", num_micro_batches)
@@ -96,7 +96,7 @@ def torch_schedule(name: str, num_workers: int, num_micro_batches: int) -> Given
 def _table(
     family: str, placement: tuple[tuple[int, ...], ...], num_stages: int, num_micro_batches: int
 ) -> dict[int, list[Any]]:
-    """Return PyTorch's actions by rank."""
+    """Return PyTorch's action table: each rank's actions."""
     num_ranks = len(placement)
     stages: Any = [_Stage(index, num_stages, 0, num_ranks) for index in placement[0]]
     quiet = logging.getLogger("torch.distributed.pipelining")
@@ -128,7 +128,7 @@ def _table(
 
 
 def _flat(row: list[Any]) -> list[Action]:
-    """Computing actions only, those that PyTorch runs as one in their order."""
+    """Return a row's computing actions; combined actions are replaced by their parts."""
     found: list[Action] = []
     for action in row:
         if action is None:

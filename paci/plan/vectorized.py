@@ -1,6 +1,6 @@
 """The simulator for long runs of wide pipelines: numpy works on all workers at once.
 
-In each turn every worker whose next message has come takes one action, as in ``simulate``. The
+In each turn every worker whose next message has arrived runs one action, as in ``simulate``. The
 same additions and maxima are made in the same order, so every time is the same to the last bit::
 
     start = max(free, arrival)        end = start + duration       free = end + overhead
@@ -30,9 +30,9 @@ class Times:
     """When every action of a run starts and ends.
 
     Attributes:
-        table: which actions.
-        start_s: seconds, in the order of the table.
-        end_s: likewise.
+        table: the actions of the run.
+        start_s: start of each action in seconds, float64 [num_actions], in the table's order.
+        end_s: end of each action, likewise.
     """
 
     table: ActionTable
@@ -40,7 +40,7 @@ class Times:
     end_s: Seconds
 
     def update_ends(self, num_stages: int) -> Seconds:
-        """When each update of each stage ends: ``[stage, update]``."""
+        """Return when each update of each stage ends, in seconds: float64 ``[stage, update]``."""
         is_update = self.table.kind == UPDATE
         order = np.argsort(self.table.stage[is_update], kind="stable")
         ends_s: Seconds = self.end_s[is_update][order].reshape(num_stages, -1)
@@ -48,18 +48,18 @@ class Times:
 
 
 def simulate_vectorized(schedule: Schedule, costs: Costs, num_updates: int) -> Times:
-    """The times of ``num_updates`` updates from an empty pipeline to an empty one.
+    """Return the times of ``num_updates`` updates, from an empty pipeline to an empty one.
 
-    Equal to ``simulate`` bit for bit; without a trace's objects it takes a second where that
-    takes minutes.
+    They equal those of ``simulate`` bit for bit; this takes a second where that takes minutes.
 
     Args:
-        schedule: what would run.
-        costs: of each of its stages.
-        num_updates: how long.
+        schedule: the schedule to simulate.
+        costs: costs of its stages and links.
+        num_updates: length of the run in updates.
 
     Raises:
-        ConfigError: the costs are of another number of stages.
+        ConfigError: ``num_updates`` is below 1, the costs are of another number of stages, or a
+            slow worker does not exist.
         ScheduleError: the workers wait for each other for ever.
     """
     require_count("num_updates", num_updates)
@@ -70,10 +70,11 @@ def simulate_vectorized(schedule: Schedule, costs: Costs, num_updates: int) -> T
 class _Turns:
     """The state of all workers between two turns.
 
-    Messages and actions are numbers. Message ``channel * num_micro_batches + micro_batch`` goes
-    through channel ``payload * num_stages + receiving stage``; two more stand for a message that
-    is always there and for one that never comes. Worker ``w``'s actions keep their order, moved by
-    ``w``, so that behind the last one there is a place where it waits for ever.
+    Messages and actions are numbered. Message ``channel * num_micro_batches + micro_batch`` goes
+    through channel ``payload * num_stages + receiving stage``; two more numbers stand for a message
+    that has always arrived and for one that never arrives. Action ``i`` of the table, if it is of
+    worker ``w``, has the number ``i + w``: so each worker's last action is followed by a number
+    that is no action, at which the worker waits for ever.
     """
 
     def __init__(self, schedule: Schedule, draws: Draws, table: ActionTable) -> None:
@@ -112,7 +113,7 @@ class _Turns:
         self._channel[self._place] = np.where(made >= 0, made, own)
 
     def run(self) -> Times:
-        """Take turns until nobody can move."""
+        """Run turns until no worker can move, and return the times of all actions."""
         first = self._table.first[:-1]
         position = first + np.arange(len(first))
         free_s = np.zeros(len(first))
@@ -150,7 +151,7 @@ class _Turns:
 
 
 def _durations(schedule: Schedule, draws: Draws, table: ActionTable) -> Seconds:
-    """Return the seconds that each action takes."""
+    """Return the seconds that each action of the table takes, float64 [num_actions]."""
     if not draws.vary:
         fixed = np.stack([draws.seconds[kind][:, 0] for kind in KINDS])
         return fixed.take(table.kind * schedule.num_stages + table.stage)
@@ -165,7 +166,7 @@ def _durations(schedule: Schedule, draws: Draws, table: ActionTable) -> Seconds:
 
 
 def _channels(schedule: Schedule, ask: Callable[[Action, int], Message | None]) -> Integers:
-    """The channel of the message that ``ask`` names for a kind and a stage; -1 for none."""
+    """Return the channel of the message that ``ask`` gives for ``[kind, stage]``; -1 for none."""
     found = np.full((len(KINDS), schedule.num_stages), -1, dtype=np.int32)
     for code, kind in enumerate(KINDS):
         for stage in range(schedule.num_stages):
@@ -177,11 +178,11 @@ def _channels(schedule: Schedule, ask: Callable[[Action, int], Message | None]) 
 
 
 def _wires(schedule: Schedule, draws: Draws) -> tuple[Integers, Seconds, Seconds]:
-    """For each channel the wire between two workers that it shares and how long a message occupies
-    it; then how long messages are on their way, each of them where they differ.
+    """Return each channel's wire, how long a message occupies it, and the delay of messages.
 
-    A wire from a worker to itself costs nothing; a channel of its own for each worker is added at
-    the end.
+    A wire is one direction between two workers, which several channels may share. Delays are by
+    channel, or by message if they differ within a channel. At the end a channel without cost is
+    added for each worker, from the worker to itself.
     """
     num_stages, num_workers = schedule.num_stages, schedule.num_workers
     worker_of = [schedule.worker_of(stage) for stage in range(num_stages)]

@@ -1,7 +1,7 @@
-"""The alphabet of a schedule: actions, and the messages that tie stages together.
+"""The actions of a schedule, and the messages that stages send to each other.
 
-What an action needs from another stage, and what it hands on, is written here and nowhere
-else; the checker, the analysis, the simulator and the runtime all ask these two functions.
+Only ``consumes`` and ``produces`` define which message an action needs and which it sends; the
+checker, the analysis, the simulators and the runtime all call them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Kind(enum.Enum):
-    """What a stage does in one action; the value is the letter that a grid shows."""
+    """What a stage does in one action; the value is its letter in grids and traces."""
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -48,7 +48,7 @@ class Payload(enum.Enum):
 
 
 class Message(NamedTuple):
-    """What one stage hands to its neighbour; ``stage`` is the one that receives it."""
+    """What one stage sends to its neighbour; ``stage`` is the receiver."""
 
     payload: Payload
     stage: int
@@ -56,18 +56,18 @@ class Message(NamedTuple):
 
     @property
     def sender(self) -> int:
-        """The stage that sends it."""
+        """The stage that sends the message."""
         return self.stage - 1 if self.payload is Payload.ACTIVATION else self.stage + 1
 
 
-# Kinds that hand an input gradient on to the stage before.
+# Kinds that send an input gradient to the stage before.
 SENDS_GRADIENT = frozenset({Kind.BACKWARD, Kind.BACKWARD_INPUT})
-# Kinds after which a micro-batch's weight gradient is complete, and its activations are free.
+# Kinds after which a micro-batch's weight gradient is complete and its activations are freed.
 COMPLETES_GRADIENT = frozenset({Kind.BACKWARD, Kind.BACKWARD_WEIGHT})
 
 
 def consumes(action: Action, num_stages: int) -> Message | None:
-    """The message that must have arrived before ``action`` can start, if any."""
+    """Return the message that must arrive before ``action`` can start, or None."""
     if action.kind is Kind.FORWARD and action.stage > 0:
         return Message(Payload.ACTIVATION, action.stage, action.micro_batch)
     if action.kind in SENDS_GRADIENT and action.stage < num_stages - 1:
@@ -76,7 +76,7 @@ def consumes(action: Action, num_stages: int) -> Message | None:
 
 
 def produces(action: Action, num_stages: int) -> Message | None:
-    """The message that ``action`` sends when it ends, if any."""
+    """Return the message that ``action`` sends when it ends, or None."""
     if action.kind is Kind.FORWARD and action.stage < num_stages - 1:
         return Message(Payload.ACTIVATION, action.stage + 1, action.micro_batch)
     if action.kind in SENDS_GRADIENT and action.stage > 0:

@@ -11,7 +11,7 @@ from paci.errors import ConfigError
 from paci.schedule.action import SENDS_GRADIENT, Action, Kind
 
 Placement = tuple[tuple[int, ...], ...]
-# Actions of a program after which its first backward or update will not come any more.
+# How many actions of a program are searched for its first backward or update.
 _FAR = 100_000
 
 
@@ -20,16 +20,17 @@ class Schedule(abc.ABC):
 
     A concrete schedule is a frozen dataclass in a file of its own. Its first argument is
     ``num_stages``, its second the number of micro-batches of one update, kept as
-    ``accumulation``; whatever follows is its own and needs a default. Everything else (checker,
+    ``accumulation``; further arguments are its options and need defaults. Everything else (checker,
     analysis, simulator, engines, views, command line) works from what is declared here, so a
     new schedule is one new file.
 
     Class attributes:
-        name: what the registry and the command line call it.
+        name: its name in the registry and on the command line.
         summary: one line for tables and ``--help``.
         flushes: whether the pipeline is empty at every update (synchronous training).
-        weights: the weight policy that belongs to it by definition.
-        stages_per_worker: how many its placement gives to each worker.
+        weights: name of the weight policy that the schedule is defined with. A schedule that does
+            not flush and keeps the default runs with a recommended policy unless told otherwise.
+        stages_per_worker: number of stages that its placement gives to each worker.
     """
 
     name: ClassVar[str]
@@ -43,34 +44,34 @@ class Schedule(abc.ABC):
 
     @property
     def placement(self) -> Placement:
-        """``placement[worker]`` holds that worker's stages, ascending; one each by default."""
+        """The stages of each worker, ascending; by default one stage per worker."""
         return tuple((stage,) for stage in range(self.num_stages))
 
     @abc.abstractmethod
     def program(self, worker: int) -> Iterator[Action]:
         """Yield the worker's actions, for ever, as if micro-batches never ended.
 
-        Micro-batches count from 0. The ``k``-th update of a stage applies exactly the
-        gradients of micro-batches ``k a`` to ``(k + 1) a - 1``. A run that ends after ``M``
-        micro-batches executes the same program without the actions of later ones.
+        Micro-batches and updates count from 0. With ``a = accumulation``, update ``k`` of a stage
+        applies exactly the gradients of micro-batches ``k a`` to ``(k + 1) a - 1``. A run that
+        ends after ``M`` micro-batches executes the program without the actions of later ones.
         """
 
     @abc.abstractmethod
     def in_flight_cap(self, stage: int) -> int:
-        """Most micro-batches between forward and backward at ``stage`` at any time."""
+        """Return the most micro-batches between forward and backward at ``stage`` at any time."""
 
     @abc.abstractmethod
     def drift_bound(self, stage: int) -> int:
-        """Most updates that a micro-batch can meet between forward and backward there."""
+        """Return the most updates of ``stage`` between a micro-batch's forward and backward."""
 
     def splits_backward(self, stage: int) -> bool:
-        """Whether the backward of micro-batch 0 at ``stage`` comes in two halves."""
+        """Return whether the first backward at ``stage`` is split into two halves."""
         program = itertools.islice(self.program(self.worker_of(stage)), _FAR)
         own = (action.kind for action in program if action.stage == stage)
         return next((kind for kind in own if kind in SENDS_GRADIENT), None) is Kind.BACKWARD_INPUT
 
     def last_to_update(self, *stages: int) -> int:
-        """Which of some stages of one worker applies the first update last."""
+        """Return which of ``stages``, all of one worker, is the last to do its first update."""
         left = set(stages)
         for action in itertools.islice(self.program(self.worker_of(stages[0])), _FAR):
             if action.kind is Kind.UPDATE and action.stage in left:
@@ -81,16 +82,20 @@ class Schedule(abc.ABC):
 
     @property
     def num_workers(self) -> int:
-        """Workers that the placement names."""
+        """The number of workers in the placement."""
         return len(self.placement)
 
     @property
     def channel_capacity(self) -> int:
-        """Messages that a sender may have on their way to a neighbour before it must wait."""
+        """The most messages that a stage may have under way to a neighbour before it waits."""
         return max(self.in_flight_cap(stage) for stage in range(self.num_stages)) + 1
 
     def worker_of(self, stage: int) -> int:
-        """The worker that holds ``stage``."""
+        """Return the worker that holds ``stage``.
+
+        Raises:
+            ConfigError: the placement has no such stage.
+        """
         for worker, stages in enumerate(self.placement):
             if stage in stages:
                 return worker

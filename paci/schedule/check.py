@@ -1,4 +1,4 @@
-"""Is a program legal? Every rule of a schedule in one place, checked by running it dry.
+"""Check that a schedule's program obeys every rule, without computing anything.
 
 A program is legal if, over a number of updates from an empty pipeline to an empty one,
 
@@ -7,9 +7,10 @@ A program is legal if, over a number of updates from an empty pipeline to an emp
    forward before backward;
 3. the ``k``-th update of a stage comes after the gradients of micro-batches ``k a`` to
    ``(k + 1) a - 1`` are complete, and before any later one begins;
-4. in-flight micro-batches and drift stay within what the schedule states, and a schedule that
-   says it flushes has nothing in flight at an update;
-5. neighbours hand micro-batches over in one order: a channel is a queue;
+4. in-flight micro-batches and drift stay within the bounds that the schedule states, and a
+   schedule that says it flushes has nothing in flight at an update;
+5. a stage receives micro-batches in the order in which its neighbour sends them: a channel is a
+   queue;
 6. all workers finish, with channels that hold no more than their capacity.
 """
 
@@ -38,13 +39,14 @@ def check(schedule: Schedule, num_updates: int = 4, capacity: int | None = None)
     """Raise ``ScheduleError`` unless the first ``num_updates`` updates obey every rule.
 
     Args:
-        schedule: what to check.
-        num_updates: how far; the pipeline is drained afterwards.
-        capacity: messages that each edge and direction can hold; the schedule's own by default.
+        schedule: the schedule to check.
+        num_updates: number of updates to check; the pipeline is drained afterwards.
+        capacity: messages that each channel (one direction between two neighbouring stages) can
+            hold; ``schedule.channel_capacity`` by default.
 
     Raises:
-        ScheduleError: the message says which rule, which action, and draws the grid up to
-            there with the culprit marked.
+        ScheduleError: a rule is broken; the message names the action and the problem, and draws
+            the grid up to there with the culprit marked.
     """
     require_count("num_updates", num_updates)
     _check_placement(schedule)
@@ -54,7 +56,7 @@ def check(schedule: Schedule, num_updates: int = 4, capacity: int | None = None)
 
 
 def _check_worker(schedule: Schedule, worker: int, num_updates: int) -> None:
-    """Rules 1 to 4: what a worker's program shows by itself."""
+    """Check rules 1 to 4, which concern each worker's program alone."""
     cursor = Cursor(schedule, worker)
     cursor.feed(num_updates * schedule.accumulation)
     cursor.drain()
@@ -72,7 +74,7 @@ def _check_worker(schedule: Schedule, worker: int, num_updates: int) -> None:
 
 
 def _check_messages(schedule: Schedule, num_updates: int, capacity: int | None) -> None:
-    """Rules 5 and 6: what the workers' programs are together."""
+    """Check rules 5 and 6, which concern the programs of all workers together."""
     sequencer = Sequencer(schedule, capacity)
     sequencer.feed(num_updates * schedule.accumulation)
     sequencer.drain()
@@ -92,7 +94,7 @@ def _check_messages(schedule: Schedule, num_updates: int, capacity: int | None) 
 
 
 class _StageCheck:
-    """Rules 2 to 4 for one stage, one action at a time."""
+    """Checks rules 2 to 4 for one stage, one action at a time."""
 
     def __init__(self, schedule: Schedule, stage: int) -> None:
         self._schedule = schedule
@@ -102,7 +104,7 @@ class _StageCheck:
         self._complete: set[int] = set()
 
     def take(self, action: Action) -> str | None:
-        """Take ``action``; return what is wrong with it here, or None."""
+        """Process ``action``; return what is wrong with it, or None."""
         if action.micro_batch < 0:
             return "micro-batches count from 0"
         problem = self._update(action) if action.kind is Kind.UPDATE else self._compute(action)
@@ -154,14 +156,14 @@ class _StageCheck:
 
 
 class _Queues:
-    """Rule 5 for all channels."""
+    """Checks rule 5 for all channels."""
 
     def __init__(self, num_stages: int) -> None:
         self._num_stages = num_stages
         self._queues: defaultdict[tuple[Payload, int], deque[int]] = defaultdict(deque)
 
     def take(self, action: Action) -> str | None:
-        """What is wrong with the order that ``action`` takes or hands on in, or None."""
+        """Process ``action``; return what is wrong with the order of its messages, or None."""
         needed = consumes(action, self._num_stages)
         if needed is not None:
             first = self._queues[needed[:2]].popleft()

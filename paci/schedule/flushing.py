@@ -1,4 +1,4 @@
-"""What all synchronous schedules have in common."""
+"""The base class of synchronous schedules."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ class FlushingSchedule(Schedule):
         object.__setattr__(self, "accumulation", self.num_micro_batches)
 
     def drift_bound(self, stage: int) -> int:
-        """None: nothing updates while a micro-batch is in flight."""
+        """Return 0: no update is applied while a micro-batch is in flight."""
         return 0

@@ -37,7 +37,7 @@ class GPipe(FlushingSchedule):
     summary: ClassVar[str] = "synchronous, all forwards then all backwards"
 
     def program(self, worker: int) -> Iterator[Action]:
-        """Yield one flushed round of stage ``worker`` after the other."""
+        """Yield the actions of stage ``worker``, one flushed update after another."""
         m = self.num_micro_batches
         for first in itertools.count(0, m):
             for kind in (Kind.FORWARD, Kind.BACKWARD):
@@ -46,5 +46,5 @@ class GPipe(FlushingSchedule):
             yield Action(Kind.UPDATE, worker, first + m - 1)
 
     def in_flight_cap(self, stage: int) -> int:
-        """``m``, at every stage."""
+        """Return ``m``, the same for every stage."""
         return self.num_micro_batches

@@ -1,4 +1,4 @@
-"""A schedule as text: a row for each stage, a column for each unit of time."""
+"""Draw a schedule as text: a row for each stage, a column for each unit of time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ def render(
     culprit: Action | None = None,
     waiting: Sequence[Action] = (),
 ) -> str:
-    """Draw columns of actions.
+    """Return a text that shows columns of actions, with a row for each stage.
 
     Args:
-        columns: what happens in each; the last action that equals ``culprit`` stands between
-            ``>`` and ``<``.
-        schedule: whose.
-        culprit: to be marked.
-        waiting: actions that could not happen, drawn in brackets in a last column.
+        columns: the actions of each column.
+        schedule: the schedule that the actions belong to.
+        culprit: an action to mark: the last one that equals it stands between ``>`` and ``<``.
+        waiting: actions that could not run, drawn in brackets in a last column.
     """
     cells = [(width, action) for width, column in enumerate(columns) for action in column]
     num_columns = cells[-1][0] + 1 if cells else 0
@@ -52,7 +51,7 @@ def render(
 
 
 def draw(schedule: Schedule, num_updates: int) -> str:
-    """The grid of ``num_updates`` updates from an empty pipeline to an empty pipeline."""
+    """Return the grid of ``num_updates`` updates, from an empty pipeline to an empty one."""
     sequencer = Sequencer(schedule)
     sequencer.feed(num_updates * schedule.accumulation)
     sequencer.drain()

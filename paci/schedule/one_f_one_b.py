@@ -36,7 +36,7 @@ class OneFOneBFlush(FlushingSchedule):
     summary: ClassVar[str] = "synchronous 1F1B, empties at every update"
 
     def program(self, worker: int) -> Iterator[Action]:
-        """Yield one flushed round of stage ``worker`` after the other."""
+        """Yield the actions of stage ``worker``, one flushed update after another."""
         m = self.num_micro_batches
         warm_up = min(self.num_stages - 1 - worker, m)
         for first in itertools.count(0, m):
@@ -49,5 +49,5 @@ class OneFOneBFlush(FlushingSchedule):
             yield Action(Kind.UPDATE, worker, first + m - 1)
 
     def in_flight_cap(self, stage: int) -> int:
-        """``min(N - s, m)``."""
+        """Return ``min(N - s, m)`` for stage ``s``."""
         return min(self.num_stages - stage, self.num_micro_batches)

@@ -1,4 +1,4 @@
-"""PACI: forward, backward, forward, backward, for ever.
+"""PACI: asynchronous 1F1B, which alternates forward and backward for ever.
 
 Four stages, accumulation 4, no slack; ``*`` marks a backward that is followed by an update::
 
@@ -32,8 +32,8 @@ class PACI(Schedule):
     """Asynchronous 1F1B whose accumulation bounds the weight inconsistency.
 
     In slot ``i = 0, 1, 2, ...`` stage ``s`` does ``FORWARD(i)``; then, if ``i >= lag(s)``,
-    ``BACKWARD(i - lag(s))``; then ``UPDATE`` if that was the ``a``-th backward since the last.
-    With ``lag(s) = (1 + slack) (N - 1 - s)``:
+    ``BACKWARD(i - lag(s))``; then ``UPDATE`` if that was the ``a``-th backward since the last
+    update. With ``lag(s) = (1 + slack) (N - 1 - s)``:
 
     - in flight at stage ``s``: at most ``lag(s) + 1``; without slack the same as 1F1B-flush;
     - version at the forward of micro-batch ``j``: ``max(0, j - lag(s)) // a``;
@@ -74,11 +74,11 @@ class PACI(Schedule):
         require_flag("split_backward", self.split_backward)
 
     def lag(self, stage: int) -> int:
-        """Slots between a micro-batch's forward and its backward at ``stage``."""
+        """Return the slots between a micro-batch's forward and its backward at ``stage``."""
         return (1 + self.slack) * (self.num_stages - 1 - stage)
 
     def program(self, worker: int) -> Iterator[Action]:
-        """Yield the slots of stage ``worker``."""
+        """Yield the actions of stage ``worker``, slot after slot."""
         lag = self.lag(worker)
         splits = self.split_backward and worker > 0
         backward = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) if splits else (Kind.BACKWARD,)
@@ -92,9 +92,9 @@ class PACI(Schedule):
                     yield Action(Kind.UPDATE, worker, returning)
 
     def in_flight_cap(self, stage: int) -> int:
-        """``lag + 1``: the flow-control rule of the paper."""
+        """Return ``lag + 1``, the flow-control rule of the paper."""
         return self.lag(stage) + 1
 
     def drift_bound(self, stage: int) -> int:
-        """``ceil(lag / a)``."""
+        """Return ``ceil(lag / a)``."""
         return -(-self.lag(stage) // self.accumulation)

@@ -34,9 +34,9 @@ class PaciV(Schedule):
     does one forward, one input backward and one weight backward for each of its two stages, in the
     order that ``paci/schedule/period.py`` finds; weight backwards fill what the rest leaves.
 
-    A stage's lag is the number of micro-batches that wait for their weight backward there when
-    another comes forward, in steady state. A weight backward is done before the stage's next input
-    backward, so as for PACI
+    A stage's lag is the number of micro-batches in flight there (from forward to weight backward)
+    when another forward begins, in steady state. A weight backward is done before the stage's next
+    input backward, so as for PACI
 
     - in flight: at most ``lag + 1``;
     - version at the forward of micro-batch ``j``: ``max(0, j - lag) // a``; at its input backward
@@ -50,11 +50,11 @@ class PaciV(Schedule):
     Args:
         num_stages: stages in the pipeline, two a worker (``2 N``).
         accumulation: micro-batches of one update (``a``).
-        forward: time of a forward, in any unit: one for all stages, or one for each. For times that
-            are as given here no worker is ever idle in steady state.
+        forward: time of a forward, in any unit: one for all stages, or one for each. If actions
+            take the given times, the busiest worker is never idle in steady state.
         input_backward: time of an input backward, likewise.
         weight_backward: time of a weight backward, likewise.
-        latency: of a message between workers, in the same unit; the period leaves room for it.
+        latency: time of a message between workers, in the same unit; the period leaves room for it.
             Even a little makes the round trip about as long as PACI's, since windows lie on a grid.
         memory_first: keep activations as short as possible, and make the round trip short only
             after that; the other way round by default.
@@ -103,24 +103,23 @@ class PaciV(Schedule):
 
     @property
     def period(self) -> Period:
-        """What the workers repeat."""
+        """The period that the workers repeat, with times in ticks."""
         rows = (getattr(self, name) for name in Times._fields)
         times = Times(*(row * (self.num_stages // len(row)) for row in rows))
         return find_period(times, self.latency, self.memory_first)
 
     @property
     def round_trip(self) -> float:
-        """Slots from the start of a micro-batch's first forward to the end of its last input
-        backward."""
+        """The slots from a micro-batch's first forward to the end of its last input backward."""
         return self.period.round_trip / self.period.length
 
     @property
     def placement(self) -> Placement:
-        """Worker ``w`` holds stages ``w`` and ``2 N - 1 - w``."""
+        """The stages of each worker: worker ``w`` holds stages ``w`` and ``2 N - 1 - w``."""
         return tuple((w, self.num_stages - 1 - w) for w in range(self.num_stages // 2))
 
     def program(self, worker: int) -> Iterator[Action]:
-        """Yield one period of ``worker`` after the other; micro-batches before 0 are left out."""
+        """Yield the actions of ``worker``, one period after another; micro-batches start at 0."""
         order = self.period.orders[worker]
         for period in itertools.count():
             for kind, stage, shift in order:
@@ -131,15 +130,15 @@ class PaciV(Schedule):
                         yield Action(Kind.UPDATE, stage, j)
 
     def in_flight_cap(self, stage: int) -> int:
-        """``lag + 1``."""
+        """Return ``lag + 1``."""
         return self.lag(stage) + 1
 
     def drift_bound(self, stage: int) -> int:
-        """``ceil(lag / a)``."""
+        """Return ``ceil(lag / a)``."""
         return -(-self.lag(stage) // self.accumulation)
 
     def lag(self, stage: int) -> int:
-        """Micro-batches at ``stage`` between forward and weight backward when another comes."""
+        """Return the micro-batches in flight at ``stage`` when another forward begins there."""
         order = self.period.orders[self.worker_of(stage)]
         own = [step for step in order if step.stage == stage]
         place = {step.kind: own.index(step) for step in own}

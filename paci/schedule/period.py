@@ -1,14 +1,14 @@
-"""The period that a V-shaped pipeline repeats: when each worker does what, found at construction.
+"""Find the period that a V-shaped pipeline repeats: when each worker runs which action.
 
 A model of ``2 N`` stages lies on ``N`` workers as a V: worker ``w`` holds stage ``w`` on the way
 down and stage ``2 N - 1 - w`` on the way up. A micro-batch passes every worker four times, in a
 chain of ``4 N`` actions: down and up again with its forwards, down and up again with its input
-backwards. Weight backwards hang on the chain, and nothing waits for them.
+backwards. Weight backwards follow their input backwards, and no other action waits for them.
 
-A period gives each of a worker's six actions a window. The windows fill the period, so a worker is
-never idle, and the rest is arithmetic: an action starts as soon as what it needs is there and its
-window comes, and for the next micro-batch one period later. What is left to choose is the order of
-the windows on each worker (120 of them), and how the workers' periods are shifted against each
+A period gives each of a worker's six actions a window. The windows fill the period, so the busiest
+worker is never idle. An action starts in the first of its windows that begins after its input has
+arrived, and for the next micro-batch one period later. What is left to choose is the order of the
+windows on each worker (120 orders), and how the workers' periods are shifted against each
 other. Every choice is legal. They differ in how long the chain waits for windows, which makes
 gradients late, and in how long activations are kept.
 
@@ -56,13 +56,14 @@ class Step(NamedTuple):
 
 
 class Period(NamedTuple):
-    """A steady state.
+    """One period of the pipeline's steady state.
 
     Attributes:
-        length: in ticks; the time that the busiest worker needs for a micro-batch.
+        length: ticks of a period: the time that the busiest worker needs for a micro-batch.
         round_trip: ticks from a micro-batch's first forward to the end of its last input backward.
-        starts: by stage, when micro-batch 0 starts its forward, input and weight backward.
-        orders: by worker, what it does in one period, in order.
+        starts: by stage, the ticks at which micro-batch 0 starts its forward, input backward and
+            weight backward.
+        orders: by worker, its actions in one period, in order.
     """
 
     length: int
@@ -72,16 +73,22 @@ class Period(NamedTuple):
 
 
 class _Pattern(NamedTuple):
-    """One order of a worker's windows: where they begin, and how long the two weight backwards
-    are put off."""
+    """One order of a worker's windows.
+
+    ``phases`` are the ticks at which the windows begin, ``put_off`` is the sum of the ticks by
+    which the two weight backwards start later than they could.
+    """
 
     phases: Ticks
     put_off: int
 
 
 class _Hop(NamedTuple):
-    """A shift of a worker's inner neighbour: where that one's period begins in its own, and what
-    the chain then waits on the outer hops between them (first and last), and on the inner two."""
+    """A shift of the period of a worker's inner neighbour against the worker's own, in ticks.
+
+    The chain passes between the two workers four times. ``outer_wait`` is how long it waits at the
+    first and the last of these hops, ``inner_wait`` at the two in between.
+    """
 
     shift: int
     outer_wait: int
@@ -89,7 +96,7 @@ class _Hop(NamedTuple):
 
 
 class _Best(NamedTuple):
-    """The cheapest choice for a worker and all inside of it, given the worker's pattern."""
+    """The cheapest choice for all workers from one to the tip, given that one's pattern."""
 
     cost: tuple[int, int]
     pattern: int = 0  # of the inner neighbour
@@ -98,11 +105,11 @@ class _Best(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def find_period(times: Times, latency: float, memory_first: bool) -> Period:
-    """The best period: the same one for the same arguments, on every machine.
+    """Find the best period; the same arguments give the same period on every machine.
 
     Args:
-        times: for each of ``2 N`` stages, all above 0.
-        latency: of a message between two workers, in the same unit.
+        times: the times of each of the ``2 N`` stages, all above 0.
+        latency: time of a message between two workers, in the same unit.
         memory_first: minimize the sum over all stages of the time that a micro-batch's activations
             are kept, then the round trip; otherwise the round trip, then that sum.
     """
@@ -135,7 +142,7 @@ def find_period(times: Times, latency: float, memory_first: bool) -> Period:
 
 
 def _in_ticks(times: Times, latency: float) -> tuple[list[Ticks], int]:
-    """Each worker's times in the order of its six actions, and the latency, as whole numbers."""
+    """Return each worker's times, in the order of its six actions, and the latency in ticks."""
     num_stages = len(times.forward)
     rows = []
     for down in range(num_stages // 2):
@@ -149,9 +156,9 @@ def _in_ticks(times: Times, latency: float) -> tuple[list[Ticks], int]:
 
 @functools.lru_cache(maxsize=256)
 def _patterns(own: Ticks, length: int) -> tuple[_Pattern, ...]:
-    """Every order of a worker's windows, its first forward's at 0.
+    """Return the orders of a worker's windows; the window of the forward down begins at 0.
 
-    Of those that differ in weight backwards only, the one that puts them off least. A worker whose
+    Of orders that differ in weight backwards only, the one that delays them least. A worker whose
     load is less than the period has windows that are longer than its actions, in proportion.
     """
     load = sum(own)
@@ -173,7 +180,7 @@ def _patterns(own: Ticks, length: int) -> tuple[_Pattern, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _hops(outer: Ticks, inner: Ticks, length: int, link: int) -> list[list[list[_Hop]]]:
-    """The shifts worth a try between neighbours, by the outer's pattern and the inner's.
+    """Return the shifts to try between neighbours, by the outer's and the inner's pattern.
 
     A shift ``x`` makes the four hops wait ``x - a``, ``b - x``, ``x - c`` and ``d - x``, modulo the
     period ``P``. With a weight for the outer two (first and last) and one for the inner two, their
@@ -202,8 +209,11 @@ def _hops(outer: Ticks, inner: Ticks, length: int, link: int) -> list[list[list[
 
 
 def _hop_cost(hop: _Hop, worker: int, num_workers: int, memory_first: bool) -> tuple[int, int]:
-    """While the chain waits on an outer hop, the activations of ``worker`` and all before it are
-    kept; on an inner one those of all but the last ``worker + 1`` stages."""
+    """Return what a shift costs: how long the chain waits, and how long activations are kept.
+
+    While the chain waits at an outer hop, the activations of the first ``worker + 1`` stages are
+    kept; at an inner one, those of all but the last ``worker + 1`` stages.
+    """
     kept = (worker + 1) * hop.outer_wait + (2 * num_workers - 1 - worker) * hop.inner_wait
     return _cost(hop.outer_wait + hop.inner_wait, kept, memory_first)
 
@@ -219,7 +229,7 @@ def _sum(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
 def _lay_out(
     pattern: int, tables: Sequence[Sequence[_Best]], ticks: Sequence[Ticks], link: int, length: int
 ) -> Period:
-    """Follow the chain through the chosen windows."""
+    """Make a period by following the chain through the chosen windows."""
     num_workers = len(ticks)
     windows: list[Ticks] = []
     begin = 0
@@ -249,7 +259,7 @@ def _lay_out(
 
 
 def _order(worker: int, starts: Sequence[int], num_stages: int, length: int) -> tuple[Step, ...]:
-    """A worker's actions from its first forward to the next, each with its shift."""
+    """Return a worker's actions from one forward down to the next, each with its shift."""
     up = num_stages - 1 - worker
     stages = (worker, up, up, worker, up, worker)
     since = [start - starts[_FORWARD_DOWN] for start in starts]

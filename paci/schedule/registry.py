@@ -1,4 +1,4 @@
-"""Find schedules by name: one file each, no list to keep.
+"""Find schedules by name; no list of them is kept.
 
 A schedule is any concrete ``Schedule`` in a module of this package, or in a ``.py`` file of a
 folder that ``PACI_SCHEDULE_PATH`` names (several are separated as in ``PATH``).
@@ -21,7 +21,7 @@ PATH_VARIABLE = "PACI_SCHEDULE_PATH"
 
 
 def schedules() -> dict[str, type[Schedule]]:
-    """Every schedule there is, by name, in alphabetical order."""
+    """Return every schedule class by its name, in alphabetical order."""
     return members([*modules_of(paci.schedule), *_path_modules()], Schedule)
 
 
@@ -31,22 +31,22 @@ def make_schedule(spec: str, num_stages: int, accumulation: int) -> Schedule:
     Several numbers for one option are separated by ``/`` (``paci-v:forward=1/1/1/1.5``).
 
     Args:
-        spec: a registered name, and options of its own if it has any.
+        spec: a registered name, and options of that schedule if any.
         num_stages: stages in the pipeline.
         accumulation: micro-batches of one update.
 
     Raises:
-        ConfigError: no such schedule or option, or a value that it refuses.
+        ConfigError: there is no such schedule or option, or the schedule refuses a value.
     """
     family, options = find_schedule(spec), spec.partition(":")[2]
     return family(num_stages, accumulation, **read_options(family, "schedule", options, 2))  # type: ignore[call-arg]
 
 
 def find_schedule(spec: str) -> type[Schedule]:
-    """The schedule that a text names, whatever options follow.
+    """Return the schedule class that a spec names, whatever options follow the name.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no schedule of that name.
     """
     name, known = spec.partition(":")[0], schedules()
     if name not in known:

@@ -1,6 +1,6 @@
-"""Where a program stands, and how the programs of several workers fit into one order.
+"""Walk one worker's program, or the programs of all workers in one legal order.
 
-A schedule's programs never end; a run does. ``Cursor`` walks one worker's program as far as
+A schedule's programs never end, but a run does. ``Cursor`` walks one worker's program as far as
 the micro-batches fed so far allow, and skips what lies beyond the last one once the pipeline
 is to be drained. ``Sequencer`` does so for all workers at once and gives one legal order of
 all their actions: the order in which one process runs several workers, and the columns of a
@@ -22,11 +22,11 @@ _MOST_SKIPPED = 100_000
 
 
 class Cursor:
-    """A place in one worker's program.
+    """A position in one worker's program.
 
     Args:
-        schedule: whose program.
-        worker: which worker's.
+        schedule: the schedule that defines the program.
+        worker: the worker that runs it.
     """
 
     def __init__(self, schedule: Schedule, worker: int) -> None:
@@ -40,17 +40,17 @@ class Cursor:
         self._draining = False
 
     def feed(self, num_micro_batches: int) -> None:
-        """Let micro-batches below ``num_micro_batches`` enter."""
+        """Let the first ``num_micro_batches`` micro-batches, counted from the start, enter."""
         self._num_fed = num_micro_batches
 
     def drain(self) -> None:
-        """Nothing more will be fed: leave out what lies beyond, and end with the last update."""
+        """Declare that nothing more will be fed, so that the program ends with the last update."""
         assert self._num_fed % self._schedule.accumulation == 0, "whole updates are fed"
         self._draining = True
 
     @property
     def finished(self) -> bool:
-        """Whether a drained program has done all it has to."""
+        """Whether the program is being drained and all its updates are done."""
         if not self._draining:
             return False
         return self._num_updates >= self._num_stages * (
@@ -58,7 +58,11 @@ class Cursor:
         )
 
     def peek(self) -> Action | None:
-        """The next action, or None where the program waits to be fed or has ended."""
+        """Return the next action, or None if the program waits to be fed or is finished.
+
+        Raises:
+            ScheduleError: the program ends by itself, or never does an update that is due.
+        """
         skipped = 0
         while not self.finished:
             if self._next is None:
@@ -85,29 +89,30 @@ class Cursor:
         return None
 
     def advance(self) -> None:
-        """Step over the action that ``peek`` gave."""
+        """Step past the action that ``peek`` returned."""
         if self._next is not None and self._next.kind is Kind.UPDATE:
             self._num_updates += 1
         self._next = None
 
     def actions(self) -> Iterator[Action]:
-        """Yield actions, stepping over each, until ``peek`` is None."""
+        """Yield actions and step past each of them, until ``peek`` returns None."""
         while (action := self.peek()) is not None:
             self.advance()
             yield action
 
 
 class Sequencer:
-    """All workers' programs in one legal order.
+    """Puts the actions of all workers into one legal order, column by column.
 
-    Each column lets every worker do one forward or backward that had all it needs when the
-    column began, with the updates around it: what equal times for forward and backward would
-    give. An action also waits while its channel already holds ``capacity`` messages.
+    In each column every worker does at most one forward or backward whose message had arrived
+    when the column began, and the updates around it. This is the order in which actions would run
+    if forwards and backwards took equal times. An action also waits while the channel that it
+    sends on holds ``capacity`` messages.
 
     Args:
-        schedule: whose programs.
-        capacity: messages that each edge and direction can hold; the schedule's own number by
-            default.
+        schedule: the schedule that defines the programs.
+        capacity: messages that each channel (one direction between two neighbouring stages) can
+            hold; ``schedule.channel_capacity`` by default.
     """
 
     def __init__(self, schedule: Schedule, capacity: int | None = None) -> None:
@@ -118,22 +123,22 @@ class Sequencer:
         self.cursors = [Cursor(schedule, worker) for worker in range(schedule.num_workers)]
 
     def feed(self, num_micro_batches: int) -> None:
-        """Let micro-batches below ``num_micro_batches`` enter."""
+        """Let the first ``num_micro_batches`` micro-batches, counted from the start, enter."""
         for cursor in self.cursors:
             cursor.feed(num_micro_batches)
 
     def drain(self) -> None:
-        """Tell that nothing more will be fed."""
+        """Declare that nothing more will be fed."""
         for cursor in self.cursors:
             cursor.drain()
 
     @property
     def finished(self) -> bool:
-        """Whether every worker is drained."""
+        """Whether the program of every worker is finished."""
         return all(cursor.finished for cursor in self.cursors)
 
     def columns(self) -> Iterator[list[Action]]:
-        """Yield what happens in each column, until no worker can move."""
+        """Yield the actions of each column, until no worker can move."""
         while True:
             column: list[Action] = []
             sent: list[Message] = []
@@ -150,7 +155,7 @@ class Sequencer:
             yield from column
 
     def _turn(self, cursor: Cursor, sent: list[Message]) -> Iterator[Action]:
-        """One compute action of one worker, with the updates before and after it."""
+        """Yield one forward or backward of a worker, with the updates before and after it."""
         computed = False
         while (action := cursor.peek()) is not None:
             if action.kind is not Kind.UPDATE:

@@ -1,4 +1,4 @@
-"""Which weights a micro-batch meets: known from the program, before anything runs.
+"""Compute which weight versions a micro-batch meets, from the program before anything runs.
 
 The *version* of a stage is the number of updates applied there. *Drift* is the version at a
 micro-batch's backward minus the one at its forward; *delay* is the version that its gradient
@@ -20,7 +20,11 @@ from paci.schedule.sequence import Cursor, Sequencer
 
 
 class MicroBatchVersions(NamedTuple):
-    """The versions that one micro-batch meets at one stage, counted from an empty pipeline."""
+    """The versions that one micro-batch meets at one stage, counted from an empty pipeline.
+
+    ``forward`` and ``backward`` are the versions at its forward and backward, ``updated`` is the
+    version that the update with its gradient is applied to.
+    """
 
     micro_batch: int
     forward: int
@@ -29,16 +33,16 @@ class MicroBatchVersions(NamedTuple):
 
     @property
     def drift(self) -> int:
-        """Updates between its forward and its backward."""
+        """The number of updates between its forward and its backward."""
         return self.backward - self.forward
 
     @property
     def delay(self) -> int:
-        """Updates between its forward and the one that applies its gradient."""
+        """The number of updates between its forward and the update that applies its gradient."""
         return self.updated - self.forward
 
     def later(self, num_updates: int) -> MicroBatchVersions:
-        """Return the same versions that many updates later."""
+        """Return these versions with ``num_updates`` added to each."""
         return self._replace(
             forward=self.forward + num_updates,
             backward=self.backward + num_updates,
@@ -47,9 +51,9 @@ class MicroBatchVersions(NamedTuple):
 
 
 class VersionLog:
-    """Follows one stage's actions and says what each micro-batch met.
+    """Follows one stage's actions and finds the versions that each micro-batch met.
 
-    The analysis feeds it a program; the drift meter feeds it a run.
+    The analysis records a program, the drift meter the actions of a run.
     """
 
     def __init__(self) -> None:
@@ -59,7 +63,10 @@ class VersionLog:
         self._backward: dict[int, int] = {}
 
     def record(self, action: Action) -> list[MicroBatchVersions]:
-        """Take the next action; return the micro-batches that an update settled, if it is one."""
+        """Record the next action; return the versions of the micro-batches that an update applies.
+
+        The list is empty if the action is not an update.
+        """
         kind, _, j = action
         if kind is Kind.FORWARD:
             self.in_flight[j] = self.version
@@ -76,9 +83,9 @@ class VersionLog:
 
 
 def stage_versions(schedule: Schedule, stage: int) -> Iterator[MicroBatchVersions]:
-    """Yield, for ever, what each micro-batch meets at ``stage``, in the order of backwards.
+    """Yield, for ever, the versions that each micro-batch meets, in the order of backwards.
 
-    From the program alone and in constant memory.
+    It reads the program of ``stage`` alone, in constant memory.
     """
     log = VersionLog()
     for action in schedule.program(schedule.worker_of(stage)):
@@ -87,10 +94,10 @@ def stage_versions(schedule: Schedule, stage: int) -> Iterator[MicroBatchVersion
 
 
 def steady_update(schedule: Schedule, stage: int) -> list[MicroBatchVersions]:
-    """What the micro-batches of one update meet at ``stage`` once the pipeline is full.
+    """Return the versions that the micro-batches of one update meet once the pipeline is full.
 
-    Every later update meets the same, counted from its own version: with a lag of ``l`` slots, a
-    mean drift of ``l / a``.
+    Drift and delay are the same in every later update. With a lag of ``l`` slots at ``stage`` the
+    mean drift is ``l / a``.
     """
     a = schedule.accumulation
     most = max(schedule.in_flight_cap(each) for each in range(schedule.num_stages))
@@ -100,10 +107,10 @@ def steady_update(schedule: Schedule, stage: int) -> list[MicroBatchVersions]:
 
 @dataclass(frozen=True)
 class StageVersions:
-    """What a stretch of a program means for one stage.
+    """Drift, delay and micro-batches in flight of one stage over a part of a program.
 
     Attributes:
-        stage: which.
+        stage: index of the stage.
         drift: how many micro-batches met each drift.
         delay: how many micro-batches met each delay.
         peak_in_flight: most micro-batches between forward and backward at any time.
@@ -116,19 +123,20 @@ class StageVersions:
 
     @property
     def max_drift(self) -> int:
-        """Largest drift met, 0 if nothing was."""
+        """The largest drift of any micro-batch; 0 if there was none."""
         return max(self.drift, default=0)
 
     @property
     def max_delay(self) -> int:
-        """Largest delay met, 0 if nothing was."""
+        """The largest delay of any micro-batch; 0 if there was none."""
         return max(self.delay, default=0)
 
 
 def analyse(schedule: Schedule, num_updates: int) -> tuple[StageVersions, ...]:
-    """Drift, delay and in-flight of every stage over ``num_updates`` updates and the drain.
+    """Return drift, delay and peak in flight of every stage over ``num_updates`` updates.
 
-    From the program alone; a run that ends there measures exactly the same.
+    The pipeline is empty before and after. Only the program is read; a run of as many updates
+    measures exactly the same.
 
     Raises:
         ScheduleError: the workers' programs wait for each other for ever.
@@ -157,13 +165,16 @@ def analyse(schedule: Schedule, num_updates: int) -> tuple[StageVersions, ...]:
 
 
 def updates_to_settle(schedule: Schedule) -> int:
-    """Updates until every stage has had in flight, and late, all that it ever will."""
+    """Return a number of updates after which delays and in-flight counts are at their peak."""
     return 2 + 2 * schedule.channel_capacity // schedule.accumulation
 
 
 def peak_versions(schedule: Schedule, stage: int, num_updates: int) -> int:
-    """Most versions of ``stage`` that are in use at any time within ``num_updates`` updates from an
-    empty pipeline: the newest, and those that micro-batches in flight saw in their forward."""
+    """Return the most versions of ``stage`` in use at any time in the first ``num_updates``.
+
+    In use are the newest version and those that micro-batches in flight met at their forward. The
+    updates start from an empty pipeline.
+    """
     worker = schedule.worker_of(stage)
     cursor, log, peak = Cursor(schedule, worker), VersionLog(), 0
     cursor.feed(num_updates * schedule.accumulation)
@@ -176,8 +187,11 @@ def peak_versions(schedule: Schedule, stage: int, num_updates: int) -> int:
 
 
 def peak_on_workers(schedule: Schedule, num_updates: int) -> tuple[int, ...]:
-    """Most micro-batches in flight on each worker at any time, over all its stages, within
-    ``num_updates`` updates from an empty pipeline: each counts once for every stage it is at."""
+    """Return, by worker, the most micro-batches in flight in the first ``num_updates``.
+
+    A micro-batch counts once for each of the worker's stages where it is in flight. The updates
+    start from an empty pipeline.
+    """
     num_micro_batches = num_updates * schedule.accumulation
     peaks = []
     for worker in range(schedule.num_workers):
