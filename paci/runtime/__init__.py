@@ -1,1 +1,1 @@
-"""Where tensors start: stages, weight policies, transport, and the loop that runs a program."""
+"""Run a schedule on tensors: stages, weight policies, transport and the loop over actions."""

@@ -1,4 +1,4 @@
-"""From what a user hands over to the stages of a process, with everything checked."""
+"""Build the stages of a process from what the user passes to the pipeline, and check it."""
 
 from __future__ import annotations
 
@@ -22,24 +22,33 @@ SchedulerMaker = Callable[[Optimizer], LRScheduler]
 
 
 def listed(value: Any, num_absent: int = 1) -> list[Any]:
-    """One thing or a list of them as a list; None as ``num_absent`` times None."""
+    """Return ``value`` as a list; a value that is no sequence becomes a list of one.
+
+    None becomes a list of ``num_absent`` times None.
+    """
     if value is None:
         return [None] * num_absent
     return list(value) if isinstance(value, Sequence | nn.ModuleList) else [value]
 
 
 def _makes(value: Any, kind: type) -> bool:
-    """Whether ``value`` is a function that makes one of ``kind``, and not one itself."""
+    """Return whether ``value`` is a function that makes a ``kind``, and not a ``kind`` itself."""
     return callable(value) and not isinstance(value, kind)
 
 
 def choose_group(
     group: dist.ProcessGroup | None, num_modules: int, schedule: Schedule
 ) -> dist.ProcessGroup | None:
-    """The processes that share the pipeline; None where this one holds all of it.
+    """Return the process group of the pipeline; None if this process runs it alone.
+
+    Args:
+        group: the group that the user passed, or None.
+        num_modules: how many stages this process was given.
+        schedule: the schedule that runs.
 
     Raises:
-        ConfigError: this process holds a part, and there is no other process.
+        ConfigError: no group was passed, this process was given only some of the stages, and
+            torch.distributed is not initialized.
     """
     if group is None and num_modules == schedule.num_stages:
         return None
@@ -67,18 +76,26 @@ def build_stages(
     seed: int,
     max_grad_norm: float | None,
 ) -> dict[int, Stage]:
-    """The stages of a process, by index.
+    """Build the stages of this process; return them by index.
 
     Args:
-        optimizers: one for each, or what makes one from a list of parameters.
-        lr_schedulers: likewise, from an optimizer.
-        policies: of all stages of the pipeline.
-        loss: of the last stage.
-        loss_fn: what the user passed for it.
+        held: indices of this process's stages, ascending.
+        schedule: the schedule that runs.
+        modules: the module of each stage in ``held``.
+        optimizers: the optimizer of each stage (None if it trains nothing), or a function that
+            makes one from a list of parameters; a single function serves all stages.
+        lr_schedulers: the scheduler of each stage or None, or a function that makes one from an
+            optimizer; a single function serves all stages.
+        policies: the weight policies of all stages of the pipeline, by index.
+        loss: the loss that the last stage computes.
+        loss_fn: the loss function as the user passed it, for checks.
+        precision: see ``Pipeline``.
+        seed: see ``Pipeline``.
+        max_grad_norm: see ``Pipeline``.
 
     Raises:
-        ConfigError: they are not those of ``held``, have not an optimizer each, or share weights
-            that they cannot share.
+        ConfigError: the modules, optimizers or schedulers are not as many as ``held``, one of them
+            cannot be used, or stages share a parameter that they cannot share.
     """
     if len(optimizers) == 1 and _makes(optimizers[0], Optimizer):
         optimizers = list(optimizers) * len(modules)
@@ -126,14 +143,14 @@ def build_stages(
 def _owners(
     held: Sequence[int], modules: Sequence[nn.Module], schedule: Schedule
 ) -> dict[int, int]:
-    """The stage that updates each parameter, by its identity: the first one that has it.
+    """Return the stage that updates each parameter, by ``id``: the first stage that has it.
 
-    Stages of one worker may share a parameter. Its gradients of one update are complete when the
-    first of them updates, so that one must be the last to.
+    Stages of one worker may share a parameter. The stage that updates it must be the last of them
+    to update, since only then are the gradients of all of them complete.
 
     Raises:
-        ConfigError: stages of different workers share one, or the first of them is not the last to
-            update.
+        ConfigError: stages of different workers share a parameter, or the first stage that has it
+            is not the last to update.
     """
     owners: dict[int, int] = {}
     for index, module in zip(held, modules, strict=True):

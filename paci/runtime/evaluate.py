@@ -1,4 +1,4 @@
-"""Forward only, in evaluation mode: each batch goes through the stages as one micro-batch."""
+"""Run forwards in evaluation mode; each batch goes through the stages as one micro-batch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from paci.schedule.action import Action, Kind, consumes, produces
 
 @torch.no_grad()
 def evaluate(engine: Engine, batches: Sequence[MicroBatch]) -> Tensor:
-    """Run ``batches`` through the stages that this process holds, and end the stretch.
+    """Run ``batches`` forward through the stages of this process, and end the stretch.
 
     Args:
-        engine: drained.
-        batches: pairs (inputs, targets).
+        engine: the engine of this process, with nothing in flight.
+        batches: inputs, targets and keyword inputs of each batch.
 
     Returns:
-        The summed loss and the number of tokens, if the last stage is here; else zeros. Float64
-        [2] on the CPU.
+        A float64 tensor [2] on the CPU: the loss summed over all tokens, and the number of tokens.
+            It is zero on a process without the last stage.
     """
     device = next(iter(engine.stages.values())).device
     total = torch.zeros(2, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""The loop that runs a program: the only place that asks what kind an action is."""
+"""Run the actions of a program, each by the method of its stage."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from paci.schedule.action import Action, Kind, consumes, produces
 
 @dataclass(frozen=True)
 class Engine:
-    """All that one process needs to run its part of a program.
+    """Everything that one process needs to run its part of a program.
 
     Attributes:
-        num_stages: of the whole pipeline.
-        stages: those held here, by index.
-        transport: to and from their neighbours.
-        meters: a drift meter for each of them.
-        recorder: of times.
+        num_stages: number of stages of the whole pipeline.
+        stages: the stages of this process, by index.
+        transport: the channels to and from their neighbours.
+        meters: the drift meter of each of these stages, by index.
+        recorder: records when each action ran.
     """
 
     num_stages: int
@@ -33,10 +33,10 @@ class Engine:
 
 
 def execute(actions: Iterable[Action], engine: Engine, feed: Feed) -> None:
-    """Run ``actions`` in their order: receive what each needs, do it, send what it makes.
+    """Run ``actions`` in order: receive what each needs, run it, and send its result.
 
-    A neighbour may be waiting for what an action makes, so that is sent before anything is
-    written down.
+    The result is sent before the drift meter and the recorder note the action, since a neighbour
+    may be waiting for it.
     """
     num_stages, transport, recorder = engine.num_stages, engine.transport, engine.recorder
     for action in actions:

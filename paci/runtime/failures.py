@@ -1,4 +1,4 @@
-"""Who failed first, told to all: one process's failure ends the others with its cause."""
+"""Find out which process failed first, and end the other processes with that cause."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOMEBODY = -1  # whom a process blames when a collective failed
 
 
 def collective_error(error: BaseException) -> WorkerError:
-    """What to raise when a collective failed because of ``error``, unless that says so itself."""
+    """Return the ``WorkerError`` to raise for ``error``, which a collective raised."""
     if isinstance(error, WorkerError):
         return error
     return WorkerError(
@@ -37,7 +37,7 @@ def collective_error(error: BaseException) -> WorkerError:
 
 
 class Complaint(NamedTuple):
-    """What one process says of its end.
+    """The report of a process that fails.
 
     ``suspect`` is the rank that it blames: itself for an error of its own, a neighbour that went
     away or did not answer, or ``SOMEBODY`` if a collective failed.
@@ -49,7 +49,7 @@ class Complaint(NamedTuple):
 
     @property
     def is_own(self) -> bool:
-        """Whether it is an error of the process's own, and so follows from no other."""
+        """Whether the process failed by its own error, and not because another process failed."""
         return self.suspect == self.rank
 
     def __str__(self) -> str:
@@ -58,10 +58,14 @@ class Complaint(NamedTuple):
 
 
 def first_failure(complaints: Sequence[Complaint]) -> Complaint:
-    """The complaint that all others follow from; ``complaints`` in the order of their coming.
+    """Return the complaint about the failure that caused all others.
 
-    An error of a process's own comes first. Next, blame of a process that itself blames nobody:
-    it was killed, or is stuck. What is left are those who waited for somebody who waited.
+    A process's own error comes first. Next comes a complaint about a process that has not
+    complained itself: it was killed, or is stuck. All other complaints are of processes that waited
+    for one of these.
+
+    Args:
+        complaints: at least one, in the order in which they were posted.
     """
     complaining = {complaint.rank for complaint in complaints}
 
@@ -74,14 +78,14 @@ def first_failure(complaints: Sequence[Complaint]) -> Complaint:
 
 
 class FailureBoard:
-    """Where processes that fail say so, for all others to read.
+    """A list of failures in torch.distributed's key-value store, which all processes read.
 
-    A thread looks at it every second: a process whose main thread is stuck elsewhere (a long
-    computation, a collective that will never complete) is ended a few seconds after another one
-    failed. Nothing is written or read in the absence of failure but that one small look.
+    A thread reads it every second. A few seconds after another process has failed, the thread ends
+    this process with exit status 1, even if the main thread is stuck (in a long computation, or in
+    a collective that never completes). If nothing fails, this one small read is the only cost.
 
-    The process that keeps the store may be the one that fails. So it stays for a moment, and the
-    others remember what they read.
+    The process that hosts the store may be the one that fails. So a process that fails stays alive
+    for up to two seconds after its report, and the others remember what they read.
 
     Args:
         rank: this process's global rank.
@@ -100,9 +104,9 @@ class FailureBoard:
         atexit.register(self.close)
 
     def report(self, error: Exception) -> Exception:
-        """Put ``error`` on the board; return what to raise: ``error``, or what it follows from.
+        """Post ``error``; return the error to raise: itself, or one that names the first failure.
 
-        Takes a moment, in which an error that this one follows from can be told.
+        It takes up to two seconds, in which the failure that caused this one can be reported.
         """
         self._stop.set()
         if self._reported:
@@ -123,7 +127,10 @@ class FailureBoard:
         )
 
     def _confer(self, own: Complaint) -> bool:
-        """Post ``own`` and hear the others, for a while; False if the store is gone."""
+        """Post ``own`` and read the complaints of others for up to two seconds.
+
+        Return False if the store is gone.
+        """
         until_s = time.monotonic() + _SETTLE_S
         try:
             self._post(own)
@@ -137,7 +144,7 @@ class FailureBoard:
         return True
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop the thread that reads the board."""
         self._stop.set()
         self._thread.join(timeout=2 * _POLL_S)
         atexit.unregister(self.close)
@@ -154,7 +161,7 @@ class FailureBoard:
         self._store.set(self._failure_key(place), json.dumps(complaint))
 
     def _read(self) -> list[Complaint]:
-        """What is on the board, in order, as far as it is complete."""
+        """Return the complaints on the board, in order, without any that is not yet complete."""
         places = range(1, self._store.add(f"{self._key}/num_failures", 0) + 1)
         keys = [key for place in places if self._store.check([key := self._failure_key(place)])]
         return [Complaint(*json.loads(self._store.get(key).decode())) for key in keys]
@@ -183,8 +190,7 @@ class FailureBoard:
 
 
 class Failures:
-    """What a pipeline does about failures: its own processes hear of them, and the first one is
-    final.
+    """The failure handling of one pipeline: reports failures, and refuses calls after a final one.
 
     Args:
         board: None for a pipeline of one process.
@@ -196,7 +202,7 @@ class Failures:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Tell the other processes of an error inside; raise the first one of all."""
+        """Report an error raised inside to the other processes; raise the first failure of all."""
         try:
             yield
         except Exception as error:
@@ -207,7 +213,7 @@ class Failures:
 
     @contextlib.contextmanager
     def final(self) -> Iterator[None]:
-        """As ``shared``, and for good: nobody knows what is half done."""
+        """Do as ``shared``, and refuse later calls, since the error may leave work half done."""
         with self.shared():
             try:
                 yield
@@ -216,7 +222,7 @@ class Failures:
                 raise
 
     def require_none(self) -> None:
-        """Raise ``WorkerError`` if there was a final one."""
+        """Raise ``WorkerError`` if an error was raised inside ``final`` before."""
         if self._final is not None:
             raise WorkerError(
                 f"a pipeline that failed must not be used again, got a call after "

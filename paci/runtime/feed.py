@@ -1,4 +1,4 @@
-"""What goes into a pipeline and what comes out of it, micro-batch by micro-batch."""
+"""Hold the inputs and targets that go into a pipeline, and the losses that come out."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass
 class Feed:
-    """Micro-batches on their way in, and losses on their way out.
+    """Micro-batches that wait for their forward, and losses that have not been returned yet.
+
+    Micro-batches are counted from the start of this stretch.
 
     Attributes:
-        first_micro_batch: how many micro-batches came before this stretch.
-        inputs: of the first stage, by micro-batch of this stretch, until its forward.
-        targets: of the last stage, likewise.
-        direct: keyword inputs, by stage and micro-batch of this stretch, until its forward.
-        losses: by micro-batch of this stretch: its share of its update's mean loss.
-        metrics: likewise, what the loss told beside it.
-        added: by stage and micro-batch of this stretch, the share of the losses that it added; None
-            if it added none.
+        first_micro_batch: number of micro-batches before this stretch.
+        inputs: inputs of the first stage, by micro-batch, until its forward.
+        targets: targets of the last stage, by micro-batch, until its forward.
+        direct: keyword inputs, by stage and micro-batch, until the forward there.
+        losses: each micro-batch's share of its update's mean loss, a scalar tensor.
+        metrics: each micro-batch's share of its update's mean metrics, by name.
+        added: each micro-batch's share of its update's mean added loss, by stage and micro-batch;
+            None if it added none.
     """
 
     first_micro_batch: int = 0
@@ -49,14 +51,14 @@ class Feed:
         """Take in the micro-batches of one update.
 
         Args:
-            first: the place of the first of them in this stretch.
+            first: position of the first of them in this stretch.
             parts: the micro-batches.
-            stages: of this process; each takes what it needs.
-            loss: counts the tokens of the targets.
+            stages: this process's stages, by index; each takes what it needs.
+            loss: the loss that counts the tokens of the targets.
 
         Raises:
-            ConfigError: an input or a target carries a graph, or is nothing that a stage takes;
-                nothing has been taken in then.
+            ConfigError: an input or a target requires a gradient, or is of a kind that no stage
+                takes; nothing has been taken in then.
         """
         inputs: dict[int, Tensors] = {}
         targets: dict[int, Target] = {}
@@ -77,8 +79,11 @@ class Feed:
         self.direct |= direct
 
     def take_result(self, accumulation: int) -> StepResult:
-        """What is known of the updates whose micro-batches have all gone forward, and is no more
-        known here afterwards."""
+        """Remove and return the losses of the updates whose micro-batches have all gone forward.
+
+        Args:
+            accumulation: micro-batches per update.
+        """
         losses: list[Tensor] = []
         metrics: list[dict[str, Tensor]] = []
         while len(self.losses) >= accumulation:

@@ -1,4 +1,4 @@
-"""Which keyword inputs a pipeline is given: the same on every process, and in every step."""
+"""Check that keyword inputs have the same names on every process and in every step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from paci.runtime.world import World
 
 
 class KeywordInputs:
-    """Watches over the names of keyword inputs.
+    """Checks the names of keyword inputs.
 
-    A stage whose forward has a default would compute with that, and say nothing, if its process
-    were not given what the others are.
+    If a process did not get a keyword input that the others get, its stages would silently use the
+    default values of their forwards.
 
     Args:
         world: the processes of the pipeline.
-        callers: of this process's stages.
+        callers: the callers of this process's stages.
     """
 
     def __init__(self, world: World, callers: Sequence[Caller]) -> None:
@@ -26,10 +26,10 @@ class KeywordInputs:
         self._first: frozenset[str] | None = None  # names in the first step
 
     def refusal_of_step(self, names: Collection[str]) -> ConfigError | None:
-        """What is wrong with ``names`` in a step, the same on every process.
+        """Return the error to raise for a step's ``names``, the same on every process, or None.
 
         Raises:
-            ConfigError: they are not those of the first step; only this process knows.
+            ConfigError: the names are not those of the first step; only this process knows of it.
         """
         if self._first is None:
             refusal = self.refusal(names)
@@ -44,8 +44,11 @@ class KeywordInputs:
         return None
 
     def refusal(self, names: Collection[str]) -> ConfigError | None:
-        """What is wrong with ``names``, the same on every process: they differ between processes,
-        or no stage takes one of them. All processes must call this."""
+        """Return the error to raise for ``names``, the same on every process, or None.
+
+        It is an error if names differ between processes, or if no stage takes one of them. All
+        processes must call this.
+        """
         refusal = self._world.disagreement({"the keyword inputs": sorted(names)})
         if refusal is not None or not names:
             return refusal

@@ -1,4 +1,4 @@
-"""The names that a stage's weights and buffers have in the whole model."""
+"""Map the names of weights and buffers in a stage's module to names in the whole model."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile, o
 def whole_names(
     modules: Mapping[int, nn.Module], naming: Naming | None, world: World
 ) -> dict[int, Names]:
-    """Names of everything that a module's ``state_dict`` holds, for each stage of this process.
+    """Return the whole-model name of each key of ``state_dict``, for each stage of this process.
 
     All processes of the world must call this.
 
     Args:
-        modules: of this process's stages, by index.
-        naming: the whole model, whose own parameters, buffers and modules the stages use; or a
-            function of a stage and a name in its module. By default names are those of the modules,
-            or, if two stages use one name for different things, those of
-            ``nn.Sequential(*stages)``: ``0.weight``.
+        modules: the modules of this process's stages, by index.
+        naming: the whole model, whose parameters, buffers and modules the stages use; or a function
+            of a stage's index and a name in its module. By default names are those in the stages'
+            modules, or, if two stages use one name for different things, those in
+            ``nn.Sequential(*stages)``, such as ``0.weight``.
         world: the processes of the pipeline.
 
     Raises:
-        ConfigError: two things would have one name, or something is not in the whole model.
+        ConfigError: two things would have the same name, or a stage holds something that is not in
+            the whole model.
     """
     with world.refusing_together():
         names = {index: _named(index, module, naming) for index, module in modules.items()}
@@ -51,7 +52,7 @@ def whole_names(
 
 
 def _own(modules: Mapping[int, nn.Module], names: Mapping[int, Names]) -> list[str]:
-    """The names that this process uses, each once for a tensor that several of its stages share."""
+    """Return the names that this process uses; a tensor that its stages share counts once."""
     seen: set[tuple[int, str]] = set()
     for index, module in modules.items():
         things = _things(module)
@@ -60,7 +61,7 @@ def _own(modules: Mapping[int, nn.Module], names: Mapping[int, Names]) -> list[s
 
 
 def _things(module: nn.Module) -> dict[str, int]:
-    """The identity of each parameter, buffer and module by name."""
+    """Return the ``id`` of each parameter, buffer and module of ``module``, by name."""
     kinds = (
         module.named_parameters(remove_duplicate=False),
         module.named_buffers(remove_duplicate=False),
@@ -79,7 +80,10 @@ def _named(index: int, module: nn.Module, naming: Naming | None) -> Names:
 
 
 def _found(index: int, keys: list[str], own: Mapping[str, int], model: nn.Module) -> Names:
-    """The names of ``keys`` by what they name, or by the module that it belongs to."""
+    """Return the names that the objects called ``keys`` in a stage have in ``model``.
+
+    A key that is no parameter or buffer of ``model`` is named after the module that it belongs to.
+    """
     there: dict[int, str] = {}
     for name, thing in _things(model).items():
         there.setdefault(thing, _unwrapped(name))

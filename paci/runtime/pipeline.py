@@ -1,4 +1,4 @@
-"""The user's side: a pipeline that a training loop steps through."""
+"""The pipeline that a user's training loop steps through."""
 
 from __future__ import annotations
 
@@ -46,55 +46,55 @@ from paci.trace import Trace
 
 # A tenth of a run of `paci train` with its defaults.
 DEFAULT_FLUSH_FIRST = 40
-_EVALUATED_AT_ONCE = 16  # batches between two questions whether all processes have as many
+_EVALUATED_AT_ONCE = 16  # batches between two checks that all processes have as many
 
 
 class Pipeline:
     """Runs a schedule over the stages of a model, in one process or in many; ``with`` closes it.
 
-    A process that hands over all stages runs them all by itself (the *virtual* way: any machine,
-    any device, the same bits). Otherwise each process of ``group`` hands over the stages that
-    the schedule's placement gives it, and all call the same methods in the same order.
+    A process that passes all stages runs them all by itself (*virtual*: on any machine, with the
+    same bits). Otherwise each process of ``group`` passes the stages that the schedule's
+    placement gives it, see ``hosted_stages``, and all call the same methods in the same order.
 
     Args:
         stage: this process's stage, or a list of its stages in ascending order; any modules, each
             called with the tensors that the one before returned. Parameters must be on the device
             that the stage is to run on.
-        schedule: what runs when; the same on every process.
-        optimizer: over the stage's parameters, or a list, one for each stage (None for a stage
-            that has nothing to train); or a function that makes one from a list of parameters, as
-            ``functools.partial(torch.optim.AdamW, lr=3e-3)``.
-        loss_fn: ``loss_fn(output, target)``, on the last stage. Either a ``paci.Loss`` (a sum over
-            tokens and a count of them, for the exact mean over an update's tokens whatever the
-            micro-batches hold) or any criterion that returns a mean over its micro-batch, in which
-            case all micro-batches weigh the same. It may return a pair ``(loss, metrics)`` with a
-            dict of scalars, which are summed or averaged likewise.
+        schedule: the order of the work; the same on every process.
+        optimizer: the optimizer of the stage's parameters, or a list with one for each stage (None
+            for a stage that has nothing to train); or a function that makes one from a list of
+            parameters, such as ``functools.partial(torch.optim.AdamW, lr=3e-3)``.
+        loss_fn: called as ``loss_fn(output, target)`` on the last stage. Either a ``paci.Loss`` (a
+            sum over tokens and a count of them, for the exact mean over an update's tokens whatever
+            the micro-batches hold) or any criterion that returns a mean over its micro-batch, in
+            which case all micro-batches weigh the same. It may return a pair ``(loss, metrics)``
+            with a dict of scalars, which are summed or averaged likewise.
         lr_scheduler: stepped after each update of its stage; one, a list, or a function that makes
             one from an optimizer.
         weights: the weight policy: its name, with options as ``lookahead:reach=2``, or an object
-            as ``paci.Lookahead(reach=2)``. By default ``lookahead``, under a schedule that never
-            empties. The method as published is ``"current"``.
-        flush_first: how many updates, at the start of training, each empty the pipeline (delay
-            costs most among them); by default ``DEFAULT_FLUSH_FIRST``, 0 if ``weights`` is given.
-        max_grad_norm: clip each update's gradient to this norm, that of the stage alone.
+            as ``paci.Lookahead(reach=2)``. By default ``lookahead``, unless the schedule flushes
+            or has its own. The method as published is ``"current"``.
+        flush_first: number of updates at the start of training that each empty the pipeline (delay
+            costs most there); by default ``DEFAULT_FLUSH_FIRST``, or 0 if ``weights`` is given.
+        max_grad_norm: clip each update's gradient to this norm, taken over one stage alone.
         precision: ``"fp32"``, or ``"bf16"`` for one bf16 working copy of each weight beside fp32
             masters, gradients and optimizer state; buffers stay as they are. Do not use autocast
             in a stage: it keeps a copy of each weight for every micro-batch in flight.
-        group: processes of this pipeline; by default all, if torch.distributed is initialized.
-            Where several pipelines stand side by side, all ranks build theirs at the same time.
-        seed: of random numbers in forwards (dropout): each micro-batch has its own at each stage.
+        group: the pipeline's processes; by default all ranks, or this one if it passes all stages.
+            If several pipelines run side by side, all ranks build theirs at the same time.
+        seed: seed of random numbers in forwards (dropout), mixed with stage and micro-batch.
         timeout_s: longest wait for another process, in seconds; on NCCL a pause between steps
             counts too, since receives are posted ahead.
-        trace_capacity: newest events that ``trace`` can show, per process.
-        share_memory: let processes of one host hand over CPU tensors in shared memory, where the
+        trace_capacity: number of newest events that ``trace`` can show, per process.
+        share_memory: let processes of one host pass CPU tensors in shared memory, where the
             system can, instead of through torch.distributed: faster, with the same bits.
         on_update: called with the stage and its version in each update; see ``Stage.on_update``.
-        names: how weights are called in saved states: the whole model that the stages were cut
+        names: the names of weights in saved states: the whole model that the stages were cut
             from, or a function of a stage's index and a name in its module. By default as in the
             stages' modules, or as in ``nn.Sequential(*stages)`` if two of them use one name.
 
     Raises:
-        ConfigError: stages, optimizers, processes or their configurations do not fit.
+        ConfigError: stages, optimizers, processes or configurations do not fit together.
 
     Source: arXiv 2606.07881 for the default schedule; the interface is ours.
     """
@@ -167,7 +167,7 @@ class Pipeline:
         self._status_board = StatusBoard(self._world.ranks, self._world.position)
         self._num_done = 0  # micro-batches of all stretches that have been drained
         self._num_fed = 0  # micro-batches of the one that is running
-        self._kept = StepResult()  # known, and not yet given back
+        self._kept = StepResult()  # results that are known, and not returned yet
         self._keywords = KeywordInputs(self._world, [s.call for s in self.stages.values()])
         self._start_stretch()
 
@@ -178,24 +178,24 @@ class Pipeline:
 
     @property
     def holds_last(self) -> bool:
-        """Whether this process holds the last stage: needs targets, and knows the losses."""
+        """Whether this process holds the last stage, and so needs targets and knows the losses."""
         return self.schedule.num_stages - 1 in self.stages
 
     @property
     def busy_s(self) -> float:
-        """Seconds that this process's actions took so far; on CUDA known once drained."""
+        """Seconds spent in this process's actions so far; on CUDA up to the last drain."""
         return self._engine.recorder.busy_s
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches fed since the start of training."""
+        """The number of micro-batches fed since the start of training."""
         return self._num_done + self._num_fed
 
     def step(self, batch: Any = None, targets: Any = None, /, **direct: Any) -> StepResult:
         """Feed the micro-batches of one update and run until the schedule asks for more.
 
         Does not empty the pipeline (unless the schedule flushes, or for ``flush_first``): what it
-        could not finish, later steps or ``drain`` will.
+        cannot finish, later steps or ``drain`` will. Returns the losses that became known.
 
         Args:
             batch: ``(inputs, targets)`` or a list of micro-batches, see ``split_batch``; or the
@@ -203,14 +203,13 @@ class Pipeline:
                 inputs, that with the last targets; others may pass None. It must stay unchanged
                 until its backwards have run, perhaps in later steps: pass fresh tensors.
             targets: see ``batch``.
-            direct: inputs for every stage whose forward has a parameter of that name, which cross
-                no boundary (an attention mask); cut likewise. All processes, in all steps, pass the
-                same names.
+            direct: keyword inputs (an attention mask), cut likewise, for every stage whose forward
+                has a parameter of that name. All processes pass the same names in all steps.
 
         Raises:
-            ConfigError: the batch is missing, cannot be cut, or one of before was written to.
+            ConfigError: the batch is missing or cannot be cut, or an earlier one was written to.
             WorkerError: another process failed, or a wait took longer than ``timeout_s``.
-            DriftError: the run departs from its program.
+            DriftError: a stage met other weight versions than its program predicts.
         """
         self._failures.require_none()
         with self._failures.shared():
@@ -228,10 +227,10 @@ class Pipeline:
         return self._result()
 
     def drain(self) -> StepResult:
-        """Run everything fed to its end; afterwards no micro-batch is in flight anywhere.
+        """Finish all micro-batches that were fed; afterwards none is in flight anywhere.
 
-        Needed before evaluation, a checkpoint, or the end of training. The next ``step`` fills
-        the pipeline anew, which costs what one flush costs: about ``N - 1`` slots.
+        Needed before a checkpoint and at the end of training. The next ``step`` fills the pipeline
+        anew, which costs what one flush costs: about ``num_stages - 1`` slots.
         """
         self._failures.require_none()
         if not self._num_fed:
@@ -247,7 +246,7 @@ class Pipeline:
         return result
 
     def evaluate(self, batches: Iterable[Any]) -> float:
-        """The mean loss over the tokens of ``batches``, the same number on every process.
+        """Return the mean loss over the tokens of ``batches``, the same number on every process.
 
         Drains the pipeline first. Modules run in evaluation mode, with the working weights. Batches
         are read as they are needed, a few at a time.
@@ -256,7 +255,8 @@ class Pipeline:
             batches: pairs (inputs, targets) of any sizes; every process passes equally many.
 
         Returns:
-            nan if there is no token.
+            The mean over tokens, or over batches if ``loss_fn`` returns a mean; nan if there are
+                none.
 
         Raises:
             ConfigError: a batch is no pair, or processes pass different numbers of them.
@@ -280,7 +280,7 @@ class Pipeline:
         return loss / count if count else float("nan")
 
     def trace(self) -> Trace:
-        """When each action of the newest stretch ran, on all processes. Drains the pipeline."""
+        """Drain; return when each action of the newest stretch ran, on all processes."""
         self._drain_between_steps()
         recorder = self._engine.recorder
         with self._failures.final():
@@ -288,9 +288,9 @@ class Pipeline:
         return recorder.trace(self.gather((shift_s, recorder.events())))
 
     def utilization(self) -> float:
-        """Busy time over workers times span, since the start, on all processes. Drains.
+        """Drain; return busy time divided by workers times span, over all processes so far.
 
-        In one process that plays all workers, what separate devices would have had.
+        If one process runs all workers, it is what separate devices would have reached.
         """
         self._drain_between_steps()
         recorder = self._engine.recorder
@@ -298,7 +298,7 @@ class Pipeline:
         return recorder.utilization(pairs)
 
     def drift(self) -> dict[int, DriftReport]:
-        """What every stage of the pipeline met so far, from all processes. Drains."""
+        """Drain; return the drift and delay of every stage so far, by stage, from all processes."""
         self._drain_between_steps()
         own = {i: copy.deepcopy(meter.report) for i, meter in self._engine.meters.items()}
         reports: dict[int, DriftReport] = {}
@@ -307,20 +307,20 @@ class Pipeline:
         return dict(sorted(reports.items()))
 
     def live(self) -> Status:
-        """Utilization and largest drift so far, from the newest word of each process.
+        """Return utilization and largest drift so far, from the newest report of each process.
 
-        Neither drains nor waits for anybody, so it may lag behind; for lines of progress.
+        Neither drains nor waits for other processes, so it may lag behind; for progress lines.
         """
         drifts = [max(m.report.drift, default=0) for m in self._engine.meters.values()]
         own = Status(self._engine.recorder.share_busy, max(drifts))
         return combine([own, *self._status_board.exchange(own)])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of this process's stages under the names of the whole model; drain first.
+        """Return the state of this process's stages under whole-model names; drain first.
 
         With ``load_state_dict`` it makes a pipeline a ``Stateful`` of torch.distributed.checkpoint:
         ``dcp.save({"pipeline": pipeline}, checkpoint_id=folder)`` on all processes, and
-        ``dcp.load`` likewise. Layout: ``paci.runtime.whole_state``. Tensors are the pipeline's own.
+        ``dcp.load`` likewise. Layout: ``paci.runtime.whole_state``. Tensors are not copied.
 
         Raises:
             ConfigError: micro-batches are in flight.
@@ -329,8 +329,7 @@ class Pipeline:
         return whole_state(self.stages, self._names, self._num_done)
 
     def model_state_dict(self) -> dict[str, Tensor]:
-        """The weights and buffers of this process's stages under the names of the whole model;
-        drain first, as for ``state_dict``."""
+        """Return this process's weights and buffers by whole-model name; drain first."""
         self._require_drained("model_state_dict")
         return {
             self._names[index][name]: value
@@ -339,14 +338,14 @@ class Pipeline:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave, for the stages that this process holds.
+        """Load what ``state_dict`` returned into the stages that this process holds.
 
         All processes call it, each with the state of its own stages.
 
         Raises:
             ConfigError: micro-batches are in flight, or the state of any process is of other
-                stages, of another accumulation, of another weight policy or of another moment than
-                those of the rest; nothing has been taken over then, by any process.
+                stages, another accumulation, another weight policy or another moment than the
+                others'; no process has loaded anything then.
         """
         self._require_drained("load_state_dict")
         with self._world.refusing_together():
@@ -362,8 +361,7 @@ class Pipeline:
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Tell the other processes of a failure inside; raise the first one of all. The pipeline's
-        own methods do; a training loop may put the rest of its work inside too."""
+        """Report an error raised inside to all processes, as ``step`` does; raise the first one."""
         with self._failures.shared():
             yield
 
@@ -385,7 +383,7 @@ class Pipeline:
         self.close()
 
     def _start_stretch(self) -> None:
-        """Begin with an empty pipeline; programs count micro-batches from 0 again."""
+        """Start a stretch: the pipeline is empty, and micro-batches are counted from 0 again."""
         self._feed = Feed(self._num_done)
         workers = self._world.workers
         self._sequencer: Cursor | Sequencer = (
@@ -398,8 +396,8 @@ class Pipeline:
     def _run(self) -> None:
         """Run all of this process's actions that can run now.
 
-        A process with one worker follows that worker's program. One with several needs an order
-        between them that cannot block: the one order of all workers, its own actions picked out.
+        A process with one worker follows that worker's program. One with several picks its own
+        actions from one legal order of all workers' actions, which cannot block.
         """
         own = (action for action in self._sequencer.actions() if action.stage in self.stages)
         with torch.enable_grad(), self._entered():  # wherever the user's loop calls from
@@ -407,7 +405,7 @@ class Pipeline:
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
-        """Parameters may hold working weights inside; afterwards they hold the masters."""
+        """Let parameters hold working weights inside, and the masters again afterwards."""
         try:
             yield
         finally:
@@ -428,17 +426,17 @@ class Pipeline:
         self._feed.put(self._num_fed, parts, self.stages, self._loss)
 
     def _result(self) -> StepResult:
-        """Return what became known, after what was kept back."""
+        """Return all results that have not been returned yet."""
         kept, self._kept = self._kept, StepResult()
         return kept.followed_by(self._feed.take_result(self.schedule.accumulation))
 
     def gather(self, own: Any) -> list[Any]:
-        """``own`` of every process, in their order, on every process; any picklable value."""
+        """Return ``own``, any picklable value, of every process in order, on every process."""
         with self._failures.final():
             return self._world.gather(own)
 
     def _drain_between_steps(self) -> None:
-        """Drain; the losses that it makes known are kept for the next result."""
+        """Drain; keep the losses that become known for the next result."""
         self._kept = self.drain()
 
     def _require_drained(self, what: str) -> None:

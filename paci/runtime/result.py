@@ -10,15 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became known since the last step.
+    """The losses and metrics that became known since the last step.
 
     Attributes:
-        losses: the mean loss over the tokens of each update whose forwards have all ended since,
-            in order; 0-d tensors on the last stage's device, read without waiting for it. Empty on
-            processes without the last stage.
-        all_metrics: what the loss function told beside each of them.
-        added_losses: by stage of this process, the mean over the micro-batches of each such update
-            of what ``paci.add_loss`` was called with there; without the stages that added none.
+        losses: mean loss over the tokens of each update whose forwards have all ended since the
+            last step, in order; 0-d tensors on the last stage's device, which may still be
+            computing them. Empty on processes without the last stage.
+        all_metrics: the metrics that the loss function returned with each of these losses, by name.
+        added_losses: by stage of this process, for each such update, the mean over its
+            micro-batches of the losses that ``paci.add_loss`` was called with; stages that added
+            none are left out.
     """
 
     losses: tuple[Tensor, ...] = ()
@@ -27,7 +28,7 @@ class StepResult:
 
     @property
     def loss(self) -> Tensor | None:
-        """The newest of ``losses``, or None."""
+        """The newest of ``losses``, or None if there are none."""
         return self.losses[-1] if self.losses else None
 
     @property
@@ -36,7 +37,7 @@ class StepResult:
         return self.all_metrics[-1] if self.all_metrics else {}
 
     def followed_by(self, later: StepResult) -> StepResult:
-        """This result and a later one as one."""
+        """Return one result that joins this one and a later one."""
         added = {
             stage: (*self.added_losses.get(stage, ()), *later.added_losses.get(stage, ()))
             for stage in sorted({*self.added_losses, *later.added_losses})

@@ -1,15 +1,17 @@
-"""The state of a pipeline under the names of the whole model, as torch.distributed.checkpoint wants
-it: tensors to be filled in place, everything else of a form that does not change.
+"""Convert the state of a pipeline to and from the names of the whole model.
+
+torch.distributed.checkpoint can save and load the result: it fills tensors in place, and all else
+keeps its form.
 
 ::
 
     model               weights and buffers         {name: tensor}
-    optimizer           of each trained weight      {name: {key: value}}
-    policy              what its policy keeps       {name: tensor}
+    optimizer           state of each weight        {name: {key: value}}
+    policy              the weight policies' own    {name: tensor}
     stages              the rest, by stage          {"0": {version, param_groups, ...}}
-    num_micro_batches   since the start of training
+    num_micro_batches   fed since the start of training
 
-Names of the whole model are on one process each, so all processes' states together are one.
+Each name is on one process only, so the states of all processes together are one state.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ from paci.runtime.weights.stage_weights import is_sharded, local
 def whole_state(
     stages: Mapping[int, Stage], names: Mapping[int, Names], num_micro_batches: int
 ) -> dict[str, Any]:
-    """Return the state of ``stages``, which are drained.
+    """Return the state of ``stages``, which must have nothing in flight.
 
-    An optimizer makes its state when it first steps. Where it has none yet, state of the same form
-    stands in for it, since a checkpoint is loaded into what is there; ``blank`` lists where.
+    An optimizer makes its state in its first step. Where it has none yet, placeholder state of the
+    same form is returned, since a checkpoint is loaded into tensors that exist; ``blank`` lists the
+    names of those weights.
     """
     whole: dict[str, Any] = {"model": {}, "optimizer": {}, "policy": {}, "stages": {}}
     for index, stage in stages.items():
@@ -61,16 +64,16 @@ def whole_state(
 def state_by_stage(
     state: Mapping[str, Any], stages: Mapping[int, Stage], names: Mapping[int, Names]
 ) -> dict[int, dict[str, Any]]:
-    """Return for each of ``stages`` what ``Stage.load_state_dict`` takes.
+    """Return the state of each of ``stages``, as ``Stage.load_state_dict`` takes it.
 
     Args:
-        state: from ``whole_state``; or ``{"stages": {index: state of Stage.state_dict}}``, as
-            versions before 0.1 gave it and as a run's own checkpoints hold it.
-        stages: of this process.
-        names: of what they hold, in the whole model.
+        state: a state from ``whole_state``; or ``{"stages": {index: state of Stage.state_dict}}``,
+            the form of versions before 0.1 and of a run's own checkpoints.
+        stages: the stages of this process, by index.
+        names: whole-model names of what each stage holds, by stage.
 
     Raises:
-        ConfigError: a stage, or something that it holds, is not in ``state``.
+        ConfigError: ``state`` lacks a stage, or something that a stage holds.
     """
     by_index = {int(index): value for index, value in state["stages"].items()}
     missing = sorted(stages.keys() - by_index.keys())
@@ -137,7 +140,10 @@ def _groups(groups: list[dict[str, Any]], names: Mapping[str, str]) -> list[dict
 
 
 def _sharded(value: Tensor, stage: Stage, name: str) -> Tensor:
-    """Return a shard that a policy keeps as the DTensor that it is a part of."""
+    """Return ``value``, which a policy keeps, as a DTensor if its master is one.
+
+    Such a value is this process's shard, laid out as the master's.
+    """
     master: Any = stage.weights.masters[name]
     if not is_sharded(master) or is_sharded(value):
         return value
@@ -149,8 +155,11 @@ def _sharded(value: Tensor, stage: Stage, name: str) -> Tensor:
 
 
 def _packed(value: Any) -> bytes | None:
-    """One value without keys, since a scheduler's keys may be numbers, which a checkpoint takes for
-    places in a list."""
+    """Return ``value`` serialized as bytes, or None for None.
+
+    A scheduler's state may have numbers as keys, which torch.distributed.checkpoint would take for
+    list indices.
+    """
     if value is None:
         return None
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The processes that share a pipeline: who holds which stages, and how they are connected."""
+"""The processes that share a pipeline: which of them holds which stages, and their channels."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ from paci.schedule.base import Schedule
 
 
 def hosted_workers(num_workers: int, position: int, num_processes: int) -> range:
-    """The schedule's workers that process ``position`` of ``num_processes`` runs: contiguous,
-    as even as can be, one each where the numbers are equal."""
+    """Return the schedule's workers that process ``position`` of ``num_processes`` runs.
+
+    They are contiguous and spread as evenly as possible: one per process if the numbers are equal.
+    """
     return range(
         -(-position * num_workers // num_processes),
         -(-(position + 1) * num_workers // num_processes),
@@ -38,14 +40,27 @@ def hosted_workers(num_workers: int, position: int, num_processes: int) -> range
 
 
 def hosted_stages(schedule: Schedule, position: int, num_processes: int) -> tuple[int, ...]:
-    """The stages that process ``position`` of ``num_processes`` hands over, ascending."""
+    """Return the stages that process ``position`` of ``num_processes`` holds, ascending.
+
+    These are the stages that the process passes to ``Pipeline``.
+    """
     workers = hosted_workers(schedule.num_workers, position, num_processes)
     return tuple(sorted(stage for worker in workers for stage in schedule.placement[worker]))
 
 
 def require_agreement(what: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Raise ``ConfigError`` on every rank of ``group`` (by default all) unless all have the same
-    values for the same keys."""
+    """Raise ``ConfigError`` on every rank of ``group`` unless all pass equal values.
+
+    All ranks of the group must call this.
+
+    Args:
+        what: picklable values by name; the name is used in the error.
+        group: by default all ranks.
+
+    Raises:
+        ConfigError: two ranks passed different values.
+        WorkerError: a rank is gone, or did not answer in time.
+    """
     if (refusal := _disagreement(what, group)) is not None:
         raise refusal
 
@@ -74,13 +89,16 @@ class World:
     """The processes of one pipeline; one process alone if there is no group.
 
     Args:
-        schedule: whose workers the processes run.
+        schedule: the schedule whose workers the processes run.
         group: the pipeline's process group, or None for one process.
-        timeout_s: longest wait for another process.
+        timeout_s: longest wait for another process, in seconds.
 
     Attributes:
-        position: this process's place in the pipeline, from 0.
-        ranks: global rank of each place.
+        position: this process's index in the pipeline, from 0.
+        ranks: the global rank of each process, by position.
+
+    Raises:
+        ConfigError: the group lacks this process, or has more processes than there are workers.
     """
 
     def __init__(
@@ -106,10 +124,10 @@ class World:
             )
 
     def _own_group(self) -> dist.ProcessGroup:
-        """A group of the same processes for what they tell each other beside messages: on the CPU,
-        whatever computes, and with waits that end after the pipeline's time-out, not the job's.
+        """Make a gloo group of the pipeline's processes for all that is not a message of a channel.
 
-        Made by every rank there is, in one order, as the channels' groups are.
+        Its waits end after the pipeline's time-out, not the job's. Every rank of the job takes
+        part, in the same order, whatever pipeline it belongs to.
         """
         own: dist.ProcessGroup | None = None
         timeout = timedelta(seconds=self._timeout_s)
@@ -123,7 +141,7 @@ class World:
 
     @property
     def size(self) -> int:
-        """Number of processes."""
+        """The number of processes."""
         return len(self.ranks)
 
     @property
@@ -137,7 +155,7 @@ class World:
         return hosted_stages(self._schedule, self.position, self.size)
 
     def position_of(self, stage: int) -> int:
-        """The place of the process that holds ``stage``."""
+        """Return the position of the process that holds ``stage``."""
         worker = self._schedule.worker_of(stage)
         for position in range(self.size):
             if worker in hosted_workers(self._schedule.num_workers, position, self.size):
@@ -145,21 +163,24 @@ class World:
         raise AssertionError(stage)
 
     def agree(self, what: Mapping[str, Any]) -> None:
-        """Raise ``ConfigError`` on every process unless all have the same ``what``."""
+        """Raise ``ConfigError`` on every process unless all pass the same ``what``."""
         if (refusal := self.disagreement(what)) is not None:
             raise refusal
 
     def disagreement(self, what: Mapping[str, Any]) -> ConfigError | None:
-        """What ``agree`` would raise: all processes get the same, so none need be told of it."""
+        """Return the error that ``agree`` would raise, the same on every process, or None."""
         return None if self.group is None else _disagreement(what, self._control)
 
     def gather(self, own: Any) -> list[Any]:
-        """``own`` of every process, in their order, on every process."""
+        """Return ``own`` of every process, ordered by position, on every process."""
         return [own] if self.group is None else _gather(own, self._control)
 
     def clock_shift_s(self) -> float:
-        """What to add to this process's clock to read the first one's: nothing on its host, on
-        another what a barrier tells. All processes of the world must call it."""
+        """Return the seconds to add to this process's clock to get the first process's clock.
+
+        It is 0 on the first process's host; on others it is estimated right after a barrier. All
+        processes of the world must call this.
+        """
         self.gather(None)
         moments = self.gather((socket.gethostname(), time.perf_counter()))
         (first_host, first_s), (own_host, own_s) = moments[0], moments[self.position]
@@ -167,9 +188,9 @@ class World:
 
     @contextlib.contextmanager
     def refusing_together(self) -> Iterator[None]:
-        """If any process raises ``ConfigError`` inside, all do: none is left to wait for it.
+        """Raise ``ConfigError`` on all processes if any of them raises one inside.
 
-        All processes of the world must enter.
+        So no process is left waiting for one that refused. All processes of the world must enter.
         """
         refused: ConfigError | None = None
         try:
@@ -184,11 +205,11 @@ class World:
             raise refused
 
     def connect(self, devices: Mapping[int, torch.device], share_memory: bool) -> Transport:
-        """Open the channels of this process. All processes of the world must do so.
+        """Open the channels of this process. All processes of the world must call this.
 
         Args:
-            devices: of the stages that this process holds.
-            share_memory: let processes of one host hand over CPU tensors in shared memory.
+            devices: the device of each stage that this process holds, by index.
+            share_memory: whether processes of one host may pass CPU tensors in shared memory.
         """
         senders: dict[Edge, Sender] = {}
         receivers: dict[Edge, Receiver] = {}
@@ -222,11 +243,11 @@ class World:
         return Transport(senders, receivers)
 
     def _meet(self, can: bool, devices: Mapping[int, torch.device]) -> dict[Edge, socket.socket]:
-        """Connections to those neighbours that this process can share memory with, by channel.
+        """Connect to the neighbours that this process can share memory with; return the sockets.
 
-        Tried, not guessed: the sending end waits at a name in the file system, and the other
-        comes there or does not. An end for which the system has no name, or no connection, has
-        none here; the channel is shared where both have one.
+        This is tried, not guessed: the sending end listens on a socket in the file system, and the
+        other end connects to it if it can. A channel whose socket cannot be made or reached is left
+        out; it is shared only if both its ends have a connection.
         """
         crossing = [
             edge for edge in self._edges() if (edge.sender in devices) != (edge.stage in devices)
@@ -257,19 +278,19 @@ class World:
         return connections
 
     def _ends(self, stage: int) -> Ends:
-        """This process and the one that holds ``stage``."""
+        """Return the ranks of this process and of the holder of ``stage``, and the time-out."""
         peer = self.ranks[self.position_of(stage)]
         return Ends(self.ranks[self.position], peer, self._timeout_s)
 
     def _edges(self) -> list[Message]:
-        """Every channel of the pipeline, in an order that all processes share."""
+        """Return the first message of every channel, in the same order on all processes."""
         last = self._schedule.num_stages - 1
         down = [Message(Payload.ACTIVATION, stage, 0) for stage in range(1, last + 1)]
         up = [Message(Payload.GRADIENT, stage, 0) for stage in range(last)]
         return down + up
 
     def close(self) -> None:
-        """Close the channels; all processes of the world must be done with them."""
+        """Destroy the process groups; all processes of the world must be done with them."""
         groups = [*self._groups.values(), *filter(None, [self._control])]
         for group in groups:
             dist.destroy_process_group(group)
@@ -280,13 +301,12 @@ class World:
     def _channel_groups(
         self, on_cuda: bool, shared: Collection[Edge]
     ) -> dict[Edge, dist.ProcessGroup]:
-        """A group of two for each channel between processes that do not share memory.
+        """Make a group of two for each channel between processes that do not share memory.
 
-        Making a group takes part of every rank there is, in one order: so the ranks of other
-        pipelines beside this one (data parallelism) make ours along with theirs, whatever their
-        schedules are.
+        Every rank of the job takes part in making a group, in the same order. So ranks of other
+        pipelines beside this one (data parallelism) take part too, whatever their schedules are.
 
-        On CUDA the group itself keeps the time-out (see ``Link.wait``).
+        On CUDA the group itself enforces the time-out (see ``Link.wait``).
         """
         if self.group is None:
             return {}
@@ -310,10 +330,10 @@ class World:
 
 
 def _gather(own: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """``own`` of every process of ``group``, in their order.
+    """Return ``own`` of every process of ``group``, ordered by rank in the group.
 
     Raises:
-        WorkerError: one of them is gone, or did not come.
+        WorkerError: a process is gone, or did not answer in time.
     """
     everyone: list[Any] = [None] * dist.get_world_size(group)
     try:

@@ -1,1 +1,1 @@
-"""What is measured: drift, times, memory, progress, links. Changes nothing that is computed."""
+"""Measure drift, times, memory, progress and links without changing what is computed."""

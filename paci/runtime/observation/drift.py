@@ -1,4 +1,4 @@
-"""The drift meter: what a stage met, against what its program says it must meet."""
+"""Compare the weight versions that a stage met with those that its program predicts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ Sees = Callable[[MicroBatchVersions], MicroBatchVersions]
 
 @dataclass
 class DriftReport:
-    """What one stage met so far.
+    """The drift and delay of one stage's micro-batches so far.
 
     Attributes:
-        drift: how many micro-batches met how many updates between forward and backward.
-        delay: how many gradients were applied how many updates after their forward.
+        drift: number of micro-batches for each number of updates between forward and backward.
+        delay: number of micro-batches for each number of updates between the forward and the update
+            that applied the gradient.
         peak_in_flight: most micro-batches between forward and backward at any time.
     """
 
@@ -30,7 +31,7 @@ class DriftReport:
     peak_in_flight: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Histograms as objects with text keys, ascending."""
+        """Return the report as a JSON object; histograms have text keys, in ascending order."""
         return {
             "drift": {str(k): self.drift[k] for k in sorted(self.drift)},
             "delay": {str(k): self.delay[k] for k in sorted(self.delay)},
@@ -39,16 +40,16 @@ class DriftReport:
 
 
 class DriftMeter:
-    """Reads one stage's version at every action and holds it against the program.
+    """Checks one stage's version at every action against its program.
 
-    The measured side is the stage's own counter of updates; the predicted side walks the
-    program by itself. They meet at every update.
+    The measured version is the stage's own count of updates; the predicted one comes from walking
+    the program independently. The two are compared at every update.
 
     Args:
-        schedule: whose program runs.
-        stage: which of its stages.
-        sees: of the weight policy: what a micro-batch works with where the stage had such versions;
-            this is what the report tells.
+        schedule: the schedule that runs.
+        stage: index of the stage.
+        sees: ``WeightPolicy.sees`` of the stage's policy, which maps the versions that the stage
+            had to those that a micro-batch worked with; the report counts the latter.
     """
 
     def __init__(self, schedule: Schedule, stage: int, sees: Sees) -> None:
@@ -61,7 +62,7 @@ class DriftMeter:
         self.start(0)
 
     def start(self, version: int) -> None:
-        """Begin a stretch from an empty pipeline at the stage's ``version``."""
+        """Begin a stretch: the pipeline is empty, and the stage is at ``version``."""
         self._base = version
         self._predicted = stage_versions(self._schedule, self._stage)
         self._forward: dict[int, int] = {}
@@ -69,10 +70,10 @@ class DriftMeter:
         self._waiting: list[tuple[int, int, int]] = []
 
     def note(self, action: Action, version: int) -> None:
-        """Take an action that was done, and the stage's ``version`` when it began.
+        """Record an action that was run, and the stage's ``version`` when it began.
 
         Raises:
-            DriftError: a micro-batch met another version than the program says, more updates
+            DriftError: a micro-batch met another version than its program predicts or more updates
                 than the bound allows, or too many are in flight.
         """
         kind, _, j = action

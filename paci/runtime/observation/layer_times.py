@@ -1,9 +1,9 @@
 """Measure what each layer of a model costs on a device, one layer at a time.
 
-Only one layer is in memory at once, so a model that fits no device can be profiled on one. What is
-measured is what the planner adds up: seconds of forward, backward, backward to the input alone,
-update and a trial of one; bytes of weights, gradients, optimizer state, and of what a forward keeps
-for its backward.
+Only one layer is in memory at once, so a model that fits no device can be profiled on one. The
+planner needs the seconds of a forward, a backward, a backward to the input alone, an update and a
+trial step, and the bytes of weights, gradients, optimizer state and activations kept for the
+backward.
 """
 
 from __future__ import annotations
@@ -50,16 +50,17 @@ def profile_layers(
     Args:
         layers: functions that each make one layer, on the device to be measured. An
             ``nn.Sequential`` is ``[lambda layer=layer: layer for layer in sequential]``.
-        inputs: of the first layer, one micro-batch.
-        micro_batch_size: how many sequences (or samples) that is.
-        make_optimizer: for one layer, over those of its parameters that are trained.
-        loss_fn: from the last layer's output to a scalar; counts as a part of that layer.
-        names: of the layers.
-        kinds: layers of one kind are alike, so only the first of each is measured.
-        num_repeats: medians are taken over as many runs.
+        inputs: one micro-batch of inputs for the first layer, on that device.
+        micro_batch_size: number of sequences (or samples) in ``inputs``.
+        make_optimizer: makes the optimizer of one layer, over its trainable parameters.
+        loss_fn: maps the last layer's output to a scalar; its cost counts as that layer's.
+        names: the name of each layer; by default ``layer 0``, ``layer 1`` and so on.
+        kinds: the kind of each layer; only the first layer of each kind is measured, the others are
+            taken to be like it. By default each layer is a kind of its own.
+        num_repeats: number of timed runs, of which the median is taken.
 
     Raises:
-        ConfigError: no layer, or a layer that does not take what the one before made.
+        ConfigError: there is no layer, or a layer cannot take the outputs of the one before it.
     """
     require_count("num_repeats", num_repeats)
     require_count("micro_batch_size", micro_batch_size)
@@ -105,7 +106,7 @@ class _Bench:
     def measure(
         self, make_optimizer: MakeOptimizer, num_repeats: int
     ) -> tuple[LayerProfile, Tensors]:
-        """Measure the layer's costs; return them and what the layer hands on."""
+        """Measure the layer's costs; return them and the layer's outputs."""
         kept_bytes, outputs = self._kept()
         handed_on = tuple(each.detach() for each in outputs)
         parts = "forward", "backward", "input", "trial", "update"
@@ -152,7 +153,10 @@ class _Bench:
         return as_tensors(made, f"the output of {self._name}")
 
     def _kept(self) -> tuple[int, Tensors]:
-        """Bytes that the graph of one forward keeps, weights left out, each storage once."""
+        """Return the bytes that one forward keeps for its backward, and the forward's outputs.
+
+        Weights are left out, and each storage counts once.
+        """
         made: list[Tensors] = []
 
         def run() -> Tensors:
@@ -162,7 +166,12 @@ class _Bench:
         return kept_by_forward(self._layer, run).activation_bytes, made[0]
 
     def _times(self, optimizer: Optimizer | None) -> dict[str, float]:
-        """Seconds of one forward, backward, backward to the input, and update."""
+        """Measure the seconds of one forward, backward, input backward, trial step and update.
+
+        Returns:
+            Seconds by ``forward``, ``backward``, ``input``, ``trial`` and ``update``, without those
+                that the layer does not have.
+        """
         times: dict[str, float] = {}
         start = self._now()
         outputs = self._run()
@@ -193,7 +202,7 @@ class _Bench:
 
     @torch.no_grad()
     def _try(self, optimizer: Optimizer) -> None:
-        """Do what the weight policy ``lookahead`` does before a forward."""
+        """Do the work of a trial step, as the weight policy ``lookahead`` does before a forward."""
         for parameter, step in trial_steps(optimizer):
             working = parameter.clone()
             working.copy_(step.mul_(1.0).add_(parameter))

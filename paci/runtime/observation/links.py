@@ -16,14 +16,14 @@ _LOAD_BYTES = 1 << 22
 
 
 def measure_links(device: torch.device) -> tuple[LinkProfile, ...]:
-    """The link between ranks 0 and 1, 1 and 2, and so on, on every rank. All ranks must call it.
+    """Measure the link from each rank to the next; return all links, in order, on every rank.
 
-    Latency is half the median time of a message of a byte there and back; bandwidth comes from
-    messages of 4 MiB, less the latency. Pairs are measured one after the other, so that none
-    disturbs another.
+    All ranks must call it. Latency is half the median round-trip time of a message of one byte;
+    bandwidth comes from messages of 4 MiB, less the latency. Pairs are measured one after the
+    other, so that none disturbs another.
 
     Args:
-        device: of this rank, whose memory messages come from.
+        device: the device of this rank whose memory messages come from.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     own: list[tuple[float, float]] = []
@@ -46,7 +46,7 @@ def measure_links(device: torch.device) -> tuple[LinkProfile, ...]:
 
 
 def _round_trips(low: int, num_bytes: int, num: int, device: torch.device) -> list[float]:
-    """Seconds of messages from rank ``low`` to the next and back, the first ones left out."""
+    """Return the seconds of ``num`` round trips from ``low`` to the next rank, after two others."""
     content = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     found = []
     for _ in range(num + 2):

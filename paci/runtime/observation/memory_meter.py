@@ -1,17 +1,18 @@
 """Count what the stages of a process keep in memory, by kind, and its peaks over time.
 
-Storages are counted, each once, wherever several tensors share one:
+Storages are counted, each once, even if several tensors share one:
 
-- *working weights*: those that the module computes with, old ones that graphs in flight still
-  refer to, whatever else the weight policy keeps, and the low-precision copies that autocast makes;
+- *working weights*: those that the module computes with, old ones that graphs in flight still refer
+to, everything else that the weight policy keeps, and the low-precision copies that autocast makes;
 - *masters*, where they are not the working weights themselves; their *gradients*; the *optimizer's*
-  state;
-- *activations*: what autograd saved, what is written down for weight backwards, inputs and outputs
-  of micro-batches in flight; no weight, and neither the batch nor losses, which are the caller's;
-- *receive*: memory that messages come into, less what inputs in flight occupy of it.
+state;
+- *activations*: what autograd saved, what is recorded for weight backwards, inputs and outputs of
+micro-batches in flight; not weights, and not the batch and the losses, which are the caller's;
+- *receive*: memory reserved for incoming messages, less the most that inputs in flight ever
+occupied of it.
 
-Counted after every action, and between the two runs of a micro-batch that is computed again. What
-lives within an action only (a kernel's workspace, the gradients of activations) is not.
+Memory is counted after every action, and after the second forward of a recomputed micro-batch. What
+lives within an action only (a kernel's workspace, the gradients of activations) is not counted.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _ACTIONS = ("forward", "backward", "backward_input", "backward_weight", "update"
 
 
 class MemoryBytes(NamedTuple):
-    """Bytes by kind."""
+    """The memory of each kind in bytes."""
 
     working_weight_bytes: int = 0
     master_bytes: int = 0
@@ -48,18 +49,18 @@ class MemoryBytes(NamedTuple):
         return sum(self)
 
     def larger(self, other: MemoryBytes) -> MemoryBytes:
-        """The larger of each kind."""
+        """Return the larger of the two values of each kind."""
         return MemoryBytes(*map(max, self, other))
 
 
 class Storages:
-    """Storages that are alive, which are not kept alive by being here."""
+    """A set of tensor storages that does not keep them alive."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def note(self, tensor: Tensor) -> None:
-        """Count the storage of ``tensor`` while it lives."""
+        """Add the storage of ``tensor``; it counts for as long as it is alive."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._kept:
             self._kept[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
@@ -68,19 +69,19 @@ class Storages:
         return tensor.untyped_storage()._cdata in self._kept
 
     def alive(self) -> dict[int, int]:
-        """The bytes of each storage that is still alive."""
+        """Return the size in bytes of each storage that is still alive, by its identity."""
         for key in [key for key, (ref, _) in self._kept.items() if ref.expired()]:
             del self._kept[key]
         return {key: num_bytes for key, (_, num_bytes) in self._kept.items()}
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of all storages that are still alive."""
+        """The total size in bytes of the storages that are still alive."""
         return sum(self.alive().values())
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Count the bytes of the storages of ``tensors``, each storage once."""
+    """Return the bytes of the storages of ``tensors``, each storage counted once."""
     storages = Storages()
     held = list(tensors)
     for tensor in held:
@@ -92,9 +93,9 @@ class KeptByForward(NamedTuple):
     """What one micro-batch keeps from its forward until its backward.
 
     Attributes:
-        activation_bytes: as the ``MemoryMeter`` counts them.
-        input_bytes: of them the inputs.
-        cast_bytes: low-precision copies of weights, as autocast makes them.
+        activation_bytes: activations, inputs included, as ``MemoryMeter`` counts them.
+        input_bytes: the inputs alone.
+        cast_bytes: low-precision copies of weights that autocast made; not activations.
     """
 
     activation_bytes: int
@@ -108,13 +109,13 @@ def kept_by_forward(
     inputs: Sequence[Tensor] = (),
     batch: Sequence[Tensor] = (),
 ) -> KeptByForward:
-    """Run one forward and count what is kept until its outputs go.
+    """Run one forward and count what is kept until its outputs are freed.
 
     Args:
-        module: whose weights and buffers do not count.
-        run: the forward; returns the outputs that count.
-        inputs: which are kept whether autograd saves them or not.
-        batch: what is the caller's and does not count.
+        module: the module, whose weights and buffers do not count.
+        run: runs the forward; returns the outputs that count.
+        inputs: the inputs, which count whether autograd saves them or not.
+        batch: tensors of the caller, which do not count.
     """
     others, casts, kept = Storages(), Storages(), Storages()
     for tensor in (*module.parameters(), *module.buffers(), *batch):
@@ -135,16 +136,16 @@ def kept_by_forward(
 
 
 class MemoryMeter:
-    """Watches the stages of a process from now on; build it when nothing is in flight.
+    """Watches the memory of a process's stages; build it when nothing is in flight.
 
     Args:
-        schedule: that they run.
-        stages: of this process, by index.
-        transport: that brings them messages.
+        schedule: the schedule that runs.
+        stages: the stages of this process, by index.
+        transport: the channels of this process.
 
     Attributes:
-        now: by worker, as it was after the newest action.
-        peaks: by worker, the largest that each kind ever was.
+        now: memory of each worker after its newest action.
+        peaks: the largest memory of each kind so far, by worker; for ``receive_bytes`` the newest.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class MemoryMeter:
             watched.attach(functools.partial(self._count, index))
 
     def _count(self, index: int) -> None:
-        """Look at all that the worker of ``index`` keeps now."""
+        """Count what the worker of stage ``index`` keeps now, and update its peaks."""
         worker = self._schedule.worker_of(index)
         stages = [self._watched[stage] for stage in self._workers[worker]]
         receivers = [
@@ -203,8 +204,9 @@ class _Watched:
     """Watches one stage: memory is counted after each of its actions.
 
     Args:
-        stage: which.
-        others: what is no activation, of all stages of the process: weights, buffers, the batch.
+        stage: the stage.
+        others: storages of all stages of the process that are no activations: weights, buffers, the
+            batch.
     """
 
     def __init__(self, stage: Stage, others: Storages) -> None:
@@ -216,7 +218,7 @@ class _Watched:
             others.note(buffer)
 
     def attach(self, count: Callable[[], None]) -> None:
-        """Call ``count`` after each action."""
+        """Call ``count`` after each action, and after each forward that is computed again."""
         stage, policy = self.stage, self.stage.policy
         forward = stage.forward
 
@@ -249,26 +251,26 @@ class _Watched:
             policy.graph = graph  # type: ignore[assignment,method-assign]
 
     def inputs(self) -> Iterator[Tensor]:
-        """The inputs of the micro-batches in flight."""
+        """Yield the inputs of the micro-batches in flight."""
         for flight in self.stage.in_flight.values():
             yield from flight.inputs
 
     def masters(self) -> Iterator[Tensor]:
-        """The masters that are not working weights themselves."""
+        """Yield the masters that are not working weights themselves."""
         yield from self.stage.weights.masters_apart()
 
     def gradients(self) -> Iterator[Tensor]:
-        """The gradients of masters and of working weights."""
+        """Yield the gradients of masters and of working weights."""
         yield from self.stage.weights.gradients()
 
     def optimizer_state(self) -> Iterator[Tensor]:
-        """The tensors that the optimizer keeps."""
+        """Yield the tensors that the optimizer keeps."""
         optimizer = self.stage.optimizer
         for state in () if optimizer is None else optimizer.state.values():
             yield from _tensors_in(state)
 
     def _look(self) -> None:
-        """Note what the stage holds now."""
+        """Note the weights and the activations that the stage holds now."""
         self.stage.enter()
         for weight in self.stage.weights.working.values():
             self._note_weight(weight)

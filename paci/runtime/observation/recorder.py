@@ -1,11 +1,11 @@
-"""Times every action of a process, for the trace and the utilization.
+"""Record when every action of a process ran, for the trace and the utilization.
 
-On the CPU an action ends when its call returns, so a clock is read. On CUDA it is only launched
-then: events are recorded around it and read when the pipeline is drained, so that nothing waits
+On the CPU an action ends when its call returns, so a clock is read. On CUDA the call only launches
+kernels: events are recorded around it and read when the pipeline is drained, so that nothing waits
 for the device in between.
 
-One process that plays all workers has no bubble to measure: its workers take turns. Its measured
-times are laid out on a ``VirtualClock``, as separate devices would have run them.
+If one process runs all workers, there is no bubble to measure, because its workers take turns.
+Their measured times are laid out on a ``VirtualClock``, as separate devices would have run them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from paci.trace import Event, Trace, VirtualClock
 
 
 class Recorder:
-    """Collects events of the newest stretch, and busy and spanned time of all of them.
+    """Collects the events of the newest stretch, and busy time and span of all stretches.
 
     Args:
-        schedule: whose actions are timed.
-        device: of the stages.
-        position: the process's place among ``num_processes``; its row in the trace.
-        num_processes: processes in the pipeline. A single one keeps a virtual clock.
-        capacity: newest events kept. On CUDA also the most that one stretch can time.
+        schedule: the schedule whose actions are timed.
+        device: the device of the stages.
+        position: this process's place among ``num_processes``; its row in the trace.
+        num_processes: number of processes in the pipeline. A single one uses a virtual clock.
+        capacity: number of newest events that are kept. On CUDA also the most actions of one
+            stretch that are timed.
 
     Attributes:
         busy_s: seconds spent in actions.
-        span_s: seconds between the first start and the last end of stretches, summed over
-            stretches; on the virtual clock the longest of any worker.
+        span_s: seconds from the first start to the last end of a stretch, on the virtual clock if
+            there is one, summed over stretches.
+        is_virtual: whether one process runs all workers, on a virtual clock.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Recorder:
         self._clock = VirtualClock(self._schedule)
 
     def mark(self) -> float | torch.cuda.Event:
-        """Mark this moment on the device; ``note`` takes two of these marks."""
+        """Return a mark of this moment on the device; ``note`` takes two such marks."""
         return self._event() if self._on_cuda else time.perf_counter()
 
     def note(
@@ -77,7 +79,7 @@ class Recorder:
         start: float | torch.cuda.Event,
         end: float | torch.cuda.Event,
     ) -> None:
-        """An action ran between two marks; ``version`` is what it started with."""
+        """Record that ``action`` ran between two marks, and the ``version`` it started with."""
         if isinstance(start, float):
             assert isinstance(end, float)
             self._add(action, version, start, end)
@@ -86,7 +88,7 @@ class Recorder:
             self._open.append((action, version, start, end))
 
     def finish(self) -> None:
-        """End the stretch: add up its times."""
+        """End the stretch, and add its times to the totals."""
         if self._open:
             # One moment on both clocks, so that the processes of a host agree on the time.
             now = self._event()
@@ -105,14 +107,14 @@ class Recorder:
         self._reset()
 
     def events(self) -> Sequence[Event]:
-        """The newest events of this process, in order of their actions."""
+        """Return the newest events of this process, in the order of its actions."""
         return tuple(self._events)
 
     def trace(self, parts: Sequence[tuple[float, Sequence[Event]]]) -> Trace:
-        """The trace of all processes' events.
+        """Return the trace of all processes.
 
         Args:
-            parts: of each process, what to add to its clock, in seconds, and its events.
+            parts: for each process, the seconds to add to its clock, and its events.
         """
         events = [
             event._replace(start_s=event.start_s + shift_s, end_s=event.end_s + shift_s)
@@ -123,14 +125,18 @@ class Recorder:
 
     @property
     def share_busy(self) -> float:
-        """Busy time over span so far, of the workers that this process times."""
+        """Busy time divided by span so far, of the workers that this process times."""
         running_s = self._end_s - self._start_s if self._start_s is not None else 0.0
         span_s = self.span_s + (0.0 if self._finished else running_s)
         rows = self._num_rows if self.is_virtual else 1
         return self.busy_s / (rows * span_s) if span_s else 0.0
 
     def utilization(self, parts: Sequence[tuple[float, float]]) -> float:
-        """Busy time over workers times span, from that of each process."""
+        """Return busy time divided by workers times span, over all processes.
+
+        Args:
+            parts: ``(busy_s, span_s)`` of each process.
+        """
         span_s = max(span for _, span in parts)
         busy_s = sum(busy for busy, _ in parts)
         return busy_s / (self._num_rows * span_s) if span_s else 0.0
@@ -141,8 +147,10 @@ class Recorder:
         return self._num_rows
 
     def _event(self) -> torch.cuda.Event:
-        """An event on the stream that the stages compute on, which need not be on the current
-        device."""
+        """Record an event on the stream that the stages compute on.
+
+        Their device need not be the current one.
+        """
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event

@@ -1,4 +1,4 @@
-"""How the processes of a pipeline know of each other's progress without waiting."""
+"""Exchange the progress of a pipeline's processes without waiting for any of them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch.distributed as dist
 
 
 class Status(NamedTuple):
-    """Busy time over span, and the largest drift met, since the start."""
+    """Utilization (busy time divided by span) and largest drift, since the start."""
 
     utilization: float
     max_drift: int
 
 
 def combine(statuses: Sequence[Status]) -> Status:
-    """The status of a pipeline from those of its processes."""
+    """Return the status of a pipeline, given the statuses of its processes."""
     utilization = sum(status.utilization for status in statuses) / len(statuses)
     return Status(utilization, max(status.max_drift for status in statuses))
 
@@ -27,7 +27,7 @@ class StatusBoard:
 
     Args:
         ranks: global ranks of the pipeline's processes.
-        position: this process's place among them.
+        position: index of this process in ``ranks``.
     """
 
     def __init__(self, ranks: Sequence[int], position: int) -> None:
@@ -39,7 +39,7 @@ class StatusBoard:
         self._others = [f"paci/status/{rank}" for i, rank in enumerate(ranks) if i != position]
 
     def exchange(self, own: Status) -> list[Status]:
-        """Publish this process's; return what the others last published, if anything."""
+        """Publish this process's status; return what each other process last published, if any."""
         if not self._others:
             return []
         self._store.set(self._own, json.dumps(own))

@@ -1,1 +1,1 @@
-"""A stage: a module, how it is called, differentiated and updated. Knows no other process."""
+"""Stages: how a module is called, differentiated and updated, without other processes."""

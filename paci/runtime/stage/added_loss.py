@@ -1,4 +1,4 @@
-"""Losses beside the pipeline's own: any module, on any stage, may add one in its forward."""
+"""Add losses besides ``loss_fn``: any module, on any stage, may add one in its forward."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from paci.errors import ConfigError
 
 
 class LossCollector:
-    """Collects what ``add_loss`` is called with inside ``with``.
+    """Collects the losses that ``add_loss`` is called with inside a ``with`` block.
 
     Attributes:
-        losses: in order.
+        losses: the losses, in the order of the calls.
+        wants_graph: whether gradients were enabled when it was built.
     """
 
     __slots__ = ("_outer", "losses", "wants_graph")
@@ -39,17 +40,19 @@ def add_loss(loss: Tensor) -> None:
 
     An update's gradient is that of ``loss_fn`` plus the mean, over the micro-batches of the update,
     of what each of them added: each micro-batch weighs the same, as with a ``loss_fn`` that returns
-    a mean. ``StepResult.added_losses`` tells the values. Evaluation leaves them out.
+    a mean. ``StepResult.added_losses`` holds the values. Evaluation leaves them out.
 
-    In training without a pipeline, collect the losses with ``collect_losses``. Where gradients are
-    disabled and nobody collects, nothing happens. An activation checkpoint must not be reentrant.
+    In training without a pipeline, collect the losses with ``collect_losses``. If gradients are
+    disabled and nothing collects losses, the call does nothing. An activation checkpoint around the
+    call must be made with ``use_reentrant=False``.
 
     Args:
-        loss: a scalar that gradients flow from, such as the load-balancing loss of a layer of a
-            mixture of experts (arXiv 2101.03961, section 2.2), times its coefficient.
+        loss: a floating-point scalar that gradients flow from, such as the load-balancing loss of a
+            mixture-of-experts layer (arXiv 2101.03961, section 2.2), times its coefficient.
 
     Raises:
-        ConfigError: ``loss`` is no scalar, a gradient could not flow from it, or nobody collects.
+        ConfigError: ``loss`` is not a floating-point scalar, gradients are disabled where a
+            gradient is needed, or nothing collects losses.
     """
     if torch._C._current_graph_task_id() != -1:
         return  # a checkpoint runs its forward again; the first run has added the loss
@@ -76,7 +79,7 @@ def add_loss(loss: Tensor) -> None:
 
 
 def collect_losses() -> LossCollector:
-    """Collect what ``add_loss`` is called with inside, in order.
+    """Collect the losses that ``add_loss`` is called with inside a ``with`` block, in order.
 
     A pipeline does so by itself. This is for the same module in plain training::
 

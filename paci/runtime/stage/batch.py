@@ -1,4 +1,4 @@
-"""Cuts a batch into micro-batches."""
+"""Cut a batch into micro-batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from paci.errors import ConfigError
 
-_NONE = -1  # the batch dimension of a tensor without dimensions
+_NONE = -1  # stands for the batch size of a tensor without dimensions
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A value of a batch that every micro-batch gets as it is: it has no batch dimension.
+    """Marks a value of a batch that every micro-batch gets as it is, without cutting it.
 
     Args:
         value: a tensor, or anything else.
@@ -28,11 +28,11 @@ class Whole:
 
 @dataclass(frozen=True)
 class Split:
-    """A tensor of a batch that is cut into micro-batches along another dimension than the first.
+    """Marks a tensor of a batch that is cut along another dimension than the first.
 
     Args:
         value: the tensor.
-        dim: the dimension that is the batch.
+        dim: the batch dimension, along which it is cut.
     """
 
     value: Tensor
@@ -40,11 +40,11 @@ class Split:
 
 
 class MicroBatch(NamedTuple):
-    """What one micro-batch brings.
+    """The data of one micro-batch.
 
     Attributes:
-        inputs: of the first stage.
-        targets: of the loss.
+        inputs: the inputs of the first stage.
+        targets: the targets of the loss.
         direct: keyword inputs, for every stage whose forward has a parameter of that name.
     """
 
@@ -58,17 +58,16 @@ def split_batch(batch: Any, num: int, direct: Mapping[str, Any] | None = None) -
 
     Args:
         batch: ``(inputs, targets)``, or ``[inputs, targets]`` as torch's DataLoader makes it, each
-            a tensor, or tensors in tuples, lists and dicts; or a list of ``num`` tuples
-            ``(inputs, targets)`` or ``(inputs, targets, direct)``, taken as they are. Tensors are
-            cut along their first dimension, which must be one and the same; ``Split`` names
-            another dimension, and ``Whole`` is not cut. What is no tensor goes to every
-            micro-batch.
-        num: micro-batches of one update.
+            a tensor, or tensors in tuples, lists and dicts; or a list of ``num`` tuples ``(inputs,
+            targets)`` or ``(inputs, targets, direct)``, taken as they are. Tensors are cut along
+            their first dimension, whose size must be the same for all; ``Split`` names another
+            dimension, and ``Whole`` is not cut. Values that are no tensors go to every micro-batch.
+        num: micro-batches per update.
         direct: keyword inputs of the batch, cut likewise.
 
     Raises:
-        ConfigError: the batch is not divisible by ``num``, its tensors differ in their batch
-            dimension, or a list is of another length.
+        ConfigError: the batch is not divisible by ``num``, the batch dimensions of its tensors
+            differ, or a list of micro-batches is not ``num`` long.
     """
     if isinstance(batch, list) and not _is_collated(batch):
         if len(batch) != num:
@@ -92,11 +91,12 @@ def split_batch(batch: Any, num: int, direct: Mapping[str, Any] | None = None) -
 
 
 def as_micro_batch(batch: Any) -> MicroBatch:
-    """``(inputs, targets)`` or ``(inputs, targets, direct)``, with what a loader made lists of as
-    tuples.
+    """Return ``(inputs, targets)`` or ``(inputs, targets, direct)`` as a ``MicroBatch``.
+
+    Inputs or targets that are a list, as torch's DataLoader makes it, become a tuple.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: ``batch`` is neither.
     """
     is_one = isinstance(batch, tuple | list) and (
         len(batch) == 2 or (len(batch) == 3 and isinstance(batch[2], Mapping))
@@ -114,7 +114,15 @@ def as_micro_batch(batch: Any) -> MicroBatch:
 
 
 def as_tensors(value: Any, what: str) -> tuple[Tensor, ...]:
-    """``value`` as a tuple of tensors."""
+    """Return a tensor or a tuple of tensors as a tuple.
+
+    Args:
+        value: the tensor or the tuple.
+        what: what ``value`` is, for errors.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if isinstance(value, Tensor):
         return (value,)
     if isinstance(value, tuple) and all(isinstance(each, Tensor) for each in value):
@@ -126,7 +134,7 @@ def as_tensors(value: Any, what: str) -> tuple[Tensor, ...]:
 
 
 def tensors_in(value: Any) -> tuple[Tensor, ...]:
-    """The tensors in tuples, lists and dicts, in order."""
+    """Return the tensors in tuples, lists and dicts, however deep, in order."""
     found: list[Tensor] = []
     _collect(value, found)
     return tuple(found)
@@ -141,8 +149,10 @@ def _collect(value: Any, found: list[Tensor]) -> None:
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """``value`` with ``function`` of its tensors in their places; what is marked as ``Whole`` or
-    ``Split`` without the mark."""
+    """Return ``value`` with each tensor ``x`` in it replaced by ``function(x)``.
+
+    ``Whole`` and ``Split`` are replaced by what they mark.
+    """
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Whole | Split):
@@ -157,20 +167,23 @@ def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """``value`` with its tensors on ``device``."""
+    """Return ``value`` with its tensors moved to ``device``."""
     return mapped(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 def writes_of(value: Any) -> tuple[int, ...]:
-    """How often each tensor in ``value`` has been written to in place, as autograd counts: it also
-    counts what was written to a view of it, or to what it is a view of."""
+    """Return how often each tensor in ``value`` has been written to in place, as autograd counts.
+
+    Writes to a view of it, or to the tensor that it is a view of, count too. Inference tensors are
+    left out, as autograd does not count their writes.
+    """
     return tuple(each._version for each in tensors_in(value) if not each.is_inference())
 
 
 def require_unwritten(value: Any, writes: tuple[int, ...], what: str) -> None:
-    """Raise ``ConfigError`` if ``value`` was written to since ``writes_of`` gave ``writes``.
+    """Raise ``ConfigError`` if ``value`` was written to since ``writes_of`` returned ``writes``.
 
-    Autograd does so for what it saves; this is for what is kept without it.
+    Autograd checks this for the tensors that it saves; this is for tensors kept without it.
     """
     if writes_of(value) != writes:
         raise ConfigError(
@@ -181,7 +194,10 @@ def require_unwritten(value: Any, writes: tuple[int, ...], what: str) -> None:
 
 
 def require_no_graph(value: Any, what: str) -> None:
-    """Raise ``ConfigError`` if a tensor in ``value`` would want a gradient, which ends here."""
+    """Raise ``ConfigError`` if a tensor in ``value`` requires a gradient.
+
+    The pipeline would compute none for it.
+    """
     if any(tensor.requires_grad for tensor in tensors_in(value)):
         raise ConfigError(
             f"{what} must carry no graph, got a tensor that requires a gradient, which none would "
@@ -190,7 +206,10 @@ def require_no_graph(value: Any, what: str) -> None:
 
 
 def _is_collated(batch: list[Any]) -> bool:
-    """Whether a list is one pair, as torch's DataLoader makes it: micro-batches are tuples."""
+    """Return whether a list is one pair ``[inputs, targets]``, as torch's DataLoader makes it.
+
+    A list of micro-batches holds tuples instead.
+    """
     return len(batch) == 2 and not any(isinstance(each, tuple) for each in batch)
 
 
@@ -203,7 +222,7 @@ def _parts(value: Any) -> Sequence[Any]:
 
 
 def _sizes(value: Any) -> list[int]:
-    """The batch dimension of every tensor that is to be cut."""
+    """Return the size of the batch dimension of every tensor that is to be cut."""
     if isinstance(value, Whole):
         return []
     if isinstance(value, Split):

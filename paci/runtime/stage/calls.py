@@ -1,4 +1,4 @@
-"""How a stage's module is called, and what it may take and return."""
+"""Call a stage's module, and check what it takes and returns."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Caller:
     """Calls one stage's module.
 
     Args:
-        index: of the stage, for messages.
-        module: its module.
-        device: that it computes on.
-        dtype: that it computes in; None for whatever dtypes the module has.
+        index: index of the stage, for errors.
+        module: the stage's module.
+        device: the device that it computes on.
+        dtype: the dtype that it computes in; None to convert nothing.
     """
 
     def __init__(
@@ -37,15 +37,16 @@ class Caller:
         self._keywords, self._takes_all = _keywords_of(module)
 
     def __call__(self, inputs: Tensors, direct: Mapping[str, Any]) -> Bundle:
-        """Call the module; return the tensors of what it returned, and their structure.
+        """Call the module; return the tensors of its output, and their structure.
 
         Args:
-            inputs: the tensors of a boundary, with their structure if they are a ``Bundle``.
+            inputs: the tensors received from the stage before, with their structure if they are a
+                ``Bundle``.
             direct: keyword inputs, from ``take_direct``.
 
         Raises:
             ConfigError: the module writes to its inputs, mixes dtypes under bf16, or returns what
-                cannot be handed on.
+                cannot be sent to the next stage.
         """
         given = arguments(getattr(inputs, "structure", None), inputs)
         try:
@@ -58,10 +59,10 @@ class Caller:
         return Bundle(*flatten(output, f"the output of stage {self._index}"))
 
     def take_in(self, inputs: Any) -> Bundle:
-        """Bring the pipeline's own inputs to the module's device and precision.
+        """Move the inputs of the first stage to its device and dtype.
 
         Raises:
-            ConfigError: they hold no tensor, or one that carries a graph.
+            ConfigError: they hold no tensor, or one that requires a gradient.
         """
         bundle = Bundle(*flatten(self._taken(inputs), "inputs"))
         if not bundle:
@@ -72,12 +73,15 @@ class Caller:
         return bundle
 
     def take_direct(self, direct: Mapping[str, Any]) -> dict[str, Any]:
-        """Pick the keyword inputs that the module's forward has parameters for, and bring them to
-        its device and precision."""
+        """Return the keyword inputs that the module's forward takes, in its device and dtype.
+
+        Raises:
+            ConfigError: one of them holds a tensor that requires a gradient.
+        """
         return {name: self._taken(each) for name, each in direct.items() if self.accepts(name)}
 
     def accepts(self, name: str) -> bool:
-        """Whether the module's forward has a keyword parameter ``name``."""
+        """Return whether the module's forward has a keyword parameter ``name``."""
         return self._takes_all or name in self._keywords
 
     def _taken(self, value: Any) -> Any:
@@ -92,8 +96,7 @@ class Caller:
         return mapped(take, value)
 
     def _explained(self, error: RuntimeError) -> Exception:
-        """The error to raise: ``error`` itself, or one line for what PyTorch says in its own
-        terms."""
+        """Return the error to raise: ``error``, or a ``ConfigError`` that explains it."""
         text = str(error)
         if "leaf Variable that requires grad is being used in an in-place" in text:
             return writes_to_inputs(self._index)
@@ -109,7 +112,7 @@ class Caller:
 
 
 def writes_to_inputs(index: int) -> ConfigError:
-    """The error to raise when the module of stage ``index`` wrote to its inputs."""
+    """Return the error to raise when the module of stage ``index`` wrote to its inputs."""
     return ConfigError(
         f"a stage's forward must not write to its inputs, got a change in place at stage {index}; "
         f"use the operation that is not in place (relu for relu_), or clone() the input first"
@@ -117,7 +120,7 @@ def writes_to_inputs(index: int) -> ConfigError:
 
 
 def _keywords_of(module: nn.Module) -> tuple[frozenset[str], bool]:
-    """Names of the parameters of a module's forward, and whether it takes any other too."""
+    """Return the names of the keyword parameters of a forward, and whether it takes any other."""
     parameters = inspect.signature(module.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
     named = frozenset(p.name for p in parameters if p.kind not in positional)

@@ -1,5 +1,4 @@
-"""What a stage refuses: an optimizer or a scheduler that is not its own or cannot step by itself, a
-state that it could not go on from."""
+"""Check options, and the module, optimizer, scheduler, loss, policy and state of a stage."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ _LONGEST_S = 1e9  # more is more than the system's own calls can wait
 
 
 def check_options(seed: int, trace_capacity: int, timeout_s: float) -> None:
-    """Raise ``ConfigError`` unless these are options of a pipeline."""
+    """Raise ``ConfigError`` unless these options of a pipeline are in range."""
     require_count("seed", seed, least=0)
     require_count("trace_capacity", trace_capacity)
     if not 0 < timeout_s <= _LONGEST_S:
@@ -37,14 +36,16 @@ def check_options(seed: int, trace_capacity: int, timeout_s: float) -> None:
 def check_optimizer(
     index: int, module: nn.Module, optimizer: Optimizer | None, borrowed: Collection[int]
 ) -> None:
-    """Raise ``ConfigError`` unless ``optimizer`` can step by itself, and holds what stage ``index``
-    is to train.
+    """Raise ``ConfigError`` unless ``optimizer`` fits stage ``index``.
+
+    It must step without a closure, hold all parameters that the stage is to train, and hold none of
+    other modules.
 
     Args:
-        index: of the stage.
-        module: its module.
-        optimizer: its optimizer; None if it has nothing to train.
-        borrowed: identities of parameters that an earlier stage updates.
+        index: index of the stage.
+        module: the stage's module.
+        optimizer: the stage's optimizer; None if it has nothing to train.
+        borrowed: ``id`` of each parameter that an earlier stage updates.
     """
     if optimizer is not None and _needs_closure(optimizer):
         raise ConfigError(
@@ -81,8 +82,11 @@ def _needs_closure(optimizer: Optimizer) -> bool:
 
 
 def check_module(index: int, module: nn.Module) -> None:
-    """Raise ``ConfigError`` if a parameter of ``module`` has no shape yet, or if the gradients of
-    ``module`` go past the pipeline."""
+    """Raise ``ConfigError`` unless a pipeline can train ``module``.
+
+    It must not have lazy parameters without a shape, nor contain ``DistributedDataParallel``, which
+    would average gradients on its own.
+    """
     lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ConfigError(
@@ -98,12 +102,12 @@ def check_module(index: int, module: nn.Module) -> None:
 
 
 def check_loss(loss_fn: Any, module: nn.Module) -> None:
-    """Raise ``ConfigError`` if ``loss_fn`` scales the loss, or has weights that none would train.
+    """Raise ``ConfigError`` if ``loss_fn`` scales the loss or has weights of its own to train.
 
     Args:
-        loss_fn: any callable; modules are looked for in itself, in its attributes, in what a
-            function encloses and in what a partial was given.
-        module: of the last stage, whose weights it may use.
+        loss_fn: any callable; modules are looked for in itself, in its attributes, in the closure
+            of a function and in the arguments of a partial.
+        module: the last stage's module, whose weights the loss may use.
     """
     own = {id(p) for p in module.parameters()}
     for part in _parts(loss_fn):
@@ -135,7 +139,7 @@ def _parts(loss_fn: Any) -> Iterator[Any]:
 
 
 def check_policy(index: int, policy: WeightPolicy, weights: StageWeights) -> None:
-    """Raise ``ConfigError`` unless ``policy`` can be kept with these weights."""
+    """Raise ``ConfigError`` if ``policy`` needs whole parameters, and these are sharded."""
     if policy.exchanges and weights.has_shards:
         raise ConfigError(
             f"the weight policy {policy.name} needs whole parameters, got sharded ones at stage "
@@ -144,7 +148,7 @@ def check_policy(index: int, policy: WeightPolicy, weights: StageWeights) -> Non
 
 
 def check_lr_scheduler(index: int, lr_scheduler: LRScheduler, optimizer: Optimizer | None) -> None:
-    """Raise ``ConfigError`` unless ``lr_scheduler`` is for ``optimizer``, and steps by itself."""
+    """Raise ``ConfigError`` unless ``lr_scheduler`` is for ``optimizer`` and needs no metric."""
     if isinstance(lr_scheduler, ReduceLROnPlateau):
         raise ConfigError(
             f"the learning-rate scheduler of stage {index} must step by the number of updates "
@@ -165,17 +169,17 @@ def check_state(
     num_micro_batches: int,
     accumulation: int,
 ) -> None:
-    """Raise ``ConfigError`` unless stage ``index`` can go on from ``state``.
+    """Raise ``ConfigError`` unless stage ``index`` can continue from ``state``.
 
     Delays are counted from the start of training, ``micro_batch // accumulation - version``, so
-    that updates of another length would make all of them wrong.
+    another accumulation would make all of them wrong.
 
     Args:
-        index: of the stage.
-        own: what its ``state_dict`` gives now.
-        state: what is to take its place; an older one has no ``policy_name``.
-        num_micro_batches: since the start of training, of that state.
-        accumulation: micro-batches of an update of this stage.
+        index: index of the stage.
+        own: what the stage's ``state_dict`` returns now.
+        state: the state to load; an older one has no ``policy_name``.
+        num_micro_batches: micro-batches since the start of training, in that state.
+        accumulation: micro-batches per update of this stage.
     """
     if num_micro_batches != state["version"] * accumulation:
         raise ConfigError(

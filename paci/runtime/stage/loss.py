@@ -1,4 +1,4 @@
-"""The loss of an update: the mean over its tokens, however they fall into micro-batches."""
+"""The loss of an update: the mean over its tokens, however they are spread over micro-batches."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from paci.errors import ConfigError
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss that is summed over tokens, and how many tokens a target holds.
+    """A loss that is summed over tokens, and the number of tokens that a target holds.
 
-    The loss of an update is ``sum_j loss(output_j, target_j) / sum_j num_tokens(target_j)``
-    over its micro-batches: what one big batch would give.
+    The loss of an update is ``sum_j loss(output_j, target_j) / sum_j num_tokens(target_j)`` over
+    its micro-batches: what one big batch would give.
     """
 
     def __call__(self, output: Any, target: Any) -> Tensor:
-        """Sum over the micro-batch's tokens: a scalar that gradients flow from."""
+        """Return the sum over the micro-batch's tokens: a scalar that gradients flow from."""
         ...
 
     def num_tokens(self, target: Any) -> Tensor | int:
-        """How many tokens (or rows, or whatever is counted) the target holds."""
+        """Return how many tokens (or rows, or whatever is counted) ``target`` holds."""
         ...
 
 
@@ -33,7 +33,7 @@ class CrossEntropy:
     """Cross-entropy over the classes of the last dimension, in float32 or wider.
 
     Args:
-        ignore_index: targets of this value count for nothing.
+        ignore_index: targets of this value add neither to the sum nor to the number of tokens.
 
     Shapes: output [..., classes] of any floating dtype, target [...] of int64.
     """
@@ -42,7 +42,7 @@ class CrossEntropy:
         self.ignore_index = ignore_index
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        """Sum of the cross-entropies, in nats."""
+        """Return the sum of the cross-entropies in nats, a scalar."""
         dtype = torch.promote_types(output.dtype, torch.float32)
         return F.cross_entropy(
             output.flatten(0, -2).to(dtype),
@@ -52,21 +52,21 @@ class CrossEntropy:
         )
 
     def num_tokens(self, target: Tensor) -> Tensor:
-        """Targets other than ``ignore_index``; stays on the target's device."""
+        """Return the number of targets other than ``ignore_index``, a scalar on their device."""
         return (target != self.ignore_index).sum()
 
 
 class MeanOverMicroBatches:
-    """Any PyTorch criterion that returns a mean: every micro-batch weighs the same.
+    """Wraps a criterion that returns a mean, so that every micro-batch weighs the same.
 
-    Equal to one big batch as long as all micro-batches hold equally many tokens.
+    The result equals that of one big batch if all micro-batches hold equally many tokens.
     """
 
     def __init__(self, criterion: Callable[[Any, Any], Tensor]) -> None:
         self._criterion = criterion
 
     def __call__(self, output: Any, target: Any) -> Tensor:
-        """The criterion's own value."""
+        """Return the value of the criterion."""
         return self._criterion(output, target)
 
     def num_tokens(self, target: Any) -> Tensor | int:
@@ -75,12 +75,12 @@ class MeanOverMicroBatches:
 
 
 def as_loss(loss_fn: Callable[[Any, Any], Tensor]) -> Loss:
-    """``loss_fn`` itself if it is a ``Loss``, else as a mean over micro-batches."""
+    """Return ``loss_fn`` itself if it is a ``Loss``, else as a mean over micro-batches."""
     return loss_fn if isinstance(loss_fn, Loss) else MeanOverMicroBatches(loss_fn)
 
 
 def with_metrics(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a loss returned, as the loss and metrics beside it.
+    """Return the result of a loss as the loss and a dict of metrics.
 
     Args:
         result: a scalar tensor, or a pair of it and a dict of scalar tensors. Metrics are summed or
@@ -107,9 +107,9 @@ def _is_pair(result: Any) -> bool:
 
 
 def divisor(loss: Loss, targets: list[Any]) -> Tensor | float:
-    """The update's number of tokens, which every micro-batch's loss is divided by.
+    """Return the update's number of tokens, which every micro-batch's loss is divided by.
 
-    One where there is none, so that such an update changes nothing but what decay does.
+    It is 1 if there are no tokens, so that the loss and its gradients are zero and not NaN.
     """
     counts = [loss.num_tokens(target) for target in targets]
     if any(isinstance(count, Tensor) for count in counts):

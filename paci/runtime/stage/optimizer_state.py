@@ -1,4 +1,4 @@
-"""An optimizer's state under the names of its parameters."""
+"""Convert an optimizer's state to and from the names of its parameters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from paci.optim.trial import bare_step
 
 
 def optimizer_state(optimizer: Optimizer | None, masters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The state of ``optimizer``, keyed by the names of ``masters``.
+    """Return the state of ``optimizer``, keyed by the names of ``masters``.
 
     Returns:
         ``{"state": {name: {key: value}}, "param_groups": [{..., "params": [names]}]}``; with
-        ``"global"``, if the optimizer keeps anything that is of no parameter.
+            ``"global"``, if the optimizer keeps state that belongs to no parameter.
     """
     if optimizer is None:
         return {"state": {}, "param_groups": []}
@@ -32,7 +32,7 @@ def optimizer_state(optimizer: Optimizer | None, masters: Mapping[str, Tensor]) 
 def load_optimizer_state(
     optimizer: Optimizer | None, masters: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> None:
-    """Take over what ``optimizer_state`` gave."""
+    """Load what ``optimizer_state`` returned into ``optimizer``."""
     if optimizer is None:
         return
     positions = {name: position for position, name in _names(optimizer, masters).items()}
@@ -45,8 +45,10 @@ def load_optimizer_state(
 def blank_state(
     optimizer: Optimizer | None, masters: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """State of the form that ``optimizer`` will make when it first steps, for those of ``masters``
-    that it trains and has no state of yet. Its values mean nothing. The optimizer is as before.
+    """Return placeholder state of the form that ``optimizer`` will make in its first step.
+
+    It covers those of ``masters`` that the optimizer trains and has no state of yet. Its values
+    mean nothing. The optimizer and the weights are left as they were.
 
     Returns:
         ``{name: {key: value}}``.
@@ -89,14 +91,14 @@ def blank_state(
 
 
 def _names(optimizer: Optimizer, masters: Mapping[str, Tensor]) -> dict[Any, Any]:
-    """Name of each parameter at its position in the optimizer's own state."""
+    """Return the name of each parameter, by its position in the optimizer's own state."""
     names = {id(master): name for name, master in masters.items()}
     held = (p for group in optimizer.param_groups for p in group["params"])
     return {position: names[id(parameter)] for position, parameter in enumerate(held)}
 
 
 def _rename(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state with its parameters called otherwise."""
+    """Return an optimizer's state with the keys of its parameters replaced by ``names[key]``."""
     return {
         "state": {names[key]: value for key, value in state["state"].items()},
         "param_groups": [

@@ -1,7 +1,7 @@
 """Random numbers that depend on what is computed, never on where or when.
 
-Every forward of a micro-batch at a stage starts from a state of its own, made of the seed, the
-stage and the micro-batch. So dropout is the same in one process and in many, a recomputed
+Every forward of a micro-batch at a stage starts from a random state of its own, made of the seed,
+the stage and the micro-batch. So dropout is the same in one process and in many, a recomputed
 forward repeats the first, and a checkpoint has no random state to keep.
 """
 
@@ -13,7 +13,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit number that differs for different ``numbers`` (SplitMix64 over each in turn)."""
+    """Hash ``numbers`` to a 63-bit number (SplitMix64 over each in turn)."""
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state ^ (number & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
@@ -23,12 +23,13 @@ def mix(*numbers: int) -> int:
 
 
 class Seeded:
-    """Within it, ``device``'s default generator starts from a seed; afterwards it is as before.
+    """A context in which the default generator of ``device`` starts from a given seed.
 
-    One object serves a stage for ever: entering is the hot path of every forward.
+    Afterwards the generator's state is as before. A stage reuses one object, since every forward
+    enters it.
 
     Args:
-        device: whose generator.
+        device: the device whose generator is seeded.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,7 +38,7 @@ class Seeded:
         self.seed = 0
 
     def __call__(self, seed: int) -> Seeded:
-        """Choose the seed that the next ``with`` starts from."""
+        """Set the seed that the next ``with`` starts from; return this object."""
         self.seed = seed
         return self
 

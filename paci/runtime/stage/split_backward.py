@@ -1,21 +1,21 @@
 """A backward in two halves: the input gradient at once, the weight gradients later.
 
 Autograd computes both in one pass. To have the input gradient alone, linear layers and embeddings
-compute with a function of their own whose backward gives the gradient of its input and writes down
-what the gradient of its weight is made of, two tensors::
+run an autograd function of their own, whose backward computes the gradient of its input and records
+the two tensors that the gradient of its weight is computed from::
 
-    y = x W' + b        backward now:  dx = dy W        written down:  x, dy
+    y = x W' + b        backward now:  dx = dy W        recorded:  x, dy
                         later:         dW = dy' x,  db = sum(dy)
 
 It is the arithmetic that autograd does itself, so the gradients are the same bits. After the first
-half the graph is gone and with it every activation but those; the second half needs no weights. So
-an update in between changes nothing about the gradients that are still to come.
+half the graph is freed, and with it every activation but those; the second half needs no weights.
+So an update in between changes nothing about the gradients that are still to come.
 
-A layer of one's own can do the same: see ``PutsOff``.
+A custom layer can do the same: see ``PutsOff``.
 
-What else has weights (norms, convolutions, whatever is compiled) is differentiated in the first
-half as always. Those gradients are held, and added with the others in the second half: an update
-that comes before it belongs to earlier micro-batches and must not have them.
+All other layers with weights (norms, convolutions, whatever is compiled) are differentiated in the
+first half as always. Their gradients are held, and added with the others in the second half: an
+update in between belongs to earlier micro-batches and must not include them.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ _INPUT = "the input of a layer whose weight backward is put off"
 
 @dataclass
 class Ledger:
-    """What one micro-batch's weight gradients are made of, between the halves of its backward.
+    """The weight gradients that the first half of a micro-batch's backward leaves for the second.
 
     Attributes:
-        entries: the weights of one layer each, and what computes their gradients.
-        held: gradients that are there already, with their weights.
+        entries: the weights of one layer each, and a function that computes their gradients.
+        held: weights with gradients that are computed, but not yet added to ``.grad``.
     """
 
     entries: list[tuple[Tensors, Callable[[], Tensors]]] = field(default_factory=list)
     held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def put_off(self, weights: Tensors, compute: Callable[[], Tensors]) -> None:
-        """Leave the gradients of ``weights`` for later, when ``compute`` is called to give them."""
+        """Leave the gradients of ``weights`` for later; ``compute`` will return them in order."""
         self.entries.append((weights, compute))
 
     def settle(self) -> None:
-        """Compute what was put off, and add all of it to the gradients of the weights."""
+        """Compute the gradients that were put off, and add them and the held ones to ``.grad``."""
         while self.entries:
             weights, compute = self.entries.pop()
             gradients = compute()
@@ -77,30 +77,29 @@ class Ledger:
 
 @runtime_checkable
 class PutsOff(Protocol):
-    """A layer of one's own that can put its weight gradients off.
+    """A custom layer that can compute its weight gradients later.
 
-    It computes with a ``torch.autograd.Function`` whose backward returns the gradients of the
-    layer's inputs and calls ``ledger.put_off`` for its weights, with a function that needs nothing
-    which an update changes.
+    It runs a ``torch.autograd.Function`` whose backward returns the gradients of the layer's inputs
+    and calls ``ledger.put_off`` for its weights, with a function that uses nothing that an update
+    changes.
     """
 
     def forward_split(self, ledger: Ledger, *inputs: Any) -> Any:
-        """What runs instead of ``forward`` for a micro-batch whose backward may be split."""
+        """Run instead of ``forward`` for a micro-batch whose backward may be split."""
         ...
 
 
 class Splitter:
-    """Lets the linear layers and embeddings of a module, and whatever ``PutsOff``, put their weight
-    gradients off.
+    """Lets linear layers, embeddings and ``PutsOff`` layers compute weight gradients later.
 
-    While nothing is recorded they do what they always did.
+    Outside of ``recording`` they do what they always did.
 
     Args:
-        index: of the stage, for messages.
-        module: its module; layers whose ``forward`` is PyTorch's own are given another.
+        index: index of the stage, for errors.
+        module: the stage's module; the ``forward`` of its layers that can be split is replaced.
 
     Attributes:
-        ledger: where they write down, while something is recorded.
+        ledger: where layers record what they put off; None outside of ``recording``.
     """
 
     def __init__(self, index: int, module: nn.Module) -> None:
@@ -115,14 +114,14 @@ class Splitter:
                 self._replaced.append(layer)
 
     def close(self) -> None:
-        """Give the layers their own ``forward`` back."""
+        """Restore the layers' own ``forward``."""
         for layer in self._replaced:
             layer.__dict__.pop("forward", None)
         self._replaced = []
 
     @contextlib.contextmanager
     def recording(self, ledger: Ledger) -> Iterator[None]:
-        """Let layers that run inside write into ``ledger`` when they are differentiated."""
+        """Let layers that run inside record into ``ledger`` when they are differentiated."""
         self.ledger = ledger
         try:
             yield
@@ -137,14 +136,14 @@ class Splitter:
         inputs: Tensors,
         leaves: Sequence[Leaf],
     ) -> Tensors:
-        """The first half of a backward.
+        """Run the first half of a backward.
 
         Args:
-            ledger: which the forward was recorded in.
-            roots: where the backward starts.
-            gradients: of the roots.
-            inputs: of the stage; those that require a gradient get one.
-            leaves: the weights that are trained, as they were at the forward.
+            ledger: the ledger that the forward was recorded in.
+            roots: the tensors that the backward starts from.
+            gradients: the gradients of ``roots``.
+            inputs: the inputs of the stage.
+            leaves: the trained weights, as they were at the forward.
 
         Returns:
             The gradients of the inputs that require one, zero where none arrived.
@@ -192,15 +191,17 @@ class Splitter:
 
 
 def _is_free(layer: nn.Module) -> bool:
-    """Whether no forward of the user's own is on the layer itself; one of ours may be, of a
-    pipeline that was not closed."""
+    """Return whether the user has set no ``forward`` on the layer object itself.
+
+    One that a pipeline has set and not removed, because it was not closed, does not count.
+    """
     own = layer.__dict__.get("forward")
     ours = (_put_off, _linear, _embedding)
     return own is None or (isinstance(own, functools.partial) and own.func in ours)
 
 
 def _own_forward(layer: nn.Module) -> Callable[..., Any] | None:
-    """What ``layer`` is to run instead of its ``forward``; None where that cannot be split."""
+    """Return what ``layer`` is to run instead of its ``forward``; None if it cannot be split."""
     forward = type(layer).forward
     if isinstance(layer, PutsOff):
         return _put_off
@@ -218,9 +219,10 @@ def _put_off(layer: Any, splitter: Splitter, *inputs: Any) -> Any:
 
 
 def _can_put_off(splitter: Splitter, *leaves: Tensor | None) -> bool:
-    """Whether a layer's weights are plain ones, in a forward that is recorded.
+    """Return whether a layer may leave the gradients of ``leaves`` for later.
 
-    A hook on a gradient would be called without one in the first half, so it forbids to split.
+    Its forward must be recorded and its weights be plain ones. Hooks on them rule it out, because
+    the first half of the backward would call them without a gradient.
     """
     weight = leaves[0]
     assert weight is not None

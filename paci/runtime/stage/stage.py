@@ -35,7 +35,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 @dataclass
 class Target:
-    """What the last stage needs for a micro-batch's loss: its target, and what to divide by."""
+    """The target of a micro-batch, and the divisor of its loss."""
 
     value: Any
     divisor: Tensor | float
@@ -68,31 +68,31 @@ class _InFlight:
 
 
 class Stage:
-    """One stage of the pipeline, as the process that holds it sees it.
+    """One stage of the pipeline: runs forwards, backwards and updates of its module.
 
     Args:
-        index: its place in the pipeline, from 0.
+        index: index of the stage in the pipeline, from 0.
         is_last: whether the loss is computed here.
-        module: any module; called with the tensors of the boundary before it, returns a tensor
-            or a tuple of tensors.
-        optimizer: over the module's parameters; steps in place, once an update; None for a stage
-            that has nothing to train.
-        policy: which weights a forward and a backward see.
-        loss: used by the last stage.
-        accumulation: micro-batches of one update.
+        module: any module; called with what the stage before returned, returns a value that
+            ``paci.runtime.transport.boundary`` can carry.
+        optimizer: the optimizer of the module's parameters, which steps once per update; None for
+            a stage that has nothing to train.
+        policy: decides which weights a forward and a backward see.
+        loss: the loss, which the last stage computes.
+        accumulation: micro-batches per update.
         lr_scheduler: stepped after each of the optimizer's steps.
         precision: ``"fp32"`` computes with the parameters as they are; ``"bf16"`` with one
             bf16 working copy of each, and floating-point inputs of the first stage converted.
-        seed: of the random numbers in forwards.
+        seed: seed of the random numbers in forwards.
         splits: whether backwards come in two halves here; it changes no gradient.
-        max_grad_norm: clip the gradient of each update to this norm, that of this stage alone.
-        lenders: stages whose parameters this one's module also uses, each by the identity of the
-            parameter. Such a parameter is updated by the stage that lends it, with the gradients
-            of both: whatever has been added up by the time of that update.
+        max_grad_norm: clip each update's gradient to this norm, taken over this stage alone.
+        lenders: for each parameter that this module shares with an earlier stage, that stage, by
+            ``id`` of the parameter. The earlier stage updates it, with the gradients that both
+            have added up by then.
 
     Attributes:
-        version: updates applied here.
-        in_flight: what is kept of each micro-batch between forward and backward.
+        version: number of updates applied here.
+        in_flight: what is kept of each micro-batch between its forward and its backward.
     """
 
     def __init__(
@@ -147,8 +147,7 @@ class Stage:
         self._splitter = Splitter(index, module) if splits else None
 
     def enter(self) -> None:
-        """Let the parameters hold working weights, of the stages that this one borrows from too;
-        every action does."""
+        """Let the parameters, borrowed ones too, hold working weights; every action does so."""
         for owner in self._owners:
             if not owner.weights.is_inside:
                 is_drained = not any(user.in_flight for user in (owner, *owner._borrowers))
@@ -163,18 +162,20 @@ class Stage:
                     owner.policy.take_over(touched)
 
     def leave(self) -> None:
-        """Let the parameters hold the masters: the user's code runs from now on."""
+        """Let the parameters hold the masters again, before the user's code runs."""
         self.weights.leave()
 
     def close(self) -> None:
-        """Leave a plain module with plain parameters behind."""
+        """Restore a plain module: without hooks, its parameters holding the masters."""
         self.weights.close()
         if self._splitter is not None:
             self._splitter.close()
 
     def on_update(self, hook: UpdateHook) -> None:
-        """Call ``hook(stage, version)`` in each update, after the optimizer's step: parameters hold
-        the masters then, and what it writes to them is taken over."""
+        """Call ``hook(stage, version)`` in each update, after the optimizer's step.
+
+        The parameters hold the masters then, and what the hook writes to them is kept.
+        """
         self._hooks.append(hook)
 
     def forward(
@@ -187,15 +188,15 @@ class Stage:
         """Run the micro-batch forward and keep what its backward needs.
 
         Args:
-            micro_batch: counted from the start of training.
-            inputs: the boundary's tensors; those that require a gradient are leaves.
-            target: on the last stage.
+            micro_batch: index of the micro-batch, counted from the start of training.
+            inputs: the tensors from the stage before; those that require a gradient are leaves.
+            target: the target, on the last stage; else None.
             direct: keyword inputs, from ``Caller.take_direct``.
 
         Returns:
-            What goes to the next stage, detached and marked ``requires_grad`` where a gradient
-            is to come back; on the last stage the share of this micro-batch in the update's
-            mean loss, a scalar that nothing flows back to.
+            The tensors for the next stage, detached and marked ``requires_grad`` where a gradient
+                is to come back; on the last stage this micro-batch's share of the update's mean
+                loss, a detached scalar.
         """
         self.enter()
         key = (self.index, micro_batch)
@@ -227,8 +228,7 @@ class Stage:
         return Bundle(handed, flight.structure)
 
     def added_loss(self, micro_batch: int) -> Tensor | None:
-        """The share of a micro-batch in the update's mean of the losses that the module adds; None
-        if it added none. The forward has run, and the backward has not."""
+        """Return the micro-batch's share of the mean added loss, or None, before its backward."""
         added = self.in_flight[micro_batch].added
         if not added:
             return None
@@ -247,7 +247,7 @@ class Stage:
         return _gradients(flight.inputs)
 
     def backward_input(self, micro_batch: int, gradients: Tensors) -> Tensors:
-        """Run the input's half of the backward; keep only what the weights' half needs."""
+        """Return the gradients of the inputs; keep only what ``backward_weight`` needs."""
         self.enter()
         flight = self.in_flight[micro_batch]
         if self._splitter is None:
@@ -262,12 +262,12 @@ class Stage:
         return found
 
     def backward_weight(self, micro_batch: int) -> None:
-        """Run the weights' half of the backward that ``backward_input`` began."""
+        """Compute the weight gradients of the backward that ``backward_input`` began."""
         self.enter()
         self.in_flight.pop(micro_batch).ledger.settle()
 
     def update(self) -> None:
-        """Let the optimizer step on the masters, and publish them to the working weights."""
+        """Step the optimizer on the masters, and bring them to the working weights."""
         self.enter()
         with self.weights.at_masters():
             self.policy.before_update()
@@ -295,13 +295,13 @@ class Stage:
     def evaluate(
         self, inputs: Tensors, target: Any, direct: Mapping[str, Any] = MappingProxyType({})
     ) -> Tensors:
-        """Run forward in evaluation mode, with the masters' values, keeping nothing.
+        """Run a forward in evaluation mode, with the masters' values; keep nothing for a backward.
 
-        Nothing is in flight.
+        Nothing may be in flight.
 
         Returns:
-            What goes to the next stage; on the last stage the summed loss and the number of
-            tokens, both float64 scalars.
+            The tensors for the next stage; on the last stage the summed loss and the number of
+                tokens, both float64 scalars.
         """
         self.enter()
         modes = [(module, module.training) for module in self.module.modules()]
@@ -318,10 +318,10 @@ class Stage:
         return loss.double(), count.double()
 
     def state_dict(self) -> dict[str, Any]:
-        """Masters, buffers and optimizer state by name, scheduler, version and weight policy.
+        """Return masters, buffers, optimizer and scheduler state, version and weight policy.
 
         The optimizer's state is keyed by parameter name: ``{"state": {name: {key: value}},
-        "param_groups": [{..., "params": [names]}]}``. Nothing is in flight.
+        "param_groups": [{..., "params": [names]}]}``. Nothing may be in flight.
         """
         saved = self.module.state_dict()
         return {
@@ -337,16 +337,16 @@ class Stage:
         }
 
     def require_state(self, state: dict[str, Any], num_micro_batches: int) -> None:
-        """Raise ``ConfigError`` unless ``load_state_dict`` can take ``state`` over.
+        """Raise ``ConfigError`` unless ``load_state_dict`` can load ``state``.
 
         Args:
-            state: from a stage like this one, as ``state_dict`` gave it.
-            num_micro_batches: that had gone through it.
+            state: what ``state_dict`` of a stage like this one returned.
+            num_micro_batches: number of micro-batches that had gone through it.
         """
         check_state(self.index, self.state_dict(), state, num_micro_batches, self._accumulation)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave, and ``require_state`` lets pass."""
+        """Load a state from ``state_dict`` that ``require_state`` accepts."""
         own = self.state_dict()
         for part in ("weights", "buffers"):
             with torch.no_grad():
@@ -362,8 +362,7 @@ class Stage:
         self.rule.load_state_dict(state.get("rule", {}))
 
     def _to_hand_on(self, output: Tensor, inputs: Tensors) -> Tensor:
-        """``output`` for the next stage: a copy if it lies in something that the stage may write to
-        again before it has arrived (a weight, a buffer, a tensor that the stage fills again)."""
+        """Return ``output`` detached; copied if the stage may write to its memory again."""
         base = output if output._base is None else output._base
         is_new = base.grad_fn is not None
         if not is_new:
@@ -429,8 +428,7 @@ class Stage:
 
 
 def _differentiate(roots: Tensors, gradients: Tensors) -> None:
-    """``torch.autograd.backward`` without its checks of what a user may pass, which for an empty
-    stage take as long as the backward itself: each gradient is of its root's shape already."""
+    """Run ``torch.autograd.backward`` without its argument checks, slow for an empty stage."""
     engine = torch.autograd.Variable._execution_engine
     engine.run_backward(
         roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True
@@ -438,11 +436,11 @@ def _differentiate(roots: Tensors, gradients: Tensors) -> None:
 
 
 def _whole(outputs: Bundle) -> Any:
-    """Return the value that the module returned."""
+    """Return the value that the module returned, rebuilt from its tensors."""
     return tuple(outputs) if outputs.structure is None else unflatten(outputs.structure, outputs)
 
 
 def _gradients(inputs: Tensors) -> Tensors:
-    """Gradients of those inputs that require one, zero where none arrived."""
+    """Return the gradients of those inputs that require one, zero where none arrived."""
     wanted = [x for x in inputs if x.requires_grad]
     return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in wanted)

@@ -1,1 +1,1 @@
-"""How tensors get from a stage to its neighbour: channels, and what crosses them."""
+"""Channels that carry tensors between neighbouring stages, and the form of their messages."""

@@ -1,6 +1,6 @@
-"""What crosses a boundary between stages: values made of tensors, and what tells of them.
+"""Take apart the values that stages send to each other, and describe their form.
 
-A stage hands on a tensor, or tuples, lists, dicts and NamedTuples of tensors, None, numbers and
+A stage sends a tensor, or tuples, lists, dicts and NamedTuples of tensors, None, numbers and
 strings::
 
     value  --flatten-->  tensors    which a channel carries
@@ -8,7 +8,7 @@ strings::
                          specs of the tensors  --+-- the form of the message
     value  <-unflatten-  tensors, structure
 
-A form is told when it differs from that of the message before, and goes without saying otherwise.
+A form is sent only if it differs from that of the message before.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ class Spec(NamedTuple):
     requires_grad: bool
 
     def empty(self, device: torch.device) -> Tensor:
-        """A tensor of this shape and dtype, its values undefined."""
+        """Return a tensor of this shape and dtype, its values undefined."""
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
     @property
     def num_bytes(self) -> int:
-        """The size of its values in bytes."""
+        """The size of the tensor's values in bytes."""
         return self.shape.numel() * self.dtype.itemsize
 
 
 def specs_of(tensors: Sequence[Tensor]) -> tuple[Spec, ...]:
-    """Describe ``tensors``: shape, dtype and whether each requires a gradient."""
+    """Return shape, dtype and ``requires_grad`` of each of ``tensors``."""
     return tuple(Spec(t.shape, t.dtype, t.requires_grad) for t in tensors)
 
 
 def all_are(tensors: Sequence[Tensor], specs: Sequence[Spec]) -> bool:
-    """Tell whether ``specs_of(tensors)`` would equal ``specs``."""
+    """Return whether ``specs_of(tensors)`` would equal ``specs``."""
     if len(tensors) != len(specs):
         return False
     for tensor, (shape, dtype, requires_grad) in zip(tensors, specs, strict=True):
@@ -66,7 +66,7 @@ def all_are(tensors: Sequence[Tensor], specs: Sequence[Spec]) -> bool:
 
 
 def tensors_in(memory: memoryview, specs: Sequence[Spec]) -> tuple[Tensor, ...]:
-    """A message's tensors in CPU memory set aside for them, which they keep alive."""
+    """Return tensors of ``specs`` that lie in ``memory`` (on the CPU), which they keep alive."""
     tensors: list[Tensor] = []
     offset = 0
     for spec in specs:
@@ -84,14 +84,14 @@ def tensors_in(memory: memoryview, specs: Sequence[Spec]) -> tuple[Tensor, ...]:
 
 
 class Structure(NamedTuple):
-    """A value without its tensors; equal structures give equal values, and can be hashed.
+    """A value without its tensors, hashable; equal structures rebuild equal values.
 
     Attributes:
-        kind: ``tensor``; ``none``, ``bool``, ``int``, ``float``, ``str`` or ``size`` of a value
-            without parts; ``tuple``, ``list``, ``dict`` or ``class`` of one with parts.
+        kind: ``tensor``; ``none``, ``bool``, ``int``, ``float``, ``str`` or ``size`` for a value
+            without parts; ``tuple``, ``list``, ``dict`` or ``class`` for one with parts.
         about: the value itself, a float in hexadecimal; the keys of a dict; the class of a
-            NamedTuple or of what torch returns, as ``module:name``.
-        parts: in order.
+            NamedTuple or of a type in ``torch.return_types``, as ``module:name``.
+        parts: the structures of the elements, in order.
     """
 
     kind: str
@@ -105,14 +105,14 @@ _TENSOR, _NONE = Structure("tensor"), Structure("none")
 def flatten(
     value: object, what: str = "a value at a boundary"
 ) -> tuple[tuple[Tensor, ...], Structure]:
-    """Take ``value`` apart.
+    """Split ``value`` into its tensors and its structure.
 
     Args:
-        value: see the head of this module.
-        what: named if it is something else.
+        value: a value of the kinds listed at the top of this module.
+        what: what ``value`` is, for errors.
 
     Returns:
-        Its tensors, in the order in which they stand in it, and the rest.
+        Its tensors, in the order in which they occur, and its structure.
 
     Raises:
         ConfigError: it holds what no channel carries.
@@ -126,7 +126,7 @@ def flatten(
 
 
 def unflatten(structure: Structure, tensors: Sequence[Tensor]) -> Any:
-    """Put together what ``flatten`` took apart."""
+    """Rebuild the value that ``flatten`` split into ``tensors`` and ``structure``."""
     left = iter(tensors)
     value = _unflatten(structure, left)
     assert next(left, None) is None, "a structure must take all tensors that came with it"
@@ -134,12 +134,13 @@ def unflatten(structure: Structure, tensors: Sequence[Tensor]) -> Any:
 
 
 def arguments(structure: Structure | None, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What the module behind a boundary is called with: each element of a tuple or list, or else
-    the value itself.
+    """Return the positional arguments of the module that receives a value.
+
+    They are the elements of a tuple or list, or else the value itself.
 
     Args:
-        structure: None for a tuple of tensors and nothing else.
-        tensors: that came with it.
+        structure: the structure of the value; None for a tuple of tensors.
+        tensors: the tensors of the value.
     """
     if structure is None or structure is _TENSOR:
         return tuple(tensors)
@@ -223,8 +224,10 @@ def _at(place: str) -> str:
 
 
 def _name_of(cls: type) -> str | None:
-    """``module:name`` of a NamedTuple, or of a class that torch's functions return; None if it is
-    neither, or cannot be imported by that name."""
+    """Return ``module:name`` of a NamedTuple or of a class in ``torch.return_types``.
+
+    Return None for any other class, or if it cannot be imported by that name.
+    """
     if not hasattr(cls, "_make") and cls.__module__ != "torch.return_types":
         return None
     name = f"{cls.__module__}:{cls.__qualname__}"
@@ -251,33 +254,33 @@ def _class_named(name: str) -> Any:
 
 
 class Form(NamedTuple):
-    """Specs and structure of a message: all but its values.
+    """The specs and the structure of a message: everything but its values.
 
     Attributes:
-        specs: of its tensors.
-        structure: of the value that they come from; None if nobody asks.
+        specs: the specs of its tensors.
+        structure: the structure of the value that they come from; None if it is not sent.
     """
 
     specs: tuple[Spec, ...]
     structure: Structure | None = None
 
     def fits(self, tensors: Sequence[Tensor], structure: Structure | None) -> bool:
-        """Tell whether a message of ``tensors`` with ``structure`` has this form."""
+        """Return whether a message of ``tensors`` with ``structure`` has this form."""
         return all_are(tensors, self.specs) and structure == self.structure
 
     @property
     def layout(self) -> tuple[tuple[torch.Size, torch.dtype], ...]:
-        """Shapes and dtypes: all that memory for its tensors depends on."""
+        """Shape and dtype of each tensor, which determine the memory that the tensors need."""
         return tuple((spec.shape, spec.dtype) for spec in self.specs)
 
     def encode(self) -> bytes:
-        """Write the form as text; ``decode`` reads it."""
+        """Return the form as JSON text in bytes; ``decode`` reads it."""
         specs = [(list(s.shape), str(s.dtype).removeprefix("torch."), s[2]) for s in self.specs]
         return json.dumps((specs, self.structure), separators=(",", ":")).encode()
 
     @staticmethod
     def decode(text: bytes) -> Form:
-        """Read the form that ``encode`` wrote as ``text``."""
+        """Return the form that ``encode`` wrote as ``text``."""
         specs, structure = json.loads(text)
         return Form(
             tuple(
@@ -304,8 +307,10 @@ _LENGTH = struct.Struct("<I")
 
 
 def notice_of(text: bytes) -> bytearray:
-    """A few bytes that hold the text of a form, or how long it is if it does not fit; of no text
-    that the form is as before."""
+    """Return a notice of ``NOTICE_BYTES`` bytes with the text of a form and its length.
+
+    A text that is too long is left out. An empty text says that the form is as before.
+    """
     notice = bytearray(NOTICE_BYTES)
     _LENGTH.pack_into(notice, 0, len(text))
     if fits_a_notice(len(text)):
@@ -314,7 +319,7 @@ def notice_of(text: bytes) -> bytearray:
 
 
 def fits_a_notice(num_bytes: int) -> bool:
-    """Whether a text of so many bytes goes into a notice; else it must come by itself."""
+    """Return whether a text of ``num_bytes`` fits into a notice; else it is sent separately."""
     return _LENGTH.size + num_bytes <= NOTICE_BYTES
 
 

@@ -1,13 +1,13 @@
-"""How tensors get from a stage to its neighbour.
+"""The interface of channels, which carry tensors from a stage to its neighbour.
 
 Each edge between neighbouring stages has two channels, one for activations down and one for
-gradients up, and each channel is a queue with a sending and a receiving end. ``Transport`` is
-the set of ends that one process holds; ``LocalChannel`` is both at once, inside a process. Those
+gradients up, and each channel is a queue with a sending and a receiving end. ``Transport`` is the
+set of ends that one process holds; ``LocalChannel`` is both ends at once, inside a process. Those
 between processes are in ``paci.runtime.transport.shared_memory`` (CPU tensors, one host) and
 ``paci.runtime.transport.distributed`` (everything else).
 
-A *stretch* is what passes between two moments at which the pipeline is empty. Number, shapes and
-dtypes of the tensors may differ from message to message; while they stay they are not told again.
+A *stretch* is the time between two moments at which the pipeline is empty. Number, shapes and
+dtypes of the tensors may differ from message to message; they are sent only when they change.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Bundle(tuple[Tensor, ...]):
     """The tensors of a message.
 
     Attributes:
-        structure: of the value that they come from, as it was sent with them.
+        structure: the structure of the value that they come from; None for a tuple of tensors.
     """
 
     structure: Structure | None
@@ -48,7 +48,7 @@ class LinkError(WorkerError):
     """A wait for a neighbour failed.
 
     Attributes:
-        peer: global rank of that neighbour, who is gone or stuck, or waits for another in turn.
+        peer: global rank of that neighbour, which is gone or stuck, or itself waits for another.
     """
 
     def __init__(self, message: str, peer: int) -> None:
@@ -57,20 +57,22 @@ class LinkError(WorkerError):
 
 
 class Ends(NamedTuple):
-    """Who is at the two ends of a channel between processes: global ranks, this process's first;
-    and how long they wait for each other."""
+    """The global ranks of the two processes at the ends of a channel, and their time-out.
+
+    ``rank`` is this process and ``peer`` the other; ``timeout_s`` is in seconds.
+    """
 
     rank: int
     peer: int
     timeout_s: float
 
     def failure(self, verb: str, message: Message, timed_out: bool) -> LinkError:
-        """Say in one line what could not be done, and what that tells of the other side.
+        """Return the error for a message that could not be sent or received.
 
         Args:
             verb: ``send`` or ``receive``.
-            message: which.
-            timed_out: whether nothing came, or the connection broke.
+            message: the message.
+            timed_out: whether the wait passed the time-out; if not, the connection broke.
         """
         sends = verb == "send"
         stage, other = message.sender, message.stage
@@ -95,17 +97,17 @@ class Sender(abc.ABC):
 
     @abc.abstractmethod
     def send(self, message: Message, tensors: Tensors, structure: Structure | None = None) -> None:
-        """Start to send; does not wait for the other side unless far ahead of it.
+        """Start to send; wait for the other side only if it is far behind.
 
         Args:
             message: names the micro-batch, for errors.
-            tensors: ``requires_grad`` says for which of them a gradient is to come back.
-            structure: of the value that they come from, for the receiver to have.
+            tensors: the tensors; a gradient is to come back for those that require one.
+            structure: the structure of the value that they come from, for the receiver.
         """
 
     @abc.abstractmethod
     def seal(self) -> None:
-        """Tell that nothing more will be sent in this stretch."""
+        """Declare that nothing more will be sent in this stretch."""
 
     @abc.abstractmethod
     def finish(self) -> None:
@@ -120,7 +122,7 @@ class Receiver(abc.ABC):
 
     @abc.abstractmethod
     def receive(self, message: Message) -> Bundle:
-        """Wait for the next message; its tensors are leaves that require a gradient as sent.
+        """Wait for the next message; its tensors are leaves with ``requires_grad`` as sent.
 
         Raises:
             WorkerError: it did not come in time, or its sender is gone.
@@ -128,29 +130,29 @@ class Receiver(abc.ABC):
 
     @abc.abstractmethod
     def finish(self) -> None:
-        """End the stretch: afterwards nothing is under way."""
+        """End the stretch; afterwards no message is under way."""
 
     def close(self) -> None:  # noqa: B027
-        """See ``Sender.close``."""
+        """Free sockets, memory and process groups; the end is not used afterwards."""
 
     @property
     def reserved_bytes(self) -> int:
-        """Memory that is set aside for messages to come into."""
+        """The bytes of memory that are reserved for incoming messages."""
         return 0
 
     def holds(self, address: int) -> bool:
-        """Tell whether ``address`` lies in that memory."""
+        """Return whether ``address`` lies in the reserved memory."""
         return False
 
 
 class LocalChannel(Sender, Receiver):
-    """Both ends are in this process; storage is handed over, not copied, on one device.
+    """Both ends of a channel inside one process; tensors are not copied if the device is the same.
 
-    What is not contiguous becomes so, as it does between processes: kernels that depend on the
-    layout of their inputs then give the same bits in both.
+    Tensors that are not contiguous are made so, as between processes: kernels that depend on the
+    layout of their inputs then give the same bits in both cases.
 
     Args:
-        device: of the receiving stage.
+        device: the device of the receiving stage.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -158,15 +160,15 @@ class LocalChannel(Sender, Receiver):
         self._queue: deque[tuple[Tensors, Structure | None, list[int]]] = deque()
 
     def send(self, message: Message, tensors: Tensors, structure: Structure | None = None) -> None:
-        """Put the tensors in line."""
+        """Append the tensors to the queue."""
         self._queue.append((tensors, structure, _writes(tensors)))
 
     def receive(self, message: Message) -> Bundle:
-        """Take the next in line.
+        """Take the next message from the queue.
 
         Raises:
-            ConfigError: it was written to since it was sent: between processes, which copy what
-                they send, the values would be those of before.
+            ConfigError: it was written to since it was sent. Channels between processes copy what
+                they send, so there the receiver would get the values from before.
         """
         assert self._queue, f"nothing in line for {message}: the order of actions is not legal"
         tensors, structure, writes = self._queue.popleft()
@@ -184,7 +186,7 @@ class LocalChannel(Sender, Receiver):
         return Bundle(here, structure)
 
     def seal(self) -> None:
-        """Do nothing: a queue inside a process posts nothing ahead."""
+        """Do nothing: a channel inside a process posts no receives ahead."""
 
     def finish(self) -> None:
         """Check that the queue is empty."""
@@ -192,15 +194,17 @@ class LocalChannel(Sender, Receiver):
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The values of ``tensor`` as they lie in memory, in the order of its elements: what is put
-    off (a transposition, a conjugate, a sign) is carried out."""
+    """Return ``tensor`` detached and contiguous.
+
+    A lazy transposition, conjugation or negation is carried out.
+    """
     if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return tensor.detach().contiguous().resolve_conj().resolve_neg()
     return tensor.detach()
 
 
 def _writes(tensors: Tensors) -> list[int]:
-    """How often each was written to in place; of inference tensors nobody knows."""
+    """Return how often each tensor was written to in place; 0 for inference tensors."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
@@ -208,8 +212,8 @@ class Transport:
     """The ends of channels that one process holds.
 
     Args:
-        senders: by payload and receiving stage.
-        receivers: likewise.
+        senders: sending ends, by payload and receiving stage.
+        receivers: receiving ends, by payload and receiving stage.
     """
 
     def __init__(self, senders: Mapping[Edge, Sender], receivers: Mapping[Edge, Receiver]) -> None:
@@ -217,7 +221,7 @@ class Transport:
         self._receivers = dict(receivers)
 
     def send(self, message: Message, tensors: Tensors) -> None:
-        """Start to send; see ``Sender.send``. A ``Bundle`` goes with its structure."""
+        """Start to send; see ``Sender.send``. A ``Bundle`` is sent with its structure."""
         structure = getattr(tensors, "structure", None)
         self._senders[message[:2]].send(message, tensors, structure)
 
@@ -226,11 +230,11 @@ class Transport:
         return self._receivers[message[:2]].receive(message)
 
     def receivers_of(self, stage: int) -> list[Receiver]:
-        """The ends that ``stage`` receives on."""
+        """Return the receiving ends of ``stage``."""
         return [receiver for (_, target), receiver in self._receivers.items() if target == stage]
 
     def finish(self) -> None:
-        """End the stretch on every channel. All processes must do so."""
+        """End the stretch on every channel. All processes must call this."""
         for sender in self._senders.values():
             sender.seal()
         for receiver in self._receivers.values():

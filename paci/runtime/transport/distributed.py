@@ -1,12 +1,12 @@
 """Channels between processes, over torch.distributed.
 
 Each channel is a process group of two. (On NCCL a communicator's operations run in the order of
-their calls, so in a shared one a receive that waits for the future would hold up every send
-behind it. On gloo a wait that passes its time-out breaks the whole group, which here is one
-channel and no more.)
+their calls, so in a shared one a receive that waits for a later message would hold up every send
+behind it. On gloo a wait that passes its time-out breaks the whole group, which here is one channel
+and no more.)
 
-Each message begins with a notice, a few bytes which say whether it looks like the one before, or
-else what it looks like::
+Each message begins with a notice, a few bytes that say whether its form is that of the message
+before, or else describe the new form::
 
     bare notice: a form              payload 0  of that form
     notice: as before, payload 1
@@ -14,14 +14,14 @@ else what it looks like::
     notice: a form, filler           filler               payload 3  of the new form
     bare notice: as before           payload 4
 
-The receiver keeps ``RECEIVES_AHEAD`` receives posted: while one micro-batch is computed the next
-is already on its way. They have room for a payload like the last. If it then looks otherwise, it
-comes by itself, and fillers take their room; so a channel is left clean, also when the stretch
-ends. After a change only bare notices are posted ahead, until ``_STEADY`` messages in a row were
-alike: there are no fillers where all differ. Each end keeps the same count (``_Line``).
+The receiver keeps ``RECEIVES_AHEAD`` receives posted: while one micro-batch is computed the next is
+already on its way. They have room for a payload of the last form. If the form changes, the payload
+is sent separately and fillers complete these receives, as at the end of a stretch. After a change
+only bare notices are posted ahead, until ``_STEADY`` messages in a row were alike, so that there
+are no fillers if all differ. Both ends keep the same count (``_Line``).
 
-Of tensors in CPU memory notice and payload are one operation. Those on CUDA go by NCCL, of which
-the host reads nothing, so as to wait for no device; their notices go from host to host by gloo.
+For tensors in CPU memory, notice and payload are one operation. CUDA tensors are sent by NCCL;
+their notices are sent between the hosts by gloo, so that reading them waits for no device.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _AS_BEFORE = torch.frombuffer(notice_of(b""), dtype=torch.uint8)
 
 
 class Lane(enum.IntEnum):
-    """What goes over a link side by side, each in an order of its own."""
+    """Operations of one kind on a link; they keep their order within a lane, not between lanes."""
 
     NOTICE = 0  # and what comes with it
     TEXT = 1  # of a form that does not fit into a notice
@@ -67,13 +67,13 @@ class Lane(enum.IntEnum):
 class Link:
     """The process group of a channel; its errors become ``LinkError``.
 
-    Calls the group's own operations: what ``torch.distributed.isend`` adds to them, once more for
-    every message, is checks of what cannot change on a channel.
+    Calls the group's own operations, because ``torch.distributed.isend`` would check again for
+    every message what cannot change on a channel.
 
     Args:
-        group: of the two; it takes tensors in CPU memory, and those of ``device``.
-        ends: who they are.
-        device: of the payloads on this end.
+        group: the process group of the two; it takes tensors on the CPU and on ``device``.
+        ends: the ranks of both ends, and the time-out.
+        device: the device of the payloads on this end.
     """
 
     def __init__(self, group: dist.ProcessGroup, ends: Ends, device: torch.device) -> None:
@@ -126,7 +126,7 @@ class Link:
             raise self._failure(verb, message, error) from error
 
     def restart(self) -> None:
-        """Count operations from the first again; nothing may be under way."""
+        """Number operations from 0 again; nothing may be under way."""
         self._num_started = [0 for _ in Lane]
 
     def _failure(self, verb: str, message: Message, error: BaseException) -> LinkError:
@@ -135,7 +135,7 @@ class Link:
 
 
 class _Line:
-    """What the receiver has posted ahead, of which each end keeps the same account."""
+    """Counts the receives that the receiver has posted ahead; both ends keep the same count."""
 
     def __init__(self) -> None:
         self.num_posted = 1
@@ -152,7 +152,7 @@ class _Line:
         self._num_alike += 1
 
     def changed(self) -> int:
-        """Note that a payload had another form; return how many posted receives are of no use."""
+        """Note that a payload had another form; return how many posted receives need fillers."""
         num_in_vain = self.num_posted if self.has_room else 0
         self.num_posted -= num_in_vain
         self._num_alike = 0
@@ -161,7 +161,7 @@ class _Line:
     def refill(self) -> tuple[int, bool]:
         """Return how many receives to post now, and whether with room for a payload.
 
-        All in line are of one kind, or a payload would overtake the one before.
+        All posted receives are of one kind, or a payload would overtake the one before.
         """
         steady = self._num_alike >= _STEADY
         if self.num_posted and steady is not self.has_room:
@@ -175,8 +175,8 @@ class _Packet(NamedTuple):
     """A notice and the tensors after it, in one piece of CPU memory.
 
     Attributes:
-        whole: that memory.
-        tensors: theirs.
+        whole: all of that memory, as uint8.
+        tensors: the tensors, which lie in it.
     """
 
     whole: Tensor
@@ -184,7 +184,7 @@ class _Packet(NamedTuple):
 
     @classmethod
     def of(cls, specs: Sequence[Spec]) -> Self:
-        """Make the payload's tensors; their values are undefined."""
+        """Allocate a packet for tensors of ``specs``; their values are undefined."""
         size = ring_slot_bytes([spec.num_bytes for spec in specs])
         whole = torch.empty(NOTICE_BYTES + size, dtype=torch.uint8)
         return cls(whole, tensors_in(whole.numpy().data[NOTICE_BYTES:], specs))
@@ -204,7 +204,7 @@ class RemoteSender(Sender):
     """The sending end of a channel over torch.distributed.
 
     Args:
-        link: who talks to whom.
+        link: the link to the receiving end.
         capacity: messages under way after which a send waits for the oldest.
     """
 
@@ -218,8 +218,7 @@ class RemoteSender(Sender):
         self._spare: list[_Packet] = []  # for messages of this form
 
     def open(self, message: Message) -> None:
-        """Exchange a first byte: a link that does not work is found before training starts, and
-        NCCL, which connects on first use, does not do so in the midst of a schedule."""
+        """Exchange a byte, which tests the link and makes NCCL connect before the schedule runs."""
         started = self._begin(message)
         self._start(started, _AS_BEFORE, Lane.NOTICE)
         byte = torch.zeros(1, dtype=torch.uint8, device=self._link.device)
@@ -257,7 +256,7 @@ class RemoteSender(Sender):
             self._wait_for_oldest()
 
     def seal(self) -> None:
-        """Answer the receives that are posted ahead."""
+        """Complete the receives that the other end has posted ahead, with fillers."""
         if self._form is None:
             return
         started = self._begin(self._under_way[-1][0])
@@ -266,14 +265,14 @@ class RemoteSender(Sender):
             self._put(started, _AS_BEFORE, room, None)
 
     def finish(self) -> None:
-        """Wait for everything under way."""
+        """Wait until everything under way has been sent."""
         while self._under_way:
             self._wait_for_oldest()
         self._form, self._line, self._spare = None, _Line(), []
         self._link.restart()
 
     def _begin(self, message: Message) -> list[_Started]:
-        """Let all that is started from now on belong to ``message``."""
+        """Make all that is started from now on belong to ``message``."""
         started: list[_Started] = []
         self._under_way.append((message, started))
         return started
@@ -285,13 +284,13 @@ class RemoteSender(Sender):
         specs: Sequence[Spec],
         tensors: Tensors | None,
     ) -> None:
-        """Send what the receiver has posted with room for ``specs``.
+        """Send a notice, a payload or both, as the receiver has posted a receive for.
 
         Args:
-            started: what belongs to the message, to be added to.
-            notice: None where a payload comes by itself.
-            specs: none for a bare notice.
-            tensors: None for a filler.
+            started: the operations of the message, which are added to.
+            notice: None if the payload is sent separately.
+            specs: the specs that the receive has room for; none for a bare notice.
+            tensors: the payload; None for a filler.
         """
         lane = Lane.PAYLOAD if notice is None else Lane.NOTICE
         if specs and self._packs:
@@ -310,7 +309,7 @@ class RemoteSender(Sender):
             self._start(started, plain(tensor), Lane.PAYLOAD)
 
     def _packet(self, specs: Sequence[Spec], notice: Tensor) -> _Packet:
-        """Return a packet that may be written to, with ``notice`` in it."""
+        """Return a packet with ``notice`` in it, whose tensors may be written to."""
         if notice is _AS_BEFORE and self._spare:
             return self._spare.pop()
         packet = _Packet.of(specs)
@@ -330,7 +329,7 @@ class RemoteSender(Sender):
 
 
 class _Posted(NamedTuple):
-    """A receive of what comes in one go: of a notice, of a payload or of both."""
+    """A posted receive of a notice, of a payload or of both."""
 
     notice: Tensor  # begins with it
     specs: Sequence[Spec]
@@ -342,7 +341,7 @@ class RemoteReceiver(Receiver):
     """The receiving end of a channel over torch.distributed.
 
     Args:
-        link: who talks to whom.
+        link: the link to the sending end.
     """
 
     def __init__(self, link: Link) -> None:
@@ -363,7 +362,7 @@ class RemoteReceiver(Receiver):
         self._link.restart()
 
     def receive(self, message: Message) -> Bundle:
-        """Wait for the next message, then post another receive behind those that are."""
+        """Wait for the next message; post receives for those after it."""
         self._newest, before = message, self._form
         if before is None:
             self._posted.append(self._post((), Lane.NOTICE, message))
@@ -389,7 +388,7 @@ class RemoteReceiver(Receiver):
         return Bundle(tensors, form.structure)
 
     def finish(self) -> None:
-        """Receive the fillers that answer what was posted ahead."""
+        """Receive the fillers that complete the receives posted ahead."""
         while self._posted:
             self._take(self._posted.popleft(), self._newest)
         self._form, self._line = None, _Line()
@@ -401,7 +400,7 @@ class RemoteReceiver(Receiver):
         return sum(spec.num_bytes for posted in self._posted for spec in posted.specs)
 
     def _hear(self, posted: _Posted, message: Message) -> Form:
-        """Receive the form of the next message."""
+        """Wait for the notice of the next message; return the message's form."""
         work, lane = posted.works.pop(0)
         self._link.wait(work, "receive", message, lane)
         num_bytes, text = read_notice(posted.notice.numpy().data)
@@ -418,7 +417,7 @@ class RemoteReceiver(Receiver):
     def _post(self, specs: Sequence[Spec], lane: Lane, message: Message) -> _Posted:
         """Post a receive with room for ``specs``, and for a notice unless in the payloads' lane.
 
-        Args: ``message`` is named if that fails.
+        Errors name ``message``.
         """
         if self._packs and specs:
             whole, tensors = _Packet.of(specs)
@@ -436,7 +435,7 @@ class RemoteReceiver(Receiver):
         return _Posted(notice, specs, works, tensors)
 
     def _take(self, posted: _Posted, message: Message) -> Tensors:
-        """Return the tensors that came."""
+        """Wait for a posted receive; return its tensors."""
         for work, lane in posted.works:
             self._link.wait(work, "receive", message, lane)
         return posted.tensors

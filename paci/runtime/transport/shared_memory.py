@@ -4,20 +4,21 @@
 
     sender                       memory of the channel                       receiver
     copies a message into  ->  slot 0 | slot 1 | slot 2 | ...  ->  computes with the slot itself
-    says which on a socket  --------------------------------->  waits on the socket
-    takes slots that are free  <-  a mark for each slot  <-  frees what nobody refers to
+    sends the slot's index on a socket  --------------------->  waits on the socket
+    takes slots marked free    <-  a mark for each slot    <-  marks a slot free after its last use
 
-What messages look like is told on the socket, in line with them, whenever it changes. If one does
-not fit into a slot, larger memory comes along; what lies in the old one is received from there.
+The form of messages is sent on the socket, in order with them, whenever it changes. If a message
+does not fit into a slot, larger memory is sent along; messages in the old memory are received from
+there.
 
-One copy and one system call a message at the sender, one system call at the receiver; no thread and
-no polling, of which gloo needs the one and does the other. A process that dies
-closes its socket, which its neighbours notice at once.
+A message costs one copy and one system call at the sender, and one system call at the receiver.
+Unlike gloo, a channel needs no thread; only a sender that is far ahead polls. When a process dies,
+its socket closes, which its neighbours notice at once.
 
-What is received lives in its slot for as long as anything refers to it: the micro-batch in flight,
-its graph, or the user. A receiver that holds so many slots that the sender could run out of them
-copies what comes and frees the slot at once. So nothing is overwritten and nothing can get stuck,
-whatever a module keeps.
+A received message stays in its slot for as long as anything refers to it: the micro-batch in
+flight, its graph, or the user. A receiver that holds so many slots that the sender could run out of
+them copies what comes and frees the slot at once. So nothing is overwritten and nothing can get
+stuck, whatever a module keeps.
 """
 
 from __future__ import annotations
@@ -52,12 +53,13 @@ _CROWDED_S = 0.001  # between two looks for a free slot, once a sender is far ah
 
 
 class Meeting:
-    """Where the sending end of a channel waits for the receiving one: a name in the file system
-    that only this user can use.
+    """A socket in the file system on which the sending end of a channel waits for the other.
+
+    Only processes of the same user can connect to it.
 
     Raises:
-        OSError: there can be none: the folder for temporary files is not writable, or its path is
-            too long for a socket's.
+        OSError: it cannot be made: the folder for temporary files is not writable, or its path is
+            too long for a socket.
     """
 
     def __init__(self) -> None:
@@ -72,23 +74,25 @@ class Meeting:
             self._undo = undo.pop_all()
 
     def accept(self, timeout_s: float) -> socket.socket:
-        """Wait for the other end to call ``visit``; return the connection.
+        """Wait up to ``timeout_s`` seconds for the other end's ``visit``; return the connection.
 
         Raises:
-            OSError: there is none.
+            OSError: the other end did not come in time.
         """
         self._listener.settimeout(timeout_s)
         connection, _ = self._listener.accept()
         return connection
 
     def close(self) -> None:
-        """Remove the socket's name."""
+        """Close the listening socket and remove its folder."""
         self._undo.close()
 
 
 def visit(path: str) -> socket.socket | None:
-    """The connection to whoever waits at ``path``; None if that is out of reach (another host or
-    container)."""
+    """Connect to the ``Meeting`` at ``path``; return None if it cannot be reached.
+
+    It cannot from another host or container.
+    """
     try:
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -100,12 +104,12 @@ def visit(path: str) -> socket.socket | None:
 
 
 class _Memory:
-    """Slots for messages, and a mark for each.
+    """Shared memory with slots for messages, and one byte per slot that marks its state.
 
     Args:
-        file: descriptor of the memory; closed here.
-        slot_bytes: of a slot.
-        num_slots: how many.
+        file: file descriptor of the memory; closed here.
+        slot_bytes: size of a slot in bytes.
+        num_slots: number of slots.
     """
 
     def __init__(self, file: int, slot_bytes: int, num_slots: int) -> None:
@@ -119,8 +123,13 @@ class _Memory:
 
     @staticmethod
     def create(slot_bytes: int, num_slots: int) -> tuple[_Memory, int]:
-        """New memory, and a descriptor to hand on; nobody else can find it, and it goes with the
-        last process that has it."""
+        """Make new memory; return it and a file descriptor to send to the other process.
+
+        It has no name that others could find, and it is freed with the last process that has it.
+
+        Raises:
+            WorkerError: the system has not enough memory, or limits its size.
+        """
         if hasattr(os, "memfd_create"):
             file = os.memfd_create("paci")
         else:
@@ -139,7 +148,7 @@ class _Memory:
         return _Memory(os.dup(file), slot_bytes, num_slots), file
 
     def slot(self, index: int) -> memoryview:
-        """The bytes of a slot."""
+        """Return the bytes of the slot ``index``."""
         start = self._first + index * self.slot_bytes
         return self._bytes[start : start + self.slot_bytes]
 
@@ -150,11 +159,14 @@ class _Memory:
         return range(start, start + self.num_slots * self.slot_bytes)
 
     def free_slot(self) -> int:
-        """The first free slot, or -1: of few slots in use, all stay in the cache."""
+        """Return the first free slot, or -1 if there is none.
+
+        Since the first is taken, few slots are used, and these stay in the cache.
+        """
         return self._map.find(bytes((_FREE,)), 0, self.num_slots)
 
     def num_sent(self) -> int:
-        """The number of slots that were sent and not given back."""
+        """Return the number of slots whose message was sent and not received yet."""
         return self._map[: self.num_slots].count(_SENT)
 
 
@@ -162,10 +174,10 @@ class SharedSender(Sender):
     """The sending end of a channel in shared memory.
 
     Args:
-        connection: to the other end.
-        ends: who they are.
-        capacity: messages under way after which a send waits. The channel has twice as many
-            slots: as many again may be in the receiver's hands.
+        connection: the socket to the other end.
+        ends: the ranks of both ends, and the time-out.
+        capacity: messages under way after which a send waits. The channel has twice as many slots,
+            because the receiver may hold as many again.
     """
 
     def __init__(self, connection: socket.socket, ends: Ends, capacity: int) -> None:
@@ -178,7 +190,10 @@ class SharedSender(Sender):
         self._slots: dict[int, Tensors] = {}  # by index, once used for messages of this form
 
     def send(self, message: Message, tensors: Tensors, structure: Structure | None = None) -> None:
-        """Copy ``tensors`` into a free slot and say so; wait only if there is none."""
+        """Copy ``tensors`` into a free slot and send its index.
+
+        Wait only if no slot is free, or ``capacity`` messages are under way.
+        """
         if self._form is None or not self._form.fits(tensors, structure):
             self._tell(message, Form(specs_of(tensors), structure))
         memory, form = self._memory, self._form
@@ -202,14 +217,14 @@ class SharedSender(Sender):
         """Do nothing: the receiver posts nothing ahead."""
 
     def finish(self) -> None:
-        """Do nothing: what was sent is in the memory already."""
+        """Do nothing: what was sent is in the shared memory already."""
 
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
 
     def _tell(self, message: Message, form: Form) -> None:
-        """Say what is to come, and hand over memory if there is none or its slots are too small."""
+        """Send the form of the next messages, and larger memory if slots are too small."""
         text = form.encode()
         needed = ring_slot_bytes([spec.num_bytes for spec in form.specs])
         files: list[int] = []
@@ -238,13 +253,13 @@ class SharedSender(Sender):
         self._form, self._slots = form, {}
 
     def _num_under_way(self, memory: _Memory) -> int:
-        """Messages sent and not received yet, in the memory of now and in older ones."""
+        """Return the number of messages sent and not received yet, older memory included."""
         if self._older:
             self._older = [older for older in self._older if older.num_sent()]
         return memory.num_sent() + sum(older.num_sent() for older in self._older)
 
     def _wait_for_slot(self, memory: _Memory, message: Message) -> int:
-        """A free slot, once there is one and fewer than ``capacity`` messages are under way."""
+        """Wait until a slot is free and few enough messages are under way; return its index."""
         until_s = time.monotonic() + self._ends.timeout_s
         while (index := memory.free_slot()) < 0 or self._num_under_way(memory) >= self._capacity:
             if time.monotonic() > until_s:
@@ -268,9 +283,9 @@ class SharedReceiver(Receiver):
     """The receiving end of a channel in shared memory.
 
     Args:
-        connection: to the other end.
-        ends: who they are.
-        capacity: as the sender's.
+        connection: the socket to the other end.
+        ends: the ranks of both ends, and the time-out.
+        capacity: the sender's capacity; also the most slots that are held.
     """
 
     def __init__(self, connection: socket.socket, ends: Ends, capacity: int) -> None:
@@ -282,7 +297,10 @@ class SharedReceiver(Receiver):
         self._held: dict[int, weakref.ref[memoryview]] = {}
 
     def receive(self, message: Message) -> Bundle:
-        """Wait for the next message; its tensors are the slot's own memory."""
+        """Wait for the next message; its tensors lie in the slot itself.
+
+        If ``capacity`` slots are held already, they are copies.
+        """
         (index,) = _SLOT.unpack(self._read(_SLOT.size, message))
         if index == _NEWS:
             self._hear(message)
@@ -306,7 +324,7 @@ class SharedReceiver(Receiver):
         """Do nothing: everything that was sent has been received."""
 
     def close(self) -> None:
-        """Close the connection; what was received stays valid."""
+        """Close the connection; tensors that were received stay valid."""
         self._connection.close()
 
     @property
@@ -316,12 +334,12 @@ class SharedReceiver(Receiver):
         return 0 if memory is None else memory.num_slots * memory.slot_bytes
 
     def holds(self, address: int) -> bool:
-        """Whether ``address`` is in a slot."""
+        """Return whether ``address`` lies in a slot of the newest memory."""
         memory = self._memory
         return memory is not None and address in memory.addresses
 
     def _hold(self, memory: _Memory, index: int, slot: memoryview) -> None:
-        """Keep a slot until no tensor refers to it any more."""
+        """Mark a slot as held, and as free once no tensor refers to it any more."""
         held, marks = self._held, memory.marks
         marks[index] = _HELD
 
@@ -332,7 +350,7 @@ class SharedReceiver(Receiver):
         held[index] = weakref.ref(slot, free)
 
     def _hear(self, message: Message) -> None:
-        """Receive the form, and the memory if there is new, of the messages to come."""
+        """Receive the form of the next messages, and the new memory if there is one."""
         try:
             header, files, _, _ = socket.recv_fds(self._connection, _HEADER.size, 1)
         except OSError as error:
@@ -365,7 +383,10 @@ class SharedReceiver(Receiver):
 
 
 def _patient(connection: socket.socket, timeout_s: float) -> socket.socket:
-    """Let the system itself end a call after ``timeout_s``: one call a message, not two."""
+    """Make the system end each call on ``connection`` after ``timeout_s`` seconds.
+
+    Python's own time-out would add a system call to every message.
+    """
     microseconds = max(1, int(timeout_s * 1e6))  # none would mean no limit
     limit = struct.pack("ll", *divmod(microseconds, 1_000_000))
     connection.settimeout(None)

@@ -1,1 +1,1 @@
-"""Which weights a forward and a backward see: one file a policy."""
+"""Decide which weights a forward and a backward see; each file holds one policy."""

@@ -1,4 +1,4 @@
-"""``double_buffer``: two versions, and every gradient late by exactly one update."""
+"""``double_buffer``: two weight versions; every gradient is late by exactly one update."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from paci.schedule.versions import MicroBatchVersions, steady_update
 
 @dataclass
 class DoubleBuffer(WeightPolicy):
-    """Forward and backward use the version before the one that their gradient updates:
+    """Forward and backward use the version before the one that their gradient updates.
 
         W(t + 1) = W(t) - lr * step(gradient at W(t - 1)),    W(-1) = W(0)
 
-    at every stage, whatever its place, and across drains. So the two passes agree, and all stages
-    work with one and the same version. A gradient that would be late by two updates has no buffer,
-    so updates must be long enough: ``accumulation >= lag``.
+    This holds at every stage and across drains. So forward and backward see the same weights, and
+    all stages work with the same version. There is no buffer for a gradient that is late by two
+    updates, so updates must be long enough: ``accumulation >= lag``.
 
     Memory: two working copies, of the newest version and of the one before, beside the masters.
 
@@ -39,7 +39,12 @@ class DoubleBuffer(WeightPolicy):
     exchanges: ClassVar[bool] = True
 
     def prepare(self, schedule: Schedule, stage: int) -> None:
-        """Refuse a schedule that empties itself, or updates too often for two versions."""
+        """Check that two versions are enough for ``schedule``, and that it needs them.
+
+        Raises:
+            ConfigError: the schedule flushes, or a gradient at ``stage`` is late by more than one
+                update.
+        """
         if schedule.flushes:
             raise ConfigError(
                 f"double_buffer needs a schedule that never empties, got {schedule}, whose "
@@ -82,13 +87,19 @@ class DoubleBuffer(WeightPolicy):
         self.weights.use(self._met.pop(key))
 
     def publish(self) -> None:
-        """To the older buffer: all who used it have gone into this update."""
+        """Write the masters to the older buffer, which becomes the newest version.
+
+        All micro-batches that used the older version have gone into this update.
+        """
         self._older, self._newest = self._newest, self._older
         self.weights.use(self._newest)
         self.weights.write_in_place()
 
     def renew(self) -> None:
-        """Both buffers, where the masters are not what the newest update left."""
+        """Write to both buffers the masters that differ from the newest version.
+
+        After a load there is no newest version yet, and the older one stays as loaded.
+        """
         self._met.clear()
         fresh = self.weights.fresh()
         changed = {
@@ -104,7 +115,7 @@ class DoubleBuffer(WeightPolicy):
         self.weights.use(self._newest)
 
     def take_over(self, names: Collection[str]) -> None:
-        """Write the masters to new tensors in both buffers."""
+        """Write the masters of ``names`` to new tensors in both buffers."""
         older = {n: v for n, v in self._older.items() if n not in names}
         newest = {n: v for n, v in self._newest.items() if n not in names}
         self._older = {**older, **self.weights.fresh(names)}
@@ -112,19 +123,19 @@ class DoubleBuffer(WeightPolicy):
         self.weights.use(self._newest)
 
     def before_own_write(self, name: str) -> Tensor | None:
-        """Return None: a write to one of two versions cannot be told from the other."""
+        """Return None: a module's write cannot be told from how the two versions differ."""
         return None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the older version, which the next micro-batches see."""
+        """Return the older version, which the next micro-batches see, by weight name."""
         return {**self._older} or self.weights.fresh()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the older version; the newest follows from the masters."""
+        """Restore the older version; ``renew`` makes the newest from the masters."""
         self._older = {name: value.clone() for name, value in state.items()}
         self._newest = {}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors are equal bit for bit, not-a-number included."""
+    """Return whether two tensors are equal element by element, where NaN equals NaN."""
     return bool(((one == other) | (one.isnan() & other.isnan())).all())

@@ -1,4 +1,4 @@
-"""``lookahead``: forwards see the weights that their gradients will update, as far as known."""
+"""``lookahead``: forwards see a prediction of the weights that their gradients will update."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from paci.schedule.base import require_count
 
 @dataclass
 class Lookahead(WeightPolicy):
-    """A micro-batch that will be late by ``d`` updates looks ``d`` updates ahead:
+    """A forward whose gradient will be late by ``d`` updates sees weights ``d`` updates ahead.
 
         working = master + (reach * d + beyond) * step
 
@@ -30,21 +30,21 @@ class Lookahead(WeightPolicy):
     to the gradient so far (``paci.optim.trial``). Backwards use the working weights as they stand,
     as under ``current``.
 
-    Memory: one working copy beside the masters, which in mixed precision is there anyway. Time:
-    the optimizer's arithmetic once more for every ``refresh`` backwards.
+    Memory: one working copy beside the masters, which in mixed precision is there anyway. Time: the
+    optimizer's arithmetic once more for every ``refresh`` backwards.
 
     Args:
-        reach: how far to go, in steps for each update of delay; at least 0.
-        beyond: how far to go besides, in steps, whether late or not; at least 0. It works as
-            Nesterov's momentum does, also under a schedule that flushes; 0 leaves such a schedule
-            as it is.
-        refresh: backwards after which a forward looks anew.
+        reach: how far to look ahead, in steps per update of delay; at least 0.
+        beyond: how far to look ahead in addition, in steps, whatever the delay; at least 0. It
+            works as Nesterov's momentum does, also under a schedule that flushes; 0 leaves such a
+            schedule as it is.
+        refresh: number of backwards after which a forward predicts anew; at least 1.
 
     Raises:
         ConfigError: a value is out of range.
 
-    Source: ours. SpecTrain (1809.02839), XPipe (1911.04610) and PipeOptim (2312.00839) predict
-    from momentum alone, go back to the old weights for the backward, and keep both.
+    Source: ours. SpecTrain (1809.02839), XPipe (1911.04610) and PipeOptim (2312.00839) predict from
+    momentum alone, go back to the old weights for the backward, and keep both.
     """
 
     reach: float = 1.25
@@ -65,8 +65,10 @@ class Lookahead(WeightPolicy):
                 )
 
     def trials(self, delays: Sequence[int]) -> float:
-        """Those of an update's time: forwards for it first, then those for later ones, each after
-        a backward."""
+        """Return the mean number of trial steps before a forward.
+
+        It counts them for forwards in order of their delay, each followed by one backward.
+        """
         number, ahead, age = 0, 0.0, 0
         for delay in sorted(delays):
             wanted = self.reach * delay + self.beyond
@@ -86,7 +88,7 @@ class Lookahead(WeightPolicy):
         self._age = 0  # backwards since they were written
 
     def before_forward(self, key: Key, delay: int) -> None:
-        """Look ahead, anew if that is to be farther or enough backwards have passed."""
+        """Predict anew if the distance ahead changes or ``refresh`` backwards have passed."""
         ahead = self.reach * delay + self.beyond
         if ahead != self._ahead or (ahead and self._age >= self.refresh):
             self._write(ahead)
@@ -104,11 +106,14 @@ class Lookahead(WeightPolicy):
         self._write(0.0)
 
     def take_over(self, names: Collection[str]) -> None:
-        """Write the masters in place; the next forward looks ahead from there."""
+        """Write the masters to the working weights; the next forward looks ahead from there."""
         self._write(0.0)
 
     def before_own_write(self, name: str) -> Tensor | None:
-        """Known as long as no gradient has come since the forward looked ahead."""
+        """Return the working weight from before the module wrote to it.
+
+        Return None if a backward has come since the prediction, which then cannot be repeated.
+        """
         if not self._ahead:
             return super().before_own_write(name)
         return None if self._age else self._looked(name)
@@ -127,7 +132,7 @@ class Lookahead(WeightPolicy):
         return local(step).mul_(self._ahead).add_(self.weights.master(name))
 
     def _looked(self, name: str) -> Tensor:
-        """What the working weight was made, from the same trial once more."""
+        """Repeat the trial, and return the prediction that was written to the working weight."""
         assert self.optimizer is not None
         with self.weights.for_trial():
             for master, step in trial_steps(self.optimizer, self.rule.trial_factor):

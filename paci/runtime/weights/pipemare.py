@@ -1,4 +1,4 @@
-"""``pipemare``: backwards see what the weights of their forward are estimated to have been."""
+"""``pipemare``: backwards see an estimate of the weights of their forward."""
 
 from __future__ import annotations
 
@@ -21,26 +21,29 @@ from paci.schedule.versions import steady_update
 
 @dataclass
 class PipeMare(WeightPolicy):
-    """A forward sees the newest weights; a backward that comes ``d`` updates later sees
+    """A forward sees the newest weights; a backward sees an estimate of its forward's.
+
+    A backward ``d`` updates after its forward sees
 
         W(t) - d * delta(t),    delta(t + 1) = gamma * delta(t) + (1 - gamma) * (W(t + 1) - W(t))
 
     with ``delta(0) = 0`` and ``gamma = decay ** (1 / mean d)``, the mean of the stage in a full
     pipeline: the discrepancy correction (T2) of PipeMare. Its learning rate by delay (T1) is
-    ``paci.optim.rates``; its synchronous warm-up (T3) is a pipeline that is drained after each
-    update, which makes any PACI a flush.
+    ``paci.optim.rates``; its synchronous warm-up (T3) is ``flush_first`` of ``Pipeline``, which
+    drains the pipeline after each of the first updates.
 
-    Memory: a working copy, and ``delta`` in the masters' dtype, beside the masters; while an update
-    runs, the masters of before. Stages that are never inconsistent keep no ``delta``.
+    Memory: a working copy, and ``delta`` in the masters' dtype, beside the masters; during an
+    update also a copy of the masters from before. A stage without drift keeps no ``delta``.
 
     Args:
-        decay: what is left of a change after a mean drift (``D``); at least 0, below 1.
+        decay: the share of a change that is left in ``delta`` after ``mean d`` updates (``D`` in
+            the paper); at least 0, below 1.
 
     Raises:
         ConfigError: ``decay`` is out of range.
 
-    Source: PipeMare, arXiv 1910.05124. There ``d`` is the stage's mean; the program
-    knows that of each micro-batch.
+    Source: PipeMare, arXiv 1910.05124. There ``d`` is the stage's mean; the program knows that of
+    each micro-batch.
     """
 
     decay: float = 0.135
@@ -57,17 +60,17 @@ class PipeMare(WeightPolicy):
         self._mean_drift = 1.0
 
     def prepare(self, schedule: Schedule, stage: int) -> None:
-        """Learn how many updates a backward is behind its forward, on average."""
+        """Compute from the program the mean number of updates from a forward to its backward."""
         self._mean_drift = statistics.fmean(met.drift for met in steady_update(schedule, stage))
 
     def num_copies(self, num_versions: int) -> tuple[int, int]:
-        """Return one working copy, and one mean change where a gradient is late."""
+        """Return one working copy, and one ``delta`` where several versions are in use."""
         return 1, int(num_versions > 1)
 
     def attach(
         self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
     ) -> None:
-        """Start at the masters, with mean changes of zero."""
+        """Start with working weights equal to the masters, and with ``delta`` zero."""
         super().attach(weights, optimizer, rule)
         self._behind = 0
         self._before: dict[str, Tensor] = {}  # masters, during an update
@@ -79,15 +82,15 @@ class PipeMare(WeightPolicy):
         self._write(0)
 
     def before_backward(self, key: Key, drift: int) -> None:
-        """Go back by one mean change for each update since the forward."""
+        """Let the parameters hold the newest weights less ``drift * delta``."""
         self._write(drift)
 
     def before_update(self) -> None:
-        """Keep the masters as they are before the update."""
+        """Copy the masters as they are before the update."""
         self._before = {name: self.weights.master(name).clone() for name in self._deltas}
 
     def publish(self) -> None:
-        """Write the masters to the working weights in place, and add the change to the mean."""
+        """Add the masters' change to ``delta``, and write them to the working weights in place."""
         if self._deltas:
             share = 1 - self.decay ** (1 / self._mean_drift)
             for name, delta in self._deltas.items():
@@ -98,21 +101,21 @@ class PipeMare(WeightPolicy):
         self.weights.write_in_place()
 
     def renew(self) -> None:
-        """Write the masters in place; what was unfrozen starts with no change."""
+        """Write the masters to the working weights; unfrozen weights get a zero ``delta``."""
         self._add_deltas()
         self._behind = 0
         self.weights.write_in_place()
 
     def take_over(self, names: Collection[str]) -> None:
-        """In place; what the user writes is no update, and does not go into the mean."""
+        """Do as ``renew``; what the user writes is no update, and does not go into ``delta``."""
         self.renew()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the mean change of each weight."""
+        """Return ``delta`` of each weight, by name."""
         return self._deltas
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the mean change of each weight."""
+        """Restore ``delta`` of each weight."""
         for name, delta in self._deltas.items():
             delta.copy_(state[name])
 

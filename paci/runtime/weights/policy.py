@@ -1,4 +1,4 @@
-"""What a weight policy decides: which weights the forward and the backward of a micro-batch see."""
+"""The interface of weight policies: which weights a micro-batch's forward and backward see."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ Key = tuple[int, int]  # a stage that uses the weights, and a micro-batch
 
 
 class WeightPolicy(abc.ABC):
-    """Which weights the forward and the backward of a micro-batch see.
+    """Decides which weights the forward and the backward of a micro-batch see.
 
     Class attributes:
-        name: what the registry and the command line call it.
+        name: the policy's name in the registry and on the command line.
         summary: one line for tables and ``--help``.
-        separate: whether working weights must live apart from the masters.
-        consistent: whether a backward sees the weights of its forward, whatever happened since.
+        separate: whether working weights are kept apart from the masters even in the same dtype.
+        consistent: whether a backward sees the weights of its forward, whatever updates came since.
         keeps_graph: whether a forward keeps its graph; if not, the backward computes it again.
-        exchanges: whether one weight has several working copies, which take turns in the
-            parameter; a sharded parameter (DTensor) cannot do that.
-        tries: whether it tries steps of the optimizer, which must then follow from the gradients
-            that the pipeline knows.
+        exchanges: whether one weight has several working copies, which take turns in the parameter;
+            a sharded parameter (DTensor) cannot do that.
+        tries: whether it computes trial steps of the optimizer, so that hooks of the optimizer must
+            leave gradients alone.
     """
 
     name: ClassVar[str]
@@ -56,37 +56,42 @@ class WeightPolicy(abc.ABC):
             return run()
 
     def graph(self, outputs: Tensors, run: Callable[[], Tensors]) -> Tensors:
-        """The outputs to go backward from: those of the forward, or of another ``run``."""
+        """Return the outputs to go backward from: those of the forward, or of another ``run``."""
         return outputs if self.keeps_graph else run()
 
     def prepare(self, schedule: Schedule, stage: int) -> None:  # noqa: B027 - most have no need
-        """Take from the program what this policy must know of ``stage``, before anything runs.
+        """Compute from the program what this policy must know of ``stage``, before anything runs.
 
         Raises:
-            ConfigError: with this schedule the policy has no meaning, or cannot be kept.
+            ConfigError: the policy does not work with this schedule.
         """
 
     def sees(self, met: MicroBatchVersions) -> MicroBatchVersions:
-        """The versions whose weights a micro-batch really works with.
+        """Return the versions whose weights a micro-batch really works with.
 
         Args:
-            met: those that the stage had at its forward and its backward, and the one that its
-                gradient updates, counted from the start of training.
+            met: the versions that the stage had at the forward and the backward, and the one that
+                the gradient updates, counted from the start of training.
         """
         return met._replace(backward=met.forward) if self.consistent else met
 
     def num_copies(self, num_versions: int) -> tuple[int, int]:
-        """Copies of the weights that are kept: working ones, and others in the masters' dtype.
+        """Return the number of working copies, and of other copies in the masters' dtype.
+
+        The masters are not counted.
 
         Args:
-            num_versions: most that are in use at a time: the newest, and those that micro-batches
-                in flight met at their forward.
+            num_versions: the most versions that are in use at a time: the newest, and those that
+                micro-batches in flight met at their forward.
         """
         return num_versions if self.consistent else 1, 0
 
     def trials(self, delays: Sequence[int]) -> float:
-        """Steps of the optimizer that are tried (``paci.optim.trial``) before a forward, on
-        average, from the delays of the micro-batches of an update."""
+        """Return the mean number of trial steps (``paci.optim.trial``) before a forward.
+
+        Args:
+            delays: the delay of each micro-batch of one update.
+        """
         return 0.0
 
     def cost(self, schedule: Schedule, stage: int) -> PolicyCost:
@@ -98,8 +103,13 @@ class WeightPolicy(abc.ABC):
     def attach(
         self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
     ) -> None:
-        """Become the policy of one stage: its weights, what updates their masters, and what comes
-        before that."""
+        """Become the policy of one stage.
+
+        Args:
+            weights: the weights of the stage.
+            optimizer: the optimizer of their masters; None if the stage has nothing to train.
+            rule: the gradient clipping that comes before the optimizer's step.
+        """
         self.weights = weights
         self.rule = rule
         self.optimizer = optimizer
@@ -108,46 +118,50 @@ class WeightPolicy(abc.ABC):
         """Let the parameters hold what the next forward is to see.
 
         Args:
-            key: of the micro-batch.
-            delay: updates that will have been applied here, since now, when the gradient of this
-                micro-batch is applied; it follows from the program, so it is known beforehand.
+            key: the stage that uses the weights, and the micro-batch.
+            delay: number of updates from now until the update that applies this micro-batch's
+                gradient, without that one; it follows from the program, so it is known beforehand.
         """
 
     def before_backward(self, key: Key, drift: int) -> None:  # noqa: B027 - most have no need
         """Let the parameters hold what the next backward is to see.
 
         Args:
-            key: of the micro-batch.
-            drift: updates since the forward of this micro-batch.
+            key: the stage that uses the weights, and the micro-batch.
+            drift: number of updates since the forward of this micro-batch.
         """
 
     def after_backward(self) -> None:  # noqa: B027 - most policies have no need
-        """Free what only that backward needed."""
+        """Undo what ``before_backward`` did for that backward alone."""
 
     def before_update(self) -> None:  # noqa: B027 - most policies do nothing here
-        """Take note of what the update that comes now will change."""
+        """Prepare for an update: the masters are about to change."""
 
     @abc.abstractmethod
     def publish(self) -> None:
-        """Bring an update of the masters to the working weights."""
+        """Bring the masters' new values to the working weights after an update."""
 
     def renew(self) -> None:
-        """Bring the masters to the working weights, whoever wrote to them; nothing is in flight."""
+        """Bring the masters' values to the working weights when nothing is in flight."""
         self.weights.write_in_place()
 
     def take_over(self, names: Collection[str]) -> None:
-        """Bring to the working weights what the user wrote to some masters, while micro-batches
-        are in flight."""
+        """Bring to the working weights what the user wrote to the masters of ``names``.
+
+        Micro-batches are in flight.
+        """
         self.weights.write_in_place(names)
 
     def before_own_write(self, name: str) -> Tensor | None:
-        """What the working weight ``name`` held before the module's forward wrote to it; None if
-        that cannot be told any more."""
+        """Return what the working weight ``name`` held before the module's forward wrote to it.
+
+        Return None if that is no longer known.
+        """
         return self.weights.as_working(name)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What must be kept between two stretches, besides masters and optimizer."""
+        """Return the tensors, by weight name, that a checkpoint must hold for this policy."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have none
-        """Take over what ``state_dict`` gave; the masters have been loaded."""
+        """Restore what ``state_dict`` returned; the masters have been loaded already."""

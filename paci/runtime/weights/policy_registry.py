@@ -12,7 +12,7 @@ from paci.schedule.base import Schedule
 
 
 def weight_policies() -> dict[str, type[WeightPolicy]]:
-    """Every weight policy there is, by name, in alphabetical order."""
+    """Return every weight policy class by name, in alphabetical order."""
     return members(modules_of(paci.runtime.weights), WeightPolicy)
 
 
@@ -20,7 +20,7 @@ def make_weight_policy(spec: str) -> WeightPolicy:
     """Build a policy from text: ``NAME`` or ``NAME:OPTION=VALUE,...`` (``lookahead:reach=2``).
 
     Raises:
-        ConfigError: there is none of that name, or it has no such option.
+        ConfigError: no policy has that name, or it has no such option.
     """
     known = weight_policies()
     name, _, options = spec.partition(":")
@@ -32,22 +32,25 @@ def make_weight_policy(spec: str) -> WeightPolicy:
 
 
 def recommended_weights(schedule: Schedule) -> str:
-    """The weight policy to train with, unless another is asked for: what the schedule needs by
-    definition, or else the one that bears delay best."""
+    """Return the name of the weight policy to train with by default.
+
+    It is the schedule's own if the schedule flushes or defines one, and else ``lookahead``, which
+    tolerates delay best.
+    """
     if schedule.flushes or schedule.weights != Schedule.weights:
         return schedule.weights
     return "lookahead"
 
 
 def prepare_weight_policies(spec: str | WeightPolicy, schedule: Schedule) -> list[WeightPolicy]:
-    """A policy for each stage, which knows what the program means for it.
+    """Return a policy for each stage, prepared for the schedule.
 
     Args:
         spec: text, see ``make_weight_policy``, or a policy, which is copied for each stage.
-        schedule: that will run.
+        schedule: the schedule that will run.
 
     Raises:
-        ConfigError: ``spec`` names none, or it does not go with ``schedule``.
+        ConfigError: ``spec`` names no policy, or the policy does not work with ``schedule``.
     """
     policies = [
         make_weight_policy(spec) if isinstance(spec, str) else copy.copy(spec)

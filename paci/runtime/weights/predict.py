@@ -1,4 +1,4 @@
-"""``predict``: forwards see the weights that momentum says their gradients will meet."""
+"""``predict``: forwards see the weights that momentum predicts their gradients will update."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from paci.runtime.weights.stage_weights import StageWeights, local
 
 @dataclass
 class Predict(WeightPolicy):
-    """A forward whose gradient will be late by ``d`` updates sees
+    """A forward whose gradient will be late by ``d`` updates sees ``d`` steps of momentum ahead.
 
         W(t) + d * step
 
     where ``step`` is what the optimizer would do if its momentum stayed as it is
-    (``paci.optim.momentum``): for AdamW ``-lr * m / (sqrt(v) + eps)`` with both corrected for their
-    start, for SGD ``-lr * u``. A backward sees the newest weights, which for a good prediction are
-    those of its forward. Nothing is predicted before the first update.
+    (``paci.optim.momentum``): for AdamW ``-lr * m / (sqrt(v) + eps)`` with both bias-corrected, for
+    SGD ``-lr * u``. A backward sees the newest weights, which for a good prediction are those of
+    its forward. Nothing is predicted before the first update.
 
     Memory: a working copy, and a step in the masters' dtype, beside the masters. Time: a copy of
-    the weights before each forward and each backward of a stage that is late.
+    the weights before each forward and each backward of a stage whose gradients are late.
 
     Raises:
-        ConfigError: the optimizer has no momentum that could be followed.
+        ConfigError: the momentum of the optimizer is unknown, or it has none.
 
     Source: PipeOptim, arXiv 2312.00839; with the momentum of SGD, SpecTrain, arXiv 1809.02839; with
     that of Adam, XPipe, arXiv 1911.04610.
@@ -42,7 +42,7 @@ class Predict(WeightPolicy):
     separate: ClassVar[bool] = True
 
     def num_copies(self, num_versions: int) -> tuple[int, int]:
-        """Return one working copy, and one step where a gradient is late."""
+        """Return one working copy, and one step where several versions are in use."""
         return 1, int(num_versions > 1)
 
     def attach(
@@ -56,7 +56,7 @@ class Predict(WeightPolicy):
         self._ahead = 0  # of the masters, in updates
 
     def before_forward(self, key: Key, delay: int) -> None:
-        """Predict as many updates ahead as the gradient will be late."""
+        """Let the parameters hold the weights predicted ``delay`` updates ahead."""
         self._write(delay)
 
     def before_backward(self, key: Key, drift: int) -> None:
@@ -64,20 +64,20 @@ class Predict(WeightPolicy):
         self._write(0)
 
     def publish(self) -> None:
-        """Write the masters to the working weights in place; the step is computed anew."""
+        """Write the masters to the working weights in place, and discard the step."""
         self._steps, self._ahead = None, 0
         self.weights.write_in_place()
 
     def renew(self) -> None:
-        """Write the masters in place, and compute the step anew: the state may have changed."""
+        """Do as ``publish``: the optimizer's state may have changed too."""
         self.publish()
 
     def take_over(self, names: Collection[str]) -> None:
-        """Write the masters in place; the next forward is predicted from there."""
+        """Do as ``publish``; the next forward predicts from the new masters."""
         self.publish()
 
     def before_own_write(self, name: str) -> Tensor | None:
-        """Compute it from the step that is kept."""
+        """Return the working weight from before the write, computed from the kept step."""
         if not self._ahead or self._steps is None or name not in self._steps:
             return super().before_own_write(name)
         there = torch.add(self.weights.master(name), local(self._steps[name]), alpha=self._ahead)

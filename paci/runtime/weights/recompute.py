@@ -1,4 +1,4 @@
-"""``recompute``: keep a micro-batch's input only, and compute its forward again."""
+"""``recompute``: keep only a micro-batch's inputs, and run its forward again in the backward."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from paci.runtime.weights.policy import WeightPolicy
 
 @dataclass
 class Recompute(WeightPolicy):
-    """The backward starts with another forward, with the weights of the moment.
+    """A backward begins with a second forward, with the newest weights.
 
-    A micro-batch in flight costs its input and nothing else. Forward and backward of the
-    backward pass see the same, newest, weights; what was sent on to the next stage came from
-    the older ones. Random state is that of the first forward, so dropout repeats; buffers that a
+    A micro-batch in flight keeps its inputs and nothing else. The second forward and its gradients
+    use the same, newest, weights; the outputs sent to the next stage came from older ones. The
+    second forward starts from the random state of the first, so dropout repeats; buffers that a
     forward changes are changed twice.
 
     Source: activation recomputation, arXiv 1604.06174; under asynchronous updates this is ours.

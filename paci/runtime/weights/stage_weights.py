@@ -1,14 +1,14 @@
 """The weights of one stage: what its parameters hold, and when.
 
-A parameter is the user's object for ever; what changes is what it holds::
+A parameter stays the user's object; what changes are the values that it holds::
 
     outside of the pipeline's calls     the master; .grad is the sum of this update so far
     while an update runs                the master; .grad is the sum of the whole update
     in a forward or a backward          the working weight
 
-For a plain parameter the two are exchanged by ``parameter.data``, which moves no value; graphs in
+For a plain parameter the two are exchanged by ``parameter.data``, which copies nothing; graphs in
 flight refer to the parameter and see what it holds at their backward. A sharded parameter
-(DTensor) ignores such an exchange, so there the values are exchanged.
+(DTensor) ignores such an exchange, so there the values themselves are exchanged.
 """
 
 from __future__ import annotations
@@ -35,27 +35,28 @@ class _Seen(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """A parameter that is trained, and the edge of the graph at which its gradient arrives. A
-    parameter that changes its dtype between forward and backward has another edge afterwards."""
+    """A trained parameter, and the edge of the graph at which its gradient arrives.
+
+    A parameter that changes its dtype between forward and backward has another edge afterwards.
+    """
 
     weight: Tensor
     edge: Any
 
 
 class StageWeights:
-    """*Masters*, which the stage's optimizer updates, and *working* weights, which its module
-    computes with.
+    """Keeps *masters*, which the optimizer updates, and *working* weights, used by the module.
 
-    Without a ``dtype`` both are the same tensors unless ``separate`` is asked for; a frozen weight
-    is kept once wherever the dtypes agree. A gradient in another dtype than the master's is added
-    to the update's sum, in the master's dtype, as soon as a backward has made it.
+    Without a ``dtype`` both are the same tensors, unless ``separate`` is True; a frozen weight is
+    kept once if the dtypes agree. A gradient in another dtype than the master's is added to the
+    update's sum, in the master's dtype, as soon as a backward has made it.
 
     Args:
-        index: of the stage, for messages.
+        index: index of the stage, for errors.
         module: the stage's module.
-        dtype: of the working weights of floating-point masters; None for the masters' own.
+        dtype: dtype of working weights with floating-point masters; None for the masters' own.
         separate: keep working weights of trained masters apart even where the dtype is the same.
-        borrowed: identities of parameters that another stage updates.
+        borrowed: ``id`` of each parameter that another stage updates.
 
     Attributes:
         masters: the module's own parameters by name, without those that are borrowed.
@@ -105,7 +106,7 @@ class StageWeights:
 
     @property
     def separate(self) -> list[str]:
-        """Weights whose working copy is not the master itself, in order."""
+        """Names of the weights whose working copy is not the master itself, in order."""
         return [
             name
             for name, p in self.masters.items()
@@ -119,49 +120,48 @@ class StageWeights:
 
     @property
     def working(self) -> Values:
-        """What the module computes with, by name."""
+        """The tensors that the module computes with, by name."""
         return {name: self._used.get(name, p) for name, p in self.masters.items()}
 
     @property
     def in_use(self) -> Values:
-        """The working weights apart from masters that parameters hold when inside, by name."""
+        """The working weights, other than masters, that parameters hold inside, by name."""
         return self._used
 
     def leaves(self) -> tuple[Leaf, ...]:
-        """The parameters of the module that are trained, those that are borrowed included, and
-        where a forward that comes now will end in them."""
+        """Return the trained parameters, borrowed ones too, and where their gradients arrive."""
         edge = torch.autograd.graph.get_gradient_edge
         return tuple(Leaf(p, edge(p)) for p in self._all if p.requires_grad)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Tell whether ``tensor`` lies in the storage of a weight that the module computes with."""
+        """Return whether ``tensor`` lies in the storage of a weight that the module uses."""
         place = tensor.untyped_storage().data_ptr()
         return any(place == local(p).untyped_storage().data_ptr() for p in self._all if p.numel())
 
     def writes(self) -> tuple[int, ...]:
-        """How often each parameter has been written to, as autograd counts."""
+        """Return how often each master's parameter has been written to, as autograd counts."""
         return tuple(p._version for p in self.masters.values())
 
     def name_of(self, master: Tensor) -> str:
-        """The name of one of the masters."""
+        """Return the name of one of the masters."""
         return self._names[id(master)]
 
     def master(self, name: str) -> Tensor:
-        """The master's values, wherever they are; of a sharded one this process's."""
+        """Return the master's values, wherever they are; if sharded, this process's shard."""
         held = self._set_aside.get(name)
         return local(self.masters[name]) if held is None else held
 
     def masters_apart(self) -> Iterator[Tensor]:
-        """The values of those masters that are not working weights at the same time."""
+        """Return the values of those masters that are not working weights themselves."""
         return (self.master(name) for name in self._used)
 
     def gradients(self) -> Iterator[Tensor]:
-        """Every gradient and every sum of gradients that is kept now."""
+        """Yield every gradient and every sum of gradients that is kept now."""
         yield from self._gradients.values()
         yield from (p.grad for p in self.masters.values() if p.grad is not None)
 
     def as_working(self, name: str) -> Tensor:
-        """The master's values in the dtype of the working weight, in a tensor of its own."""
+        """Return a copy of the master's values in the dtype of the working weight."""
         return self.master(name).to(self._dtypes[name], copy=True)
 
     # --- in and out --------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class StageWeights:
             is_drained: whether nothing is in flight.
 
         Returns:
-            The weights that the user's code wrote to, froze or unfroze.
+            The names of the weights that the user's code wrote to, froze or unfroze.
 
         Raises:
             ConfigError: a parameter has been replaced, moved or converted.
@@ -203,14 +203,14 @@ class StageWeights:
         return touched
 
     def leave(self) -> None:
-        """Let the parameters hold the masters again, and the sums of this update so far."""
+        """Let the parameters hold the masters again, and ``.grad`` this update's sums so far."""
         if self.is_inside:
             self._exchange_for_masters()
             self.is_inside = False
             self._hand_back()
 
     def close(self) -> None:
-        """Leave plain parameters behind."""
+        """Return the parameters to the user: holding the masters, without hooks."""
         self.leave()
         self._outside.close()
         for adder in self._adders.values():
@@ -220,10 +220,9 @@ class StageWeights:
 
     @contextlib.contextmanager
     def at_masters(self) -> Iterator[None]:
-        """Inside: let the parameters hold the masters for a while, and ``.grad`` the sums.
+        """Let the parameters hold the masters, and ``.grad`` the sums; call it when inside.
 
-        What is written to them does not count as a mistake of the user's: that a backward in
-        flight multiplies with the new weights is what the method is about.
+        Autograd does not notice writes: a backward in flight may use the new weights.
         """
         self._exchange_for_masters()
         try:
@@ -234,8 +233,7 @@ class StageWeights:
 
     @contextlib.contextmanager
     def for_trial(self) -> Iterator[None]:
-        """Inside: let optimizer and gradients fit together, in the masters' dtype; what a
-        parameter of the masters' own dtype holds does not matter to a trial."""
+        """Let parameters and gradients agree in dtype, for a trial; call it when inside."""
         if not self._other_dtype:
             yield
             return
@@ -248,12 +246,12 @@ class StageWeights:
     # --- working values ----------------------------------------------------------------------
 
     def write_in_place(self, names: Collection[str] | None = None) -> None:
-        """Make the working weights that are in use equal to the masters, where they are.
+        """Copy the masters to the working weights in use, in place.
 
         Graphs of micro-batches in flight see the new values.
 
         Args:
-            names: of those to write; None for all.
+            names: names of the weights to write; None for all.
         """
         chosen = [n for n in self._used if names is None or n in names]
         if chosen:
@@ -262,29 +260,29 @@ class StageWeights:
                     self._used[name].copy_(self.master(name))
 
     def write(self, name: str, values: Tensor) -> None:
-        """Make a working weight that is in use equal to ``values``, where it is."""
+        """Copy ``values`` to the working weight ``name`` in place, if it is not the master."""
         if name in self._used:
             with torch.no_grad(), self._in_shards((name,)):
                 self._used[name].copy_(local(values))
 
     def write_shifted(self, shifts: Mapping[str, Tensor], scale: float) -> None:
-        """Let working weights be ``master + scale * shift``, where they are.
+        """Set working weights to ``master + scale * shift``, in place.
 
-        Graphs of micro-batches in flight see the new values. Those without a shift stay.
+        Graphs of micro-batches in flight see the new values. Weights without a shift stay.
         """
         with torch.no_grad():
             for name, shift in shifts.items():
                 self.write(name, torch.add(self.master(name), local(shift), alpha=scale))
 
     def adopt(self, before: tuple[int, ...], told: Callable[[str], Tensor | None]) -> None:
-        """Inside: take over to the masters what a forward wrote to the working weights.
+        """Copy to the masters what a forward wrote to the working weights; call it when inside.
 
         Args:
             before: ``writes()`` before that forward.
-            told: gives what a working weight held before it, or None.
+            told: returns what a working weight held before it, or None if that is unknown.
 
         Raises:
-            ConfigError: that is not known any more.
+            ConfigError: what a weight that was written to held before is unknown.
         """
         for (name, parameter), writes in zip(self.masters.items(), before, strict=True):
             if parameter._version == writes or name not in self._used:
@@ -301,12 +299,12 @@ class StageWeights:
                 master.copy_(torch.where(now != old, now.to(master.dtype), master))
 
     def fresh(self, names: Collection[str] | None = None) -> Values:
-        """Working weights of their own, equal to the masters; in no parameter yet."""
+        """Return new working weights equal to the masters, which no parameter holds yet."""
         chosen = self.separate if names is None else [n for n in self.separate if n in names]
         return {name: self.as_working(name) for name in chosen}
 
     def use(self, values: Values) -> None:
-        """Let the parameters hold ``values``, a set of working weights, or what ``fresh`` gave."""
+        """Make ``values`` the working weights that parameters hold; ``fresh`` makes such a set."""
         if values is self._used:
             return
         if self.is_inside:
@@ -339,8 +337,10 @@ class StageWeights:
                 parameter.grad = self._gradients.pop(name, None)
 
     def _exchange(self, name: str, values: Values) -> Tensor:
-        """Put ``values[name]`` into the parameter; return what that held. Afterwards
-        ``values[name]`` is where the parameter's values are."""
+        """Put ``values[name]`` into the parameter; return what that held.
+
+        Afterwards ``values[name]`` is the tensor in which the parameter's values are.
+        """
         parameter = self.masters[name]
         if name not in self._sharded:
             held = parameter.data
@@ -355,11 +355,11 @@ class StageWeights:
         return other
 
     def _in_shards(self, names: Collection[str]) -> contextlib.AbstractContextManager[None]:
-        """Writes to these go unnoticed by autograd where they go to the parameter itself."""
+        """Hide writes to the sharded parameters of ``names`` from autograd."""
         return _unnoticed([self.masters[n] for n in names if n in self._sharded])
 
     def _hand_back(self) -> None:
-        """From now on the user's code may write to the parameters."""
+        """Let the user's code write to the parameters from now on."""
         self._seen = {name: self._look(p) for name, p in self.masters.items()}
         self._outside.enter_context(_unnoticed(self.masters.values()))
 
@@ -391,11 +391,11 @@ class StageWeights:
 
 
 class _Adder:
-    """Adds a gradient in the working dtype to the sum in the master's.
+    """Adds a gradient in the working dtype to the sum in the master's dtype.
 
     Args:
-        weights: of the stage.
-        name: of the weight.
+        weights: the weights of the stage.
+        name: the name of the weight.
     """
 
     def __init__(self, weights: StageWeights, name: str) -> None:
@@ -415,7 +415,7 @@ class _Adder:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether this process holds a part of ``parameter`` only (DTensor)."""
+    """Return whether this process holds only a part of ``parameter`` (a DTensor)."""
     return hasattr(parameter, "to_local")
 
 
@@ -430,9 +430,9 @@ def local(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _unnoticed(parameters: Collection[Tensor]) -> Iterator[None]:
-    """Let writes to ``parameters`` inside go unnoticed by autograd.
+    """Hide writes to ``parameters`` inside from autograd.
 
-    Autograd would refuse the backward of graphs in flight; the counters are kept as they were.
+    It would refuse the backward of graphs in flight; the version counters are kept as they were.
     """
     with contextlib.ExitStack() as kept:
         for parameter in parameters:  # one by one: PyTorch 2.6 takes no tuple

@@ -17,11 +17,10 @@ from paci.runtime.weights.stage_weights import StageWeights, Values
 class Stash(WeightPolicy):
     """A backward uses the very weights of its forward.
 
-    An update while micro-batches are in flight writes the working weights to new tensors. The
-    parameters hold the old ones again for as long as a backward runs that met them in its forward,
-    so whatever runs inside it (a checkpoint that computes its forward again, a function of the
-    user's own) meets them too. So a stage keeps one set for every version in flight, beside its
-    masters.
+    An update while micro-batches are in flight writes the working weights to new tensors. During a
+    backward the parameters hold the weights of its forward again, so whatever runs inside it (an
+    activation checkpoint, a custom autograd function) sees them too. A stage keeps one set of
+    weights for every version in flight, beside its masters.
 
     Source: weight stashing of PipeDream, arXiv 1806.03377, section 3.3.
     """
@@ -41,7 +40,7 @@ class Stash(WeightPolicy):
         self._met: dict[Key, Values] = {}  # by micro-batches in flight
 
     def before_forward(self, key: Key, delay: int) -> None:
-        """Remember which weights this forward meets: the newest."""
+        """Remember the newest weights, which this forward sees."""
         self._met[key] = self._newest
 
     def before_backward(self, key: Key, drift: int) -> None:
@@ -66,7 +65,7 @@ class Stash(WeightPolicy):
         self.weights.write_in_place()
 
     def take_over(self, names: Collection[str]) -> None:
-        """Write the masters to new tensors, so that old versions stay as they are."""
+        """Write the masters of ``names`` to new tensors, so that old versions stay as they are."""
         kept = {n: v for n, v in self.weights.in_use.items() if n not in names}
         self._use({**kept, **self.weights.fresh(names)})
 
