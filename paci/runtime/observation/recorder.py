@@ -141,11 +141,6 @@ class Recorder:
         busy_s = sum(busy for busy, _ in parts)
         return busy_s / (self._num_rows * span_s) if span_s else 0.0
 
-    @property
-    def num_rows(self) -> int:
-        """The number of workers that the trace shows and the utilization counts."""
-        return self._num_rows
-
     def _event(self) -> torch.cuda.Event:
         """Record an event on the stream that the stages compute on.
 
