@@ -4,72 +4,132 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from paci.optim.batched_trial import Tried, rule_for
 
-@torch.no_grad()
+
+Batch = tuple[list[nn.Parameter], list[Tensor]]
+
+
 def trial_steps(
     optimizer: Optimizer, factor: Tensor | None = None
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Yield each parameter with the change that ``optimizer.step()`` would make to it now.
 
+    ``trial_batches`` says how, and returns the same in lists.
+    """
+    for parameters, steps in trial_batches(optimizer, factor):
+        yield from zip(parameters, steps, strict=True)
+
+
+@torch.no_grad()
+def trial_batches(
+    optimizer: Optimizer, factor: Tensor | None = None, max_elements: int | None = None
+) -> Iterator[Batch]:
+    """Yield parameters with the changes that ``optimizer.step()`` would make to them now.
+
     Gradients and state are taken as they are: halfway through an update's micro-batches the
-    gradients are about half of what they will be. The optimizer's own code computes the change: it
-    steps a parameter of zeros with the same gradient and a copy of the state, and the parameter's
-    new value is the change. This is right for every optimizer whose step depends on the parameter
+    gradients are about half of what they will be. Adam, AdamW and Muon have formulas
+    (``paci.optim.batched_trial``). For any other optimizer its own code computes the changes: it
+    steps parameters of zeros with the same gradients and copies of the state, and their new values
+    are the changes. This is right for every optimizer whose step depends on the parameter
     through (decoupled or coupled) weight decay alone; the decay is left out.
 
     ``group["trial"]`` may hold options for trials only, as a prediction need not be as exact as a
     step. An optimizer with a registered trial (``register_trial``) uses that instead.
 
-    Parameters are stepped one at a time, so that the extra memory is that of the largest parameter
-    and its state.
-
     Args:
         optimizer: any of torch.optim that takes no closure, or one made of them;
             ``paci.optim.probe`` tests whether its trials are right.
         factor: multiplies the gradients, as ``GradientRule.trial_factor``; None means 1.
+        max_elements: most elements of a batch that has more than one parameter, so that the
+            extra memory is about three times that; None: 2^20 on the CPU, where a batch stays in
+            the cache, else 2^24.
 
     Returns:
-        Pairs of a parameter and a tensor of its shape and dtype, in the order of the groups;
-        parameters that have no gradient and no state are left out.
+        Pairs of lists, parameters and tensors of their shapes and dtypes; parameters that have no
+        gradient and no state are left out.
     """
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            if parameter.grad is None and not state:
-                continue
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradient = gradient.clone() if factor is None else gradient * factor
-            trial = _trials.get(type(optimizer))
+        trial = _trials.get(type(optimizer))
+        options = {**group, **group.get("trial", {})}
+        for batch in _batches(optimizer, group, factor, max_elements):
+            parameters = [tried.parameter for tried in batch]
             if trial is not None:
-                yield parameter, trial(optimizer, group, parameter, state, gradient)
-            else:
-                yield parameter, _step_of(optimizer, group, parameter, state, gradient)
+                yield parameters, [trial(optimizer, group, p, s, _or_zero(p, g)) for p, g, s in batch]
+                continue
+            rule = rule_for(_algorithm(optimizer, group), options, batch)
+            steps = rule(options, batch) if rule else _steps_of(optimizer, options, batch)
+            yield parameters, steps
 
 
-def _step_of(
-    optimizer: Optimizer,
-    group: dict[str, Any],
-    parameter: nn.Parameter,
-    state: dict[str, Any],
-    gradient: Tensor,
-) -> Tensor:
-    origin = nn.Parameter(torch.zeros_like(parameter))
-    origin.grad = gradient
+def _batches(
+    optimizer: Optimizer, group: dict[str, Any], factor: Tensor | None, max_elements: int | None
+) -> Iterator[list[Tried]]:
+    """Yield the parameters of a group in batches of one kind, in their order."""
+    open_batches: dict[Any, list[Tried]] = {}
+    sizes: dict[Any, int] = {}
+    for parameter in group["params"]:
+        state = optimizer.state.get(parameter, {})
+        gradient = parameter.grad
+        if gradient is None and not state:
+            continue
+        if gradient is not None and factor is not None:
+            gradient = gradient * factor
+        kind = (parameter.dtype, parameter.device, gradient is None, not state)
+        limit = max_elements
+        if limit is None:
+            limit = _ELEMENTS_ON_CPU if parameter.device.type == "cpu" else _ELEMENTS_ELSEWHERE
+        size = sizes.get(kind, 0) + parameter.numel()
+        if kind in open_batches and size > limit:
+            yield open_batches.pop(kind)
+            size = parameter.numel()
+        open_batches.setdefault(kind, []).append(Tried(parameter, gradient, state))
+        sizes[kind] = size
+    yield from open_batches.values()
+
+
+_ELEMENTS_ON_CPU = 1 << 20
+_ELEMENTS_ELSEWHERE = 1 << 24
+
+
+def _algorithm(optimizer: Optimizer, group: dict[str, Any]) -> str:
+    """Return the name of the PyTorch class, in lower case, that makes the group's step."""
+    kind = type(optimizer)
+    if kind in _made_of_parts:
+        return str(group["algorithm"])
+    return kind.__name__.lower() if kind.__module__.startswith("torch.optim.") else ""
+
+
+def _or_zero(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor:
+    return torch.zeros_like(parameter) if gradient is None else gradient.clone()
+
+
+def _steps_of(
+    optimizer: Optimizer, options: dict[str, Any], batch: Sequence[Tried]
+) -> list[Tensor]:
+    origins, states = [], {}
+    for parameter, gradient, state in batch:
+        origin = nn.Parameter(torch.zeros_like(parameter))
+        origin.grad = _or_zero(parameter, gradient)
+        if state:
+            states[origin] = {
+                k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in state.items()
+            }
+        origins.append(origin)
     # Another instance that shares all the rest (copy.copy would take part of it only).
     trial = object.__new__(type(optimizer))
     trial.__dict__.update(optimizer.__dict__)
-    trial.param_groups = [{**group, **group.get("trial", {}), "params": [origin]}]
-    copied = {k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in state.items()}
-    trial.state = defaultdict(dict, {origin: copied} if copied else {})
+    trial.param_groups = [{**options, "params": origins}]
+    trial.state = defaultdict(dict, states)
     bare_step(trial)
-    return origin.detach()
+    return [origin.detach() for origin in origins]
 
 
 def bare_step(optimizer: Optimizer) -> None:
@@ -85,6 +145,17 @@ def bare_step(optimizer: Optimizer) -> None:
 
 Trial = Callable[[Optimizer, dict[str, Any], nn.Parameter, dict[str, Any], Tensor], Tensor]
 _trials: dict[type[Optimizer], Trial] = {}
+_made_of_parts: set[type[Optimizer]] = set()
+
+
+def register_parts(kind: type[Optimizer]) -> None:
+    """Register an optimizer class whose groups are stepped by PyTorch classes.
+
+    Args:
+        kind: the optimizer's class; ``group["algorithm"]`` names the class of torch.optim, in
+            lower case, whose step a group gets.
+    """
+    _made_of_parts.add(kind)
 
 
 def register_trial(kind: type[Optimizer], trial: Trial) -> None:
