@@ -22,7 +22,9 @@ from paci.schedule.base import Schedule
 class Event(NamedTuple):
     """One action that ran, with its start and end in seconds.
 
-    ``version`` is the number of updates that the stage had applied when the action started.
+    ``version`` is the number of updates that the stage had applied when the action started. The
+    first ``trial_s`` seconds went into a trial step of the optimizer, which a weight policy that
+    looks ahead makes before a forward.
     """
 
     worker: int
@@ -32,6 +34,7 @@ class Event(NamedTuple):
     start_s: float
     end_s: float
     version: int
+    trial_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,21 +68,29 @@ class Trace:
 
     @property
     def busy_s(self) -> tuple[float, ...]:
-        """Seconds that each worker spent in actions."""
+        """Seconds that each worker spent in actions, without trials."""
         busy = [0.0] * self.num_workers
         for event in self.events:
-            busy[event.worker] += event.end_s - event.start_s
+            busy[event.worker] += event.end_s - event.start_s - event.trial_s
         return tuple(busy)
 
     @property
     def utilization(self) -> float:
-        """The share of the workers' time that they spend in actions; 0 for an empty trace."""
-        return sum(self.busy_s) / (self.num_workers * self.span_s) if self.span_s > 0 else 0.0
+        """The share of the workers' time in actions, without trials; 0 for an empty trace."""
+        return self._share(sum(self.busy_s))
+
+    @property
+    def trial_share(self) -> float:
+        """The share of the workers' time that they spend in trials; 0 for an empty trace."""
+        return self._share(sum(event.trial_s for event in self.events))
 
     @property
     def bubble(self) -> float:
-        """The share of the workers' time in which they are idle: ``1 - utilization``."""
-        return 1.0 - self.utilization
+        """The share of the workers' time in which they are idle."""
+        return 1.0 - self.utilization - self.trial_share
+
+    def _share(self, seconds: float) -> float:
+        return seconds / (self.num_workers * self.span_s) if self.span_s > 0 else 0.0
 
     def peak_in_flight(self) -> dict[int, int]:
         """Return, by stage, the most micro-batches between forward and backward at any time."""
@@ -110,7 +121,7 @@ class Trace:
         return dict(found)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the trace as JSON-ready data, with a row of seven values for each event."""
+        """Return the trace as JSON-ready data, with a row of eight values for each event."""
         return {
             "clock": self.clock,
             "num_workers": self.num_workers,
@@ -121,7 +132,7 @@ class Trace:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Trace:
         """Rebuild a trace from what ``to_json`` returned."""
-        events = (Event._make([*row[:3], Kind(row[3]), *row[4:]]) for row in data["events"])
+        events = (Event(row[0], row[1], row[2], Kind(row[3]), *row[4:]) for row in data["events"])
         return Trace.of(events, data["num_workers"], data["clock"])
 
 

@@ -101,6 +101,8 @@ def test_an_output_that_nobody_uses_gets_zeros():
         Stage(0, False, (fork := Fork()), momentum(fork), make_weight_policy("current"), mse),
         Stage(1, False, (mid := Middle()), momentum(mid), make_weight_policy("current"), mse),
     ]
+    for stage in stages:
+        stage.look_ahead(0)
     outputs = stages[0].forward(0, (torch.randn(2, 6),), None)
     assert [output.requires_grad for output in outputs] == [True, False, False, False, True]
     onward = stages[1].forward(0, outputs, None)

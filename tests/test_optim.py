@@ -65,7 +65,10 @@ def test_a_trial_is_the_step_that_follows(name: str, num_before: int):
     optimizer.step()
     for parameter, kept in zip(module.parameters(), before, strict=True):
         if id(parameter) in tried:
-            torch.testing.assert_close(tried[id(parameter)], parameter - kept, atol=1e-6, rtol=1e-5)
+            step, told = parameter - kept, tried[id(parameter)]
+            # Muon computes in bfloat16, where the order of products shows.
+            close = 1e-2 if name in ("muon", "both") and step.dim() == 2 else 1e-5
+            assert (told - step).norm() <= close * step.norm()
             assert tried[id(parameter)].abs().max() > 1e-3
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert tried.keys() == held

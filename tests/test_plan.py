@@ -256,7 +256,8 @@ def test_a_policy_that_looks_ahead_takes_time_and_memory():
     schedule = PACI(2, 8)
     policy = PolicyCost(2, 1, separate=True, trials=0.5)
     plain, ahead = Layout(profile, schedule), Layout(profile, schedule, policies=(policy,) * 2)
-    assert [each.stage_cost(1, 0, 2).forward_s for each in (plain, ahead)] == [2, 4]
+    costs = [each.stage_cost(1, 0, 2) for each in (plain, ahead)]
+    assert [(cost.seconds(Kind.FORWARD), cost.trial_s) for cost in costs] == [(2, 0), (4, 2)]
     slow = Layout(profile, schedule, policies=(policy._replace(trials=2.5),) * 2)
     cuts = [[len(stage) for stage in layout.cut()] for layout in (plain, ahead, slow)]
     assert cuts == [[2, 3], [2, 3], [1, 4]]
@@ -269,7 +270,7 @@ def test_a_policy_that_looks_ahead_takes_time_and_memory():
 
 def test_lookahead_tries_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch):
     tried: list[float] = []
-    monkeypatch.setattr(lookahead, "trial_steps", lambda *_: tried.append(0) or iter(()))
+    monkeypatch.setattr(lookahead, "trial_batches", lambda *_: tried.append(0) or iter(()))
     for spec in ("lookahead", "lookahead:refresh=4"):
         config = TrainConfig(
             layers=2, width=16, heads=2, context=8, stages=2, weights=spec, flush_first=0.0

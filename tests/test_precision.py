@@ -105,6 +105,7 @@ def test_a_graph_keeps_no_copy_of_a_weight(policy: str, precision: str):
     x = block_input().to(BF16 if precision == "bf16" else FP32).requires_grad_()
     with saved_by_autograd() as saved:
         for j in range(3):
+            stage.look_ahead(j)
             stage.forward(j, (x,), None)
     themselves, copies = matrices(saved, stage.module)
     assert not copies
@@ -122,6 +123,7 @@ def test_under_autocast_each_graph_keeps_a_copy():
     x = block_input().requires_grad_()
     with saved_by_autograd() as saved:
         for j in range(3):
+            stage.look_ahead(j)
             stage.forward(j, (x,), None)
     themselves, copies = matrices(saved, stage.module)
     assert not themselves
@@ -190,6 +192,7 @@ def test_boundaries_and_inputs_are_bf16():
         BF16,
         torch.int64,
     ]
+    stage.look_ahead(0)
     (output,) = stage.forward(0, (block_input().to(BF16).requires_grad_(),), None)
     assert output.dtype == BF16
     (gradient,) = stage.backward(0, (torch.ones_like(output),))
@@ -217,6 +220,7 @@ def test_gradients_of_micro_batches_add_up_in_fp32():
     for j in range(8):
         x = torch.randn(2, 5, 8, generator=generator).to(BF16)
         upstream = torch.randn(2, 5, 8, generator=generator).to(BF16)
+        stage.look_ahead(j)
         stage.forward(j, (x,), None)
         stage.backward(j, (upstream,))
         gradients = torch.autograd.grad(plain(x), list(plain.parameters()), upstream)
@@ -246,6 +250,7 @@ def test_updates_below_the_resolution_of_bf16_are_not_lost():
     )
     seen = []
     for j in range(8):
+        stage.look_ahead(j)
         stage.forward(j, (torch.ones(1, 1, dtype=BF16),), None)
         stage.backward(j, (torch.ones(1, 1, dtype=BF16),))
         stage.update()

@@ -164,6 +164,7 @@ def gradients_of(
     of_inputs = []
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in MODULES[name][1]]
     for j in range(3):
+        stage.look_ahead(j)
         outputs = stage.forward(j, as_inputs(inputs), None)
         if whole:
             of_inputs += stage.backward(j, upstream(outputs))
@@ -230,6 +231,7 @@ def test_an_update_between_the_halves_is_without_this_micro_batch():
     module = build("block")
     stage = make_stage(module)
     before = [p.detach().clone() for p in module.parameters()]
+    stage.look_ahead(0)
     outputs = stage.forward(0, as_inputs(MODULES["block"][1]), None)
     stage.backward_input(0, upstream(outputs))
     stage.update()
@@ -247,6 +249,7 @@ def test_an_input_that_is_written_to_is_noticed(module: nn.Module, x: Tensor, be
     """Before the first half by autograd, between the halves, where nothing is saved, by us."""
     stage = make_stage(copy.deepcopy(module))
     x = x.clone()
+    stage.look_ahead(0)
     gradients = upstream(stage.forward(0, (x,), None))
     if between:
         stage.backward_input(0, gradients)
@@ -274,6 +277,7 @@ def test_which_weights_each_half_sees(policy: str):
         stage.update()
 
     h = (x @ u0.t()).tanh()
+    stage.look_ahead(0)
     (y,) = stage.forward(0, (x.clone().requires_grad_(),), None)
     torch.testing.assert_close(y, h @ v0.t())
     move(1.0)
@@ -329,6 +333,7 @@ def test_between_the_halves_only_what_weights_need_is_kept():
             return z * 2
 
     stage = make_stage(Watched())
+    stage.look_ahead(0)
     stage.forward(0, (floats(4, 6).requires_grad_(),), None)
     # The backward of tanh needs its result.
     assert [kept[name].expired() for name in "xyz"] == [False, True, False]
@@ -344,6 +349,7 @@ def test_between_the_halves_only_what_weights_need_is_kept():
 
 def test_a_large_table_has_no_gradient_between_the_halves():
     stage = make_stage(build("embedding"))
+    stage.look_ahead(0)
     outputs = stage.forward(0, (ids(13, 3, 5),), None)
     stage.backward_input(0, upstream(outputs))
     ledger = stage.in_flight[0].ledger
@@ -377,6 +383,7 @@ def test_what_is_whole_says_so_once(make: Callable[[], nn.Module]):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for j in range(2):
+            stage.look_ahead(j)
             outputs = stage.forward(j, (floats(*shape).requires_grad_(),), None)
             stage.backward_input(j, upstream(outputs))
             stage.backward_weight(j)
@@ -396,6 +403,7 @@ def test_a_compiled_module_runs_whole():
     module = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
     plain = copy.deepcopy(module)
     stage = make_stage(torch.compile(module, backend="eager"))
+    stage.look_ahead(0)
     outputs = stage.forward(0, (floats(4, 6).requires_grad_(),), None)
     (dx,) = stage.backward_input(0, upstream(outputs))
     stage.backward_weight(0)
@@ -411,6 +419,7 @@ def test_a_layer_of_ones_own_is_asked_only_while_something_is_recorded():
     module = Scaling()
     stage = make_stage(module)
     assert module(floats(4, 6)).grad_fn.name() == "MulBackward0"
+    stage.look_ahead(0)
     stage.forward(0, (floats(4, 6).requires_grad_(),), None)
     stage.backward_input(0, (torch.ones(4, 6),))
     assert module.weight.grad is None

@@ -62,6 +62,15 @@ def test_span_and_busy_time(trace: Trace):
     assert trace.bubble == pytest.approx(1 - 14.5 / 20)
 
 
+def test_trials_are_neither_busy_nor_idle(trace: Trace):
+    events = [e._replace(trial_s=0.25) if e.kind is F else e for e in trace.events]
+    ahead = Trace(tuple(events), 2, "wall")
+    assert ahead.busy_s == pytest.approx((6.5 - 2 * 0.25, 8.0 - 2 * 0.25))
+    assert ahead.trial_share == pytest.approx(4 * 0.25 / 20)
+    assert ahead.bubble == pytest.approx(trace.bubble)
+    assert Trace.from_json(json.loads(json.dumps(ahead.to_json()))) == ahead
+
+
 def test_the_span_ends_with_the_last_end_and_not_with_the_last_start():
     events = [Event(0, 0, 0, F, 0.0, 9.0, 0), Event(1, 1, 0, F, 1.0, 2.0, 0)]
     trace = Trace.of(events, 2, "wall")
@@ -136,11 +145,14 @@ def test_json_round_trip(trace: Trace):
         "start_s",
         "end_s",
         "version",
+        "trial_s",
     ]
-    assert data["events"][0] == [0, 0, 0, "F", 1.0, 2.0, 0]
+    assert data["events"][0] == [0, 0, 0, "F", 1.0, 2.0, 0, 0.0]
     back = Trace.from_json(data)
     assert back == trace
     assert isinstance(back.events[0], Event)
     assert back.events[0].kind is F
     assert (back.num_workers, back.clock) == (2, "simulated")
+    older = {**data, "events": [row[:7] for row in data["events"]]}
+    assert Trace.from_json(older) == trace
     assert Trace.from_json(json.loads(json.dumps(Trace((), 2, "wall").to_json()))).events == ()

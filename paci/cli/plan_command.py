@@ -235,8 +235,8 @@ def _numbers(what: str, text: str) -> list[int]:
 
 def _table(plan: Plan, top: int) -> str:
     header = (
-        "   schedule           devices  micro-batches  weights         time/update   busy    "
-        "memory  drift  delay"
+        "   schedule           devices  micro-batches  weights         time/update   busy  "
+        "trials  memory  drift  delay"
     )
     return "\n".join(
         [header, *(_row(place, each) for place, each in enumerate(plan.choices[:top], start=1))]
@@ -248,6 +248,7 @@ def _row(place: int, choice: Choice) -> str:
     return (
         f"{place:>2} {choice.spec:<18} {choice.schedule.num_workers:>7}  {micro_batches:>13}  "
         f"{choice.weights:<13}  {choice.steady.update_s * 1e3:>9.4g} ms  "
-        f"{choice.steady.utilization:>5.1%}  {choice.peak_bytes / _GIB:>5.1f}G  "
+        f"{choice.steady.utilization:>5.1%}  "
+        f"{choice.steady.trial_share:>6.1%}  {choice.peak_bytes / _GIB:>5.1f}G  "
         f"{choice.max_drift:>5}  {choice.mean_delay:>5.2f}"
     )

@@ -8,7 +8,8 @@ formulas need no copies. They are those of PyTorch without weight decay, with ``
     Muon          u = mu^2 m + (1 - mu^2) g  with Nesterov's momentum,  mu m + (1 - mu) g  without
                   step = -lr r orthogonalized(u),  r by the matrix's shape
 
-Muon's matrices of one shape, or of that shape transposed, are orthogonalized as one batch.
+Muon's matrices of one shape are orthogonalized as one batch; where there is no gradient their
+momentum alone is, as its size does not count.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Tried(NamedTuple):
 
     parameter: nn.Parameter
     gradient: Tensor | None
-    state: Mapping[str, Any]
+    state: dict[str, Any]
 
 
 Rule = Callable[[Mapping[str, Any], Sequence[Tried]], list[Tensor]]
@@ -102,26 +103,22 @@ def _of_adam(group: Mapping[str, Any], batch: Sequence[Tried]) -> list[Tensor]:
 
 def _of_muon(group: Mapping[str, Any], batch: Sequence[Tried]) -> list[Tensor]:
     steps: dict[int, Tensor] = {}
-    by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for place, tried in enumerate(batch):
-        rows, columns = tried.parameter.shape
-        by_shape[min(rows, columns), max(rows, columns)].append(place)
+        by_shape[tried.parameter.shape].append(place)
     mu = group["momentum"]
     kept = mu * mu if group["nesterov"] else mu
-    for places in by_shape.values():
+    for shape, places in by_shape.items():
         chosen = [batch[place] for place in places]
-        buffers: list[Tensor] | tuple[Tensor, ...] = [t.state["momentum_buffer"] for t in chosen]
+        buffers = [t.state["momentum_buffer"] for t in chosen]
         gradients = _gradients(chosen)
         if gradients:
-            buffers = torch._foreach_mul(buffers, kept)
-            torch._foreach_add_(buffers, gradients, alpha=1 - kept)
-        else:
-            buffers = torch._foreach_mul(buffers, kept)
-        found = _orthogonalized(torch.stack([_wide(buffer) for buffer in buffers]), group)
-        for place, tried, one in zip(places, chosen, found, strict=True):
-            shape = tried.parameter.shape
-            step = (one.T if shape[0] > shape[1] else one).to(tried.parameter.dtype)
-            steps[place] = step.mul_(-group["lr"] * _ratio(group["adjust_lr_fn"], shape))
+            buffers = list(torch._foreach_lerp(gradients, buffers, kept))
+        matrices = buffers[0].new_empty((len(buffers), *shape), dtype=torch.bfloat16)
+        torch._foreach_copy_(list(matrices.unbind()), buffers)
+        size = -group["lr"] * _ratio(group["adjust_lr_fn"], shape)
+        found = _orthogonalized(matrices, group, size).to(buffers[0].dtype)
+        steps.update(zip(places, found.unbind(), strict=True))
     return [steps[place] for place in range(len(batch))]
 
 
@@ -129,20 +126,45 @@ def _gradients(batch: Sequence[Tried]) -> list[Tensor]:
     return [t.gradient for t in batch if t.gradient is not None]
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    """Return the matrix, transposed if it has more rows than columns."""
-    return matrix.T if matrix.size(0) > matrix.size(1) else matrix
+def _orthogonalized(x: Tensor, group: Mapping[str, Any], size: float) -> Tensor:
+    """Return matrices, each orthogonalized by Newton and Schulz, then multiplied by ``size``.
 
-
-def _orthogonalized(matrices: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """Return ``[number, rows, columns]`` in bfloat16, each orthogonalized by Newton and Schulz."""
+    Args:
+        x: the matrices, bfloat16 ``[number, rows, columns]``; overwritten.
+        group: Muon's options.
+        size: the singular values that the result is to have.
+    """
+    short, long = sorted(x.shape[1:])
+    is_tall = x.size(1) > x.size(2)
+    x.div_(x.norm(dim=(1, 2), keepdim=True).clamp_(min=group["eps"]))
+    if group["ns_steps"] == _FEW_STEPS and long >= 2 * short:
+        factor = _factor_of_few_steps(x.mT @ x if is_tall else x @ x.mT, group, size)
+        return x @ factor if is_tall else factor @ x
     a, b, c = group["ns_coefficients"]
-    x = matrices.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-    for _ in range(group["ns_steps"]):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+    for left in reversed(range(group["ns_steps"])):
+        scale = 1.0 if left else size
+        gram = x.mT @ x if is_tall else x @ x.mT
+        update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        pair = (x, update) if is_tall else (update, x)
+        x = torch.baddbmm(x, *pair, beta=a * scale, alpha=scale)
+    return x if group["ns_steps"] else x.mul_(size)
+
+
+_FEW_STEPS = 2
+
+
+def _factor_of_few_steps(gram: Tensor, group: Mapping[str, Any], size: float) -> Tensor:
+    """Return what two steps multiply a matrix by, and ``size``, computed from its Gram matrix.
+
+    With ``u(G) = a I + b G + c G^2`` the steps are ``x1 = u(G0) x0`` and ``x2 = u(G1) x1``, and
+    ``G1 = u(G0) G0 u(G0)``: the long side takes part in two products instead of four.
+    """
+    a, b, c = group["ns_coefficients"]
+    first = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    first.diagonal(dim1=1, dim2=2).add_(a)
+    gram = first @ gram @ first
+    second = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return torch.baddbmm(first, second, first, beta=a * size, alpha=size)
 
 
 def _ratio(adjust_lr_fn: str | None, shape: torch.Size) -> float:

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from paci.optim.batched_trial import Tried, rule_for
 
-
 Batch = tuple[list[nn.Parameter], list[Tensor]]
 
 
@@ -62,10 +61,11 @@ def trial_batches(
         for batch in _batches(optimizer, group, factor, max_elements):
             parameters = [tried.parameter for tried in batch]
             if trial is not None:
-                yield parameters, [trial(optimizer, group, p, s, _or_zero(p, g)) for p, g, s in batch]
-                continue
-            rule = rule_for(_algorithm(optimizer, group), options, batch)
-            steps = rule(options, batch) if rule else _steps_of(optimizer, options, batch)
+                steps = [trial(optimizer, group, p, s, _or_zero(p, g)) for p, g, s in batch]
+            elif rule := rule_for(algorithm_of(optimizer, group), options, batch):
+                steps = rule(options, batch)
+            else:
+                steps = _steps_of(optimizer, options, batch)
             yield parameters, steps
 
 
@@ -99,7 +99,7 @@ _ELEMENTS_ON_CPU = 1 << 20
 _ELEMENTS_ELSEWHERE = 1 << 24
 
 
-def _algorithm(optimizer: Optimizer, group: dict[str, Any]) -> str:
+def algorithm_of(optimizer: Optimizer, group: dict[str, Any]) -> str:
     """Return the name of the PyTorch class, in lower case, that makes the group's step."""
     kind = type(optimizer)
     if kind in _made_of_parts:
@@ -114,20 +114,20 @@ def _or_zero(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor:
 def _steps_of(
     optimizer: Optimizer, options: dict[str, Any], batch: Sequence[Tried]
 ) -> list[Tensor]:
-    origins, states = [], {}
+    origins: list[nn.Parameter] = []
+    trial = object.__new__(type(optimizer))
+    # Another instance that shares all the rest (copy.copy would take part of it only).
+    trial.__dict__.update(optimizer.__dict__)
+    trial.state = defaultdict(dict)
     for parameter, gradient, state in batch:
         origin = nn.Parameter(torch.zeros_like(parameter))
         origin.grad = _or_zero(parameter, gradient)
         if state:
-            states[origin] = {
+            trial.state[origin] = {
                 k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in state.items()
             }
         origins.append(origin)
-    # Another instance that shares all the rest (copy.copy would take part of it only).
-    trial = object.__new__(type(optimizer))
-    trial.__dict__.update(optimizer.__dict__)
     trial.param_groups = [{**options, "params": origins}]
-    trial.state = defaultdict(dict, states)
     bare_step(trial)
     return [origin.detach() for origin in origins]
 

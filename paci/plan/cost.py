@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,7 @@ class StageCost:
         backward_weight_s: seconds of a weight backward; if None, what the input backward leaves of
             the whole.
         update_s: seconds of an optimizer update.
+        trial_s: mean seconds of trial steps before a forward, under a policy that looks ahead.
         activation_bytes: bytes that a forward sends to the next stage.
         gradient_bytes: bytes that a backward sends to the stage before.
     """
@@ -53,18 +54,21 @@ class StageCost:
     update_s: float = 0.0
     activation_bytes: float = 0.0
     gradient_bytes: float = 0.0
+    trial_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("forward_s", "backward_s", "update_s", "activation_bytes", "gradient_bytes"):
-            require_amount(name, getattr(self, name))
-        for name in ("backward_input_s", "backward_weight_s"):
-            if getattr(self, name) is not None:
-                require_amount(name, getattr(self, name))
+        for each in fields(self):
+            if each.default is not None or getattr(self, each.name) is not None:
+                require_amount(each.name, getattr(self, each.name))
+
+    def trial_share(self, kind: Kind) -> float:
+        """Return the share of the seconds of ``kind`` that trials take."""
+        return self.trial_s / self.seconds(kind) if kind is Kind.FORWARD and self.trial_s else 0.0
 
     def seconds(self, kind: Kind) -> float:
-        """Return the seconds that an action of ``kind`` takes."""
+        """Return the seconds that an action of ``kind`` takes, a forward with its trials."""
         if kind is Kind.FORWARD:
-            return self.forward_s
+            return self.forward_s + self.trial_s
         if kind is Kind.BACKWARD:
             return self.backward_s
         if kind is Kind.UPDATE:

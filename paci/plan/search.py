@@ -16,6 +16,7 @@ from paci.plan.profile import Profile
 from paci.plan.stage_memory import PolicyCost, StageMemory
 from paci.plan.stages import Layout
 from paci.plan.steady_state import SteadyState, steady_state
+from paci.schedule.action import Kind
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.registry import make_schedule
 from paci.schedule.versions import stage_versions
@@ -122,6 +123,7 @@ class Choice:
             "layers_by_stage": [len(layers) for layers in self.cut],
             "update_s": self.steady.update_s,
             "utilization": self.steady.utilization,
+            "trial_share": self.steady.trial_share,
             "worker_bytes": list(self.worker_bytes),
             "stage_bytes": [dataclasses.asdict(memory) for memory in self.memory],
             "max_drift": self.max_drift,
@@ -274,7 +276,10 @@ def explain(plan: Plan) -> list[str]:
         )
     costs = best.costs
     slots = [
-        sum(costs.stages[stage].forward_s + costs.stages[stage].backward_s for stage in stages)
+        sum(
+            costs.stages[stage].seconds(Kind.FORWARD) + costs.stages[stage].seconds(Kind.BACKWARD)
+            for stage in stages
+        )
         for stages in best.schedule.placement
     ]
     slowest = max(range(len(slots)), key=slots.__getitem__)

@@ -42,7 +42,9 @@ def simulate(schedule: Schedule, costs: Costs, num_updates: int) -> Trace:
         kind, stage, j = action
         nth = j // schedule.accumulation if kind is Kind.UPDATE else j
         start_s, end_s = clock.lay_out(action, float(draws.seconds[kind][stage, nth]))
-        events.append(Event(worker_of[stage], stage, j, kind, start_s, end_s, versions[stage]))
+        trial_s = (end_s - start_s) * costs.stages[stage].trial_share(kind)
+        worker, version = worker_of[stage], versions[stage]
+        events.append(Event(worker, stage, j, kind, start_s, end_s, version, trial_s))
         versions[stage] += kind is Kind.UPDATE
     require_finished(sequencer.finished, schedule)
     return Trace.of(events, schedule.num_workers, "simulated")

@@ -88,12 +88,13 @@ class Layout:
             backward_s += forward_s
             input_s = None if input_s is None else input_s + forward_s
         return StageCost(
-            forward_s + trials_s,
+            forward_s,
             backward_s,
             backward_input_s=input_s,
             update_s=sum(layer.update_s for layer in layers) * slowdown,
             activation_bytes=self._boundary_bytes(end) if end < len(self.profile.layers) else 0,
             gradient_bytes=self._boundary_bytes(start) if start else 0,
+            trial_s=trials_s,
         )
 
     def costs(self, cut: tuple[range, ...], seed: int = 0) -> Costs:

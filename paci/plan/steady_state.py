@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from paci.plan.cost import Costs, Seconds
+from paci.plan.table import FORWARD
 from paci.plan.vectorized import simulate_vectorized
+from paci.schedule.action import Kind
 from paci.schedule.base import Schedule
 
 # Times between updates whose relative difference is below this count as equal.
@@ -20,18 +22,20 @@ class SteadyState:
 
     Attributes:
         update_s: mean seconds from one update of a stage to its next.
-        utilization: the share of the workers' time that they spend in actions.
+        utilization: the share of the workers' time that they spend in actions, without trials.
+        trial_share: the share of their time that they spend in trials.
         num_updates: number of updates over which both were measured.
     """
 
     update_s: float
     utilization: float
+    trial_share: float
     num_updates: int
 
     @property
     def bubble(self) -> float:
-        """The share of the workers' time in which they are idle: ``1 - utilization``."""
-        return 1.0 - self.utilization
+        """The share of the workers' time in which they are idle."""
+        return 1.0 - self.utilization - self.trial_share
 
 
 def steady_state(schedule: Schedule, costs: Costs, num_updates: int | None = None) -> SteadyState:
@@ -64,9 +68,15 @@ def steady_state(schedule: Schedule, costs: Costs, num_updates: int | None = Non
     # The work of these updates, whenever each worker did it.
     micro_batch = times.table.micro_batch
     taken = (micro_batch >= (first + 1) * a) & (micro_batch < (last + 1) * a)
-    busy_s = float((times.end_s - times.start_s)[taken].sum())
-    share = busy_s / (schedule.num_workers * span_s) if span_s > 0 else 0.0
-    return SteadyState(span_s / period, share, period)
+    spent_s = (times.end_s - times.start_s)[taken]
+    in_trials = np.array([stage.trial_share(Kind.FORWARD) for stage in costs.stages])
+    is_forward = times.table.kind[taken] == FORWARD
+    trial_s = float((spent_s * is_forward * in_trials[times.table.stage[taken]]).sum())
+    whole_s = schedule.num_workers * span_s
+    busy, trials = (
+        each / whole_s if whole_s > 0 else 0.0 for each in (float(spent_s.sum()) - trial_s, trial_s)
+    )
+    return SteadyState(span_s / period, busy, trials, period)
 
 
 def _period(ends_s: Seconds) -> int | None:

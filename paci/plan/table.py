@@ -23,6 +23,7 @@ from paci.schedule.sequence import Cursor
 Integers = NDArray[np.int32]
 Rows = NDArray[np.int32]
 KINDS = tuple(Kind)
+FORWARD = KINDS.index(Kind.FORWARD)
 UPDATE = KINDS.index(Kind.UPDATE)
 _CODES = {kind: code for code, kind in enumerate(KINDS)}
 # A legal program has at most three actions a micro-batch, and updates.

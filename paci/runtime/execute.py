@@ -44,14 +44,18 @@ def execute(actions: Iterable[Action], engine: Engine, feed: Feed) -> None:
         needed = consumes(action, num_stages)
         received = transport.receive(needed) if needed is not None else ()
         version = stage.version
-        start = recorder.mark()
+        start = ready = recorder.mark()
+        if action.kind is Kind.FORWARD:
+            stage.look_ahead(feed.first_micro_batch + action.micro_batch)
+            if stage.policy.tries:
+                ready = recorder.mark()
         made = _run(action, stage, received, feed)
         end = recorder.mark()
         message = produces(action, num_stages)
         if message is not None:
             transport.send(message, made)
         engine.meters[action.stage].note(action, version)
-        recorder.note(action, version, start, end)
+        recorder.note(action, version, start, ready, end)
 
 
 def _run(action: Action, stage: Stage, received: Tensors, feed: Feed) -> Tensors:

@@ -261,7 +261,7 @@ class Pipeline:
         Raises:
             ConfigError: a batch is no pair, or processes pass different numbers of them.
         """
-        self._drain_between_steps()
+        self._kept = self.drain()  # losses are for the next result
         total, given = torch.zeros(2, dtype=torch.float64), iter(batches)
         for first in itertools.count(step=_EVALUATED_AT_ONCE):
             with self._failures.shared():
@@ -281,7 +281,7 @@ class Pipeline:
 
     def trace(self) -> Trace:
         """Drain; return when each action of the newest stretch ran, on all processes."""
-        self._drain_between_steps()
+        self._kept = self.drain()  # losses are for the next result
         recorder = self._engine.recorder
         with self._failures.final():
             shift_s = self._world.clock_shift_s()
@@ -290,16 +290,23 @@ class Pipeline:
     def utilization(self) -> float:
         """Drain; return busy time divided by workers times span, over all processes so far.
 
-        If one process runs all workers, it is what separate devices would have reached.
+        Trials of a policy that looks ahead do not count. If one process runs all workers, it is
+        what separate devices would have reached.
         """
-        self._drain_between_steps()
+        return self._share(lambda recorder: recorder.busy_s)
+
+    def trial_share(self) -> float:
+        """Drain; return the time of trials divided by workers times span, as ``utilization``."""
+        return self._share(lambda recorder: recorder.trial_s)
+
+    def _share(self, seconds: Callable[[Recorder], float]) -> float:
+        self._kept = self.drain()  # losses are for the next result
         recorder = self._engine.recorder
-        pairs = self.gather((recorder.busy_s, recorder.span_s))
-        return recorder.utilization(pairs)
+        return recorder.share(self.gather((seconds(recorder), recorder.span_s)))
 
     def drift(self) -> dict[int, DriftReport]:
         """Drain; return the drift and delay of every stage so far, by stage, from all processes."""
-        self._drain_between_steps()
+        self._kept = self.drain()  # losses are for the next result
         own = {i: copy.deepcopy(meter.report) for i, meter in self._engine.meters.items()}
         reports: dict[int, DriftReport] = {}
         for part in self.gather(own):
@@ -434,10 +441,6 @@ class Pipeline:
         """Return ``own``, any picklable value, of every process in order, on every process."""
         with self._failures.final():
             return self._world.gather(own)
-
-    def _drain_between_steps(self) -> None:
-        """Drain; keep the losses that become known for the next result."""
-        self._kept = self.drain()
 
     def _require_drained(self, what: str) -> None:
         if self._num_fed:

@@ -169,7 +169,10 @@ def _report(trainer: Trainer) -> None:
         f"validation perplexity {summary['val_perplexity']:.2f} "
         f"(a unigram model's: {summary['unigram_perplexity']:.2f})"
     )
-    trainer.say(f"utilization {summary['utilization']:.1%} ({summary['utilization_clock']} clock)")
+    trials = f", trials {summary['trial_share']:.1%}" if summary["trial_share"] else ""
+    trainer.say(
+        f"utilization {summary['utilization']:.1%}{trials} ({summary['utilization_clock']} clock)"
+    )
     trainer.say(f"weights sha256 {summary['weights_sha256']}")
     trainer.say(f"run folder {folder}: {SUMMARY_FILE}, {METRICS_FILE}, loss.png, timeline.svg")
 

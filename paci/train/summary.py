@@ -54,6 +54,7 @@ def summarize(trainer: Trainer) -> dict[str, Any]:
         "train_s": round(trainer.train_s, 3),
         "tokens_per_s": round(trainer.tokens_per_s, 1),
         "utilization": round(trainer.pipeline.utilization(), 4),
+        "trial_share": round(trainer.pipeline.trial_share(), 4),
         "utilization_clock": trainer.pipeline.trace().clock,
         "max_drift": [max(report.drift, default=0) for report in drift.values()],
         "peak_in_flight": [report.peak_in_flight for report in drift.values()],

@@ -57,6 +57,8 @@ def _figures(summary: Mapping[str, Any], rows: Rows) -> str:
     if "utilization" in summary:
         clock = summary.get("utilization_clock", "wall")
         found.append((f"{summary['utilization']:.1%}", f"utilization ({clock} clock)"))
+    if summary.get("trial_share"):
+        found.append((f"{summary['trial_share']:.1%}", "of the time in trials"))
     if "tokens_per_s" in summary:
         found.append((f"{summary['tokens_per_s']:,.0f}", "tokens per second"))
     if "max_drift" in summary:

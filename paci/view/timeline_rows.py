@@ -60,7 +60,8 @@ def summary(trace: Trace) -> str:
         return f"no events; {trace.clock} clock"
     num_micro_batches = len({e.micro_batch for e in trace.events if e.kind is not Kind.UPDATE})
     return (
-        f"utilization {trace.utilization:.1%}, {trace.num_workers} "
+        f"utilization {trace.utilization:.1%}, "
+        f"{f'trials {trace.trial_share:.1%}, ' if trace.trial_share else ''}{trace.num_workers} "
         f"worker{'s' if trace.num_workers != 1 else ''}, {num_micro_batches} "
         f"micro-batch{'es' if num_micro_batches != 1 else ''}, "
         f"{duration(trace.span_s)}, {trace.clock} clock"

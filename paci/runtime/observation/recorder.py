@@ -33,7 +33,8 @@ class Recorder:
             stretch that are timed.
 
     Attributes:
-        busy_s: seconds spent in actions.
+        busy_s: seconds spent in actions, without trials.
+        trial_s: seconds spent in trials.
         span_s: seconds from the first start to the last end of a stretch, on the virtual clock if
             there is one, summed over stretches.
         is_virtual: whether one process runs all workers, on a virtual clock.
@@ -48,6 +49,7 @@ class Recorder:
         capacity: int,
     ) -> None:
         self.busy_s = 0.0
+        self.trial_s = 0.0
         self.span_s = 0.0
         self.is_virtual = num_processes == 1
         self._schedule = schedule
@@ -56,7 +58,7 @@ class Recorder:
         self._position = position
         self._num_rows = schedule.num_workers if self.is_virtual else num_processes
         self._capacity = capacity
-        self._open: list[tuple[Action, int, torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: list[tuple[Action, int, list[torch.cuda.Event]]] = []
         self._worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
         self._events: deque[Event] = deque(maxlen=capacity)
         self._reset()
@@ -69,7 +71,7 @@ class Recorder:
         self._clock = VirtualClock(self._schedule)
 
     def mark(self) -> float | torch.cuda.Event:
-        """Return a mark of this moment on the device; ``note`` takes two such marks."""
+        """Return a mark of this moment on the device; ``note`` takes such marks."""
         return self._event() if self._on_cuda else time.perf_counter()
 
     def note(
@@ -77,15 +79,26 @@ class Recorder:
         action: Action,
         version: int,
         start: float | torch.cuda.Event,
+        ready: float | torch.cuda.Event,
         end: float | torch.cuda.Event,
     ) -> None:
-        """Record that ``action`` ran between two marks, and the ``version`` it started with."""
+        """Record that ``action`` ran between two marks, and the ``version`` it started with.
+
+        Args:
+            action: the action.
+            version: number of updates that its stage had applied.
+            start: the mark before it.
+            ready: the mark after its trial; ``start`` if it made none.
+            end: the mark after it.
+        """
         if isinstance(start, float):
+            assert isinstance(ready, float)
             assert isinstance(end, float)
-            self._add(action, version, start, end)
+            self._add(action, version, start, end, ready - start)
         elif len(self._open) < self._capacity:
+            assert not isinstance(ready, float)
             assert not isinstance(end, float)
-            self._open.append((action, version, start, end))
+            self._open.append((action, version, [start, ready, end]))
 
     def finish(self) -> None:
         """End the stretch, and add its times to the totals."""
@@ -94,9 +107,11 @@ class Recorder:
             now = self._event()
             now.synchronize()
             now_s = time.perf_counter()
-            for action, version, mark, over in self._open:
-                start_s = now_s - mark.elapsed_time(now) / 1e3
-                self._add(action, version, start_s, start_s + mark.elapsed_time(over) / 1e3)
+            for action, version, (start, ready, end) in self._open:
+                start_s = now_s - start.elapsed_time(now) / 1e3
+                end_s = start_s + start.elapsed_time(end) / 1e3
+                trial_s = 0.0 if ready is start else start.elapsed_time(ready) / 1e3
+                self._add(action, version, start_s, end_s, trial_s)
             self._open.clear()
         if self._start_s is not None:
             self.span_s += self._end_s - self._start_s
@@ -131,15 +146,15 @@ class Recorder:
         rows = self._num_rows if self.is_virtual else 1
         return self.busy_s / (rows * span_s) if span_s else 0.0
 
-    def utilization(self, parts: Sequence[tuple[float, float]]) -> float:
-        """Return busy time divided by workers times span, over all processes.
+    def share(self, parts: Sequence[tuple[float, float]]) -> float:
+        """Return the share of the workers' time that all processes spent in something.
 
         Args:
-            parts: ``(busy_s, span_s)`` of each process.
+            parts: the seconds that each process spent in it, and its ``span_s``.
         """
         span_s = max(span for _, span in parts)
-        busy_s = sum(busy for busy, _ in parts)
-        return busy_s / (self._num_rows * span_s) if span_s else 0.0
+        spent_s = sum(spent for spent, _ in parts)
+        return spent_s / (self._num_rows * span_s) if span_s else 0.0
 
     def _event(self) -> torch.cuda.Event:
         """Record an event on the stream that the stages compute on.
@@ -150,9 +165,12 @@ class Recorder:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _add(self, action: Action, version: int, start_s: float, end_s: float) -> None:
+    def _add(
+        self, action: Action, version: int, start_s: float, end_s: float, trial_s: float
+    ) -> None:
         worker = self._position
-        self.busy_s += end_s - start_s
+        self.busy_s += end_s - start_s - trial_s
+        self.trial_s += trial_s
         if self.is_virtual:
             worker = self._worker_of[action.stage]
             start_s, end_s = self._clock.lay_out(action, end_s - start_s)
@@ -161,4 +179,6 @@ class Recorder:
         if end_s > self._end_s:
             self._end_s = end_s
         kind, stage, micro_batch = action
-        self._events.append(Event(worker, stage, micro_batch, kind, start_s, end_s, version))
+        self._events.append(
+            Event(worker, stage, micro_batch, kind, start_s, end_s, version, trial_s)
+        )

@@ -21,7 +21,7 @@ from paci.runtime.stage.checks import check_lr_scheduler, check_optimizer, check
 from paci.runtime.stage.loss import Loss, with_metrics
 from paci.runtime.stage.optimizer_state import load_optimizer_state, optimizer_state
 from paci.runtime.stage.randomness import Seeded, mix
-from paci.runtime.stage.split_backward import Ledger, Splitter
+from paci.runtime.stage.split_backward import Ledger, Splitter, differentiate
 from paci.runtime.transport.boundary import Structure, unflatten
 from paci.runtime.transport.channel import Bundle
 from paci.runtime.weights.policy import Tensors, WeightPolicy
@@ -178,6 +178,13 @@ class Stage:
         """
         self._hooks.append(hook)
 
+    def look_ahead(self, micro_batch: int) -> None:
+        """Let the parameters hold what the ``forward`` of ``micro_batch``, which is next, sees."""
+        self.enter()
+        key = (self.index, micro_batch)
+        for owner in self._owners:
+            owner.policy.before_forward(key, micro_batch // self._accumulation - owner.version)
+
     def forward(
         self,
         micro_batch: int,
@@ -199,9 +206,6 @@ class Stage:
                 loss, a detached scalar.
         """
         self.enter()
-        key = (self.index, micro_batch)
-        for owner in self._owners:
-            owner.policy.before_forward(key, micro_batch // self._accumulation - owner.version)
         versions = tuple(owner.version for owner in self._owners)
         weight_writes = [owner.weights.writes() for owner in self._owners]
         given = writes_of((inputs, direct))
@@ -240,7 +244,7 @@ class Stage:
         flight = self.in_flight.pop(micro_batch)
         roots, root_gradients = self._roots(micro_batch, flight, gradients)
         if roots:
-            _differentiate(roots, root_gradients)
+            differentiate(roots, root_gradients)
             if self._splitter is not None:
                 flight.ledger.settle()
         self._after_backward()
@@ -425,14 +429,6 @@ class Stage:
             (loss, torch.full_like(loss, share)) for loss in flight.added if loss.requires_grad
         ]
         return tuple(o for o, _ in pairs), tuple(g for _, g in pairs)
-
-
-def _differentiate(roots: Tensors, gradients: Tensors) -> None:
-    """Run ``torch.autograd.backward`` without its argument checks, slow for an empty stage."""
-    engine = torch.autograd.Variable._execution_engine
-    engine.run_backward(
-        roots, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True
-    )
 
 
 def _whole(outputs: Bundle) -> Any:

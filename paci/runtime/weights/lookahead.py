@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from paci.errors import ConfigError
 from paci.optim.gradient_rule import GradientRule
 from paci.optim.probe import require_trial
-from paci.optim.trial import trial_steps
+from paci.optim.trial import trial_batches
 from paci.runtime.weights.policy import Key, WeightPolicy
 from paci.runtime.weights.stage_weights import StageWeights, local
-from paci.schedule.base import require_count
+from paci.schedule.base import Schedule, require_count
 
 
 @dataclass
@@ -30,15 +31,16 @@ class Lookahead(WeightPolicy):
     to the gradient so far (``paci.optim.trial``). Backwards use the working weights as they stand,
     as under ``current``.
 
-    Memory: one working copy beside the masters, which in mixed precision is there anyway. Time: the
-    optimizer's arithmetic once more for every ``refresh`` backwards.
+    Memory: one working copy beside the masters, which in mixed precision is there anyway. Time: a
+    trial after each update, before the first late micro-batch, and for every ``refresh`` backwards.
 
     Args:
         reach: how far to look ahead, in steps per update of delay; at least 0.
         beyond: how far to look ahead in addition, in steps, whatever the delay; at least 0. It
             works as Nesterov's momentum does, also under a schedule that flushes; 0 leaves such a
             schedule as it is.
-        refresh: number of backwards after which a forward predicts anew; at least 1.
+        refresh: number of backwards after which a forward predicts anew; 0 stands for half
+            of an update's, and at least 1.
 
     Raises:
         ConfigError: a value is out of range.
@@ -49,7 +51,7 @@ class Lookahead(WeightPolicy):
 
     reach: float = 1.25
     beyond: float = 0.5
-    refresh: int = 1
+    refresh: int = 0
 
     name: ClassVar[str] = "lookahead"
     summary: ClassVar[str] = "ahead of the newest weights by the known delay, one working copy"
@@ -57,22 +59,31 @@ class Lookahead(WeightPolicy):
     tries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require_count("refresh", self.refresh)
+        require_count("refresh", self.refresh, least=0)
+        self._every = self.refresh or 1
         for name, value in (("reach", self.reach), ("beyond", self.beyond)):
             if not 0 <= value < math.inf:
                 raise ConfigError(
                     f"{name} must be at least 0 and finite, got {value}; pass a number of steps"
                 )
 
+    def prepare(self, schedule: Schedule, stage: int) -> None:
+        """Learn how many backwards an update has."""
+        self._every = self._backwards_between(schedule.accumulation)
+
+    def _backwards_between(self, accumulation: int) -> int:
+        return self.refresh or max(1, accumulation // 2)
+
     def trials(self, delays: Sequence[int]) -> float:
         """Return the mean number of trial steps before a forward.
 
         It counts them for forwards in order of their delay, each followed by one backward.
         """
+        every = self._backwards_between(len(delays))
         number, ahead, age = 0, 0.0, 0
         for delay in sorted(delays):
             wanted = self.reach * delay + self.beyond
-            if wanted != ahead or (wanted and age >= self.refresh):
+            if wanted != ahead or (wanted and age >= every):
                 number, ahead, age = number + 1, wanted, 0
             age += 1
         return number / len(delays)
@@ -86,11 +97,12 @@ class Lookahead(WeightPolicy):
         if optimizer is not None and (self.reach or self.beyond):
             require_trial(optimizer)
         self._age = 0  # backwards since they were written
+        self._kept: dict[str, Tensor] = {}  # those that the module's forwards write to
 
     def before_forward(self, key: Key, delay: int) -> None:
         """Predict anew if the distance ahead changes or ``refresh`` backwards have passed."""
         ahead = self.reach * delay + self.beyond
-        if ahead != self._ahead or (ahead and self._age >= self.refresh):
+        if ahead != self._ahead or (ahead and self._age >= self._every):
             self._write(ahead)
 
     def before_backward(self, key: Key, drift: int) -> None:
@@ -112,31 +124,50 @@ class Lookahead(WeightPolicy):
     def before_own_write(self, name: str) -> Tensor | None:
         """Return the working weight from before the module wrote to it.
 
-        Return None if a backward has come since the prediction, which then cannot be repeated.
+        From the first such write on a copy is kept. Return None if that write comes after the
+        first backward since a prediction, which cannot be repeated then.
         """
-        if not self._ahead:
-            return super().before_own_write(name)
-        return None if self._age else self._looked(name)
+        before = self._kept.get(name)
+        if before is None and not self._ahead:
+            before = super().before_own_write(name)
+        elif before is None and not self._age:
+            before = self._looked(name)
+        if before is not None:
+            self._kept[name] = self.weights.in_use[name].clone()
+        return before
 
     def _write(self, ahead: float) -> None:
         self._ahead, self._age = ahead, 0
-        self.weights.write_in_place()
+        rest = set(self.weights.in_use)
         if ahead and self.optimizer is not None:
-            with self.weights.for_trial():
-                steps = trial_steps(self.optimizer, self.rule.trial_factor)
-                for master, step in steps:
-                    name = self.weights.name_of(master)
-                    self.weights.write(name, self._there(name, step))
+            for names, values in self._looks():
+                self.weights.write_all(names, values)
+                rest.difference_update(names)
+        self.weights.write_in_place(rest)
+        for name in self._kept:
+            self._kept[name] = self.weights.in_use[name].clone()
 
-    def _there(self, name: str, step: Tensor) -> Tensor:
-        return local(step).mul_(self._ahead).add_(self.weights.master(name))
+    def _looks(self) -> Iterator[tuple[list[str], list[Tensor]]]:
+        """Make a trial; yield names of weights, and their masters' values as far ahead as it goes.
+
+        The values are in the masters' dtype.
+        """
+        assert self.optimizer is not None
+        with self.weights.for_trial():
+            for masters, steps in trial_batches(self.optimizer, self.rule.trial_factor):
+                names = [self.weights.name_of(master) for master in masters]
+                held = [self.weights.master(name) for name in names]
+                with torch.no_grad():
+                    yield (
+                        names,
+                        list(
+                            torch._foreach_add(held, [local(s) for s in steps], alpha=self._ahead)
+                        ),
+                    )
 
     def _looked(self, name: str) -> Tensor:
         """Repeat the trial, and return the prediction that was written to the working weight."""
-        assert self.optimizer is not None
-        with self.weights.for_trial():
-            for master, step in trial_steps(self.optimizer, self.rule.trial_factor):
-                if self.weights.name_of(master) == name:
-                    there = self._there(name, step)
-                    return there.to(self.weights.as_working(name).dtype)
+        for names, values in self._looks():
+            if name in names:
+                return values[names.index(name)].to(self.weights.as_working(name).dtype)
         return self.weights.as_working(name)

@@ -14,7 +14,7 @@ flight refer to the parameter and see what it holds at their backward. A sharded
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -259,11 +259,10 @@ class StageWeights:
                 for name in chosen:
                     self._used[name].copy_(self.master(name))
 
-    def write(self, name: str, values: Tensor) -> None:
-        """Copy ``values`` to the working weight ``name`` in place, if it is not the master."""
-        if name in self._used:
-            with torch.no_grad(), self._in_shards((name,)):
-                self._used[name].copy_(local(values))
+    def write_all(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
+        """Copy ``values`` to the working weights ``names`` in place; all of them are in use."""
+        with torch.no_grad(), self._in_shards(names):
+            torch._foreach_copy_([self._used[name] for name in names], list(map(local, values)))
 
     def write_shifted(self, shifts: Mapping[str, Tensor], scale: float) -> None:
         """Set working weights to ``master + scale * shift``, in place.
@@ -272,7 +271,9 @@ class StageWeights:
         """
         with torch.no_grad():
             for name, shift in shifts.items():
-                self.write(name, torch.add(self.master(name), local(shift), alpha=scale))
+                if name in self._used:
+                    value = torch.add(self.master(name), local(shift), alpha=scale)
+                    self.write_all((name,), (value,))
 
     def adopt(self, before: tuple[int, ...], told: Callable[[str], Tensor | None]) -> None:
         """Copy to the masters what a forward wrote to the working weights; call it when inside.
