@@ -20,7 +20,7 @@ def results() -> dict[str, Result]:
     for path in sorted(RESULTS.rglob("*.json")):
         name = path.parent.name if path.parent != RESULTS else path.stem
         result = json.loads(path.read_text(encoding="utf-8"))
-        if result["bench"] in BY_NAME:
+        if result.get("bench") in BY_NAME:
             found[name] = result
     return found
 

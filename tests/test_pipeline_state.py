@@ -47,13 +47,17 @@ def test_a_stage_evaluates_with_its_newest_weights_whatever_it_did_last(policy: 
             expected = torch.func.functional_call(module, stage.weights.masters, (x,))
         assert torch.equal(found, expected)
 
-    outputs = [stage.forward(j, (x,), None) for j in range(2)]
+    outputs = []
+    for j in range(2):
+        stage.look_ahead(j)
+        outputs.append(stage.forward(j, (x,), None))
     stage.backward(0, tuple(map(torch.ones_like, outputs[0])))
     stage.update()
     evaluates()
     stage.backward(1, tuple(map(torch.ones_like, outputs[1])))  # an update after its forward
     evaluates()
     for j in (1, 2):  # late by nothing, and by one update
+        stage.look_ahead(j)
         stage.forward(j, (x,), None)
         evaluates()
 

@@ -119,14 +119,24 @@ def _steps_of(
     # Another instance that shares all the rest (copy.copy would take part of it only).
     trial.__dict__.update(optimizer.__dict__)
     trial.state = defaultdict(dict)
+    copies: list[tuple[Tensor, Tensor]] = []  # of a tensor to another, made all at once
+
+    def copied(value: Tensor) -> Tensor:
+        if type(value) is not Tensor or value.layout is not torch.strided:  # sparse, or sharded
+            return value.clone()
+        copies.append((torch.empty_like(value), value))
+        return copies[-1][0]
+
     for parameter, gradient, state in batch:
         origin = nn.Parameter(torch.zeros_like(parameter))
-        origin.grad = _or_zero(parameter, gradient)
+        origin.grad = torch.zeros_like(parameter) if gradient is None else copied(gradient)
         if state:
             trial.state[origin] = {
-                k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in state.items()
+                k: copied(v) if isinstance(v, Tensor) else copy.copy(v) for k, v in state.items()
             }
         origins.append(origin)
+    if copies:
+        torch._foreach_copy_([new for new, _ in copies], [old for _, old in copies])
     trial.param_groups = [{**options, "params": origins}]
     bare_step(trial)
     return [origin.detach() for origin in origins]

@@ -153,17 +153,15 @@ class Lookahead(WeightPolicy):
         The values are in the masters' dtype.
         """
         assert self.optimizer is not None
-        with self.weights.for_trial():
+        with torch.no_grad(), self.weights.for_trial():
             for masters, steps in trial_batches(self.optimizer, self.rule.trial_factor):
-                names = [self.weights.name_of(master) for master in masters]
-                held = [self.weights.master(name) for name in names]
-                with torch.no_grad():
-                    yield (
-                        names,
-                        list(
-                            torch._foreach_add(held, [local(s) for s in steps], alpha=self._ahead)
-                        ),
-                    )
+                ahead = torch._foreach_mul([local(step) for step in steps], self._ahead)
+                values = {self.weights.name_of(m): v for m, v in zip(masters, ahead, strict=True)}
+                names = [name for name in values if name in self.weights.in_use]  # not the frozen
+                there = [values[name] for name in names]
+                if names:
+                    torch._foreach_add_(there, [self.weights.master(name) for name in names])
+                    yield names, there
 
     def _looked(self, name: str) -> Tensor:
         """Repeat the trial, and return the prediction that was written to the working weight."""
