@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from paci.errors import ConfigError
 from paci.models import GPTConfig, build_stage, is_hidden_matrix, muon_groups
 from paci.optim.muon import MuonWithAdamW
-from paci.optim.trial import trial_steps
+from paci.optim.trial import trial_batches, trial_steps
 
 
 def model() -> nn.Module:
@@ -203,3 +203,38 @@ def test_a_pytorch_without_muon_is_told_what_to_do(monkeypatch: pytest.MonkeyPat
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ConfigError, match=r"muon needs PyTorch 2\.9 or newer, got .*adamw"):
         MuonWithAdamW(groups(model()))
+
+
+@pytest.mark.parametrize("has_gradient", [True, False])
+@pytest.mark.parametrize("max_elements", [1, 100, None])
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_formulas_say_what_the_optimizer_does(
+    name: str, max_elements: int | None, has_gradient: bool
+):
+    shapes = [(8, 24), (24, 8), (8, 8), (8, 24), (8, 9)]
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    make: Any = {"adam": torch.optim.Adam, "adamw": AdamW, "muon": Muon}[name]
+    optimizer = make(parameters, lr=0.1, weight_decay=0.0)
+    for count in range(3):
+        for place, parameter in enumerate(parameters):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            if place == count == 1:
+                parameter.grad = None  # so that this one has been stepped less often
+        optimizer.step()
+    optimizer.param_groups[0]["trial"] = {"ns_steps": 2} if name == "muon" else {}
+    told = {}
+    for parameter in parameters if not has_gradient else []:
+        parameter.grad = None
+    for batch, steps in trial_batches(optimizer, max_elements=max_elements):
+        told.update(zip(batch, steps, strict=True))
+    optimizer.param_groups[0] |= optimizer.param_groups[0].pop("trial")
+    if not has_gradient:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer.step()
+    close = 2e-2 if name == "muon" else 1e-5  # Muon computes in bfloat16
+    for parameter, old in zip(parameters, before, strict=True):
+        step = parameter.detach() - old
+        assert (told[parameter] - step).norm() <= close * step.norm()
