@@ -74,6 +74,12 @@ def test_a_sweep_is_kept_and_goes_on(
     assert "| naive | muon | current |" in told.out
     again = read_runs(store)
     assert len(again) == 4
+    # A run whose policy may have had other defaults is no answer.
+    other = tmp_path / "older.jsonl"
+    other.write_text("".join(json.dumps(row | {"policy": "?"}) + "\n" for row in again.values()))
+    words = [f"--store={other}" if word.startswith("--store=") else word for word in one]
+    assert main([*words, "--most", "0"]) == 0
+    assert "2 runs, 0 of them" in capsys.readouterr().err
     kept = {row["weights_sha256"] for row in again.values()}
     assert {row["weights_sha256"] for row in result["rows"]} < kept
     assert Convergence.draw(list(again.values()), tmp_path / "sweep.png")

@@ -95,6 +95,18 @@ class MaxNorm(nn.Module):
         return self.table(x)
 
 
+def test_a_weight_that_wrote_itself_can_be_frozen():
+    stages = [MaxNorm(), nn.Linear(4, 4)]
+    adamw = partial(torch.optim.AdamW, lr=1e-2)
+    with paci.Pipeline(
+        stages, paci.PACI(2, 4), adamw, nn.MSELoss(), weights="lookahead"
+    ) as pipeline:
+        for step in range(6):
+            pipeline.step(torch.randint(0, 6, (8,)), torch.randn(8, 4))
+            stages[0].table.weight.requires_grad_(step < 2 or step > 3)
+        pipeline.drain()
+
+
 class Teacher(nn.Module):
     """Follows its student in each forward."""
 

@@ -170,6 +170,19 @@ def test_the_costs_of_a_simulated_run_are_those_it_was_made_with(num_stages: int
     assert steady_state(other, found).update_s == pytest.approx(steady_state(other, costs).update_s)
 
 
+def test_trials_are_told_from_forwards():
+    stages = (StageCost(1.0, 2.0, trial_s=0.25), StageCost(1.0, 2.0, trial_s=0.5))
+    costs = Costs(stages)
+    found = costs_of_trace(simulate(PACI(2, 6), costs, 5))
+    for stage, expected in zip(found.stages, stages, strict=True):
+        assert stage.forward_s == pytest.approx(expected.forward_s)
+        assert stage.trial_s == pytest.approx(expected.trial_s)
+    steady, trace = steady_state(PACI(2, 6), costs), simulate(PACI(2, 6), costs, 200)
+    assert steady.trial_share == pytest.approx(trace.trial_share, rel=0.02)
+    assert steady.utilization == pytest.approx(trace.utilization, rel=0.02)
+    assert steady.utilization + steady.trial_share + steady.bubble == pytest.approx(1.0)
+
+
 def test_jitter_is_seen_and_a_link_can_be_given():
     costs = Costs(Costs.even(4, 1.0, 2.0).stages, jitter=0.1, seed=3)
     found = costs_of_trace(simulate(PACI(4, 8), costs, 40), Link(7.0))

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from paci.bench.methods import find_method
 from paci.bench.question import Question, Row, is_interrupted, numbers
 from paci.errors import ConfigError
+from paci.runtime.weights.policy_registry import make_weight_policy
 from paci.schedule.base import require_count
 
 if TYPE_CHECKING:
@@ -197,6 +198,7 @@ class Convergence(Question):
             "schedule": options["schedule"],
             "optimizer": options["optimizer"],
             "weights": options["weights"],
+            "policy": _with_numbers(options["weights"]),
             "num_stages": stages,
             "accumulation": a // divided,
             "learning_rate": rate,
@@ -327,7 +329,15 @@ def read_runs(store: Path) -> dict[str, dict[str, Any]]:
 
 
 def _key(run: Mapping[str, Any]) -> str:
-    return json.dumps([run["method"], run["options"]], sort_keys=True)
+    return json.dumps([run["method"], run["options"], run.get("policy")], sort_keys=True)
+
+
+def _with_numbers(weights: str) -> str:
+    """Return a weight policy with all its options, so that a store never mixes two defaults."""
+    try:
+        return repr(make_weight_policy(weights))
+    except ConfigError:
+        return weights  # its run will say what is wrong
 
 
 def _train(

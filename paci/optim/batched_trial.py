@@ -45,18 +45,21 @@ _OF_ADAM = _COMMON | {
 }
 _OF_MUON = _COMMON | {"momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}
 
+_LIKE_ADAMW = "match_rms_adamw"
+
 
 def rule_for(algorithm: str, group: Mapping[str, Any], batch: Sequence[Tried]) -> Rule | None:
     """Return the function that computes the steps of ``batch``, or None if no formula covers it.
 
     Args:
         algorithm: name of the optimizer's class in lower case.
-        group: the parameter group; an option that the formulas do not know rules them out.
+        group: the parameter group; an option that the formulas do not know rules them out, as does
+            a tensor for a number.
         batch: parameters of one dtype and device, all with a gradient or all without.
     """
     first = batch[0]
     if (
-        type(group["lr"]) is not float
+        not isinstance(group["lr"], float)
         or not first.parameter.is_floating_point()
         or any(type(t.parameter.data) is not Tensor or t.parameter.is_sparse for t in batch)
         or any(t.gradient is not None and t.gradient.is_sparse for t in batch)
@@ -65,10 +68,12 @@ def rule_for(algorithm: str, group: Mapping[str, Any], batch: Sequence[Tried]) -
     if algorithm in ("adam", "adamw"):
         has_state = all(_counts_here(t.state) for t in batch)
         plain = not (group.get("amsgrad") or group.get("maximize") or group.get("differentiable"))
+        plain &= all(isinstance(beta, float) for beta in group["betas"])
         return _of_adam if group.keys() <= _OF_ADAM and has_state and plain else None
     if algorithm == "muon":
         has_state = all("momentum_buffer" in t.state for t in batch)
-        return _of_muon if group.keys() <= _OF_MUON and has_state else None
+        plain = group["adjust_lr_fn"] in (None, "original", _LIKE_ADAMW)
+        return _of_muon if group.keys() <= _OF_MUON and has_state and plain else None
     return None
 
 
@@ -169,6 +174,6 @@ def _factor_of_few_steps(gram: Tensor, group: Mapping[str, Any], size: float) ->
 
 def _ratio(adjust_lr_fn: str | None, shape: torch.Size) -> float:
     rows, columns = shape
-    if adjust_lr_fn == "match_rms_adamw":
+    if adjust_lr_fn == _LIKE_ADAMW:
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1, rows / columns))

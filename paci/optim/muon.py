@@ -10,7 +10,6 @@ import torch.optim
 from torch.optim import AdamW, Optimizer
 
 from paci.errors import ConfigError
-from paci.optim.trial import register_parts
 
 
 class MuonWithAdamW(Optimizer):
@@ -82,9 +81,6 @@ class MuonWithAdamW(Optimizer):
             part.state = self.state
             part.step()
         return loss
-
-
-register_parts(MuonWithAdamW)
 
 
 def _muon() -> type[Optimizer]:

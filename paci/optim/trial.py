@@ -100,10 +100,14 @@ _ELEMENTS_ELSEWHERE = 1 << 24
 
 
 def algorithm_of(optimizer: Optimizer, group: dict[str, Any]) -> str:
-    """Return the name of the PyTorch class, in lower case, that makes the group's step."""
-    kind = type(optimizer)
-    if kind in _made_of_parts:
+    """Return the name of the PyTorch class, in lower case, that makes the group's step.
+
+    A group of an optimizer that is made of several names it itself (``paci.optim.muon``); a class
+    of the user's own has no name here.
+    """
+    if "algorithm" in group:
         return str(group["algorithm"])
+    kind = type(optimizer)
     return kind.__name__.lower() if kind.__module__.startswith("torch.optim.") else ""
 
 
@@ -115,8 +119,8 @@ def _steps_of(
     optimizer: Optimizer, options: dict[str, Any], batch: Sequence[Tried]
 ) -> list[Tensor]:
     origins: list[nn.Parameter] = []
-    trial = object.__new__(type(optimizer))
     # Another instance that shares all the rest (copy.copy would take part of it only).
+    trial = object.__new__(type(optimizer))
     trial.__dict__.update(optimizer.__dict__)
     trial.state = defaultdict(dict)
     copies: list[tuple[Tensor, Tensor]] = []  # of a tensor to another, made all at once
@@ -155,17 +159,6 @@ def bare_step(optimizer: Optimizer) -> None:
 
 Trial = Callable[[Optimizer, dict[str, Any], nn.Parameter, dict[str, Any], Tensor], Tensor]
 _trials: dict[type[Optimizer], Trial] = {}
-_made_of_parts: set[type[Optimizer]] = set()
-
-
-def register_parts(kind: type[Optimizer]) -> None:
-    """Register an optimizer class whose groups are stepped by PyTorch classes.
-
-    Args:
-        kind: the optimizer's class; ``group["algorithm"]`` names the class of torch.optim, in
-            lower case, whose step a group gets.
-    """
-    _made_of_parts.add(kind)
 
 
 def register_trial(kind: type[Optimizer], trial: Trial) -> None:

@@ -27,6 +27,7 @@ def costs_of_trace(
 ) -> Costs:
     """Return the costs of a run, with the median duration of an action by stage and kind.
 
+    Trials of a policy that looks ahead, which only some forwards make, count apart, at their mean.
     Jitter is the root mean square of the relative deviations of forwards and backwards from their
     median. Overhead is the median pause of a worker before an action that did not have to wait for
     a message. Latency is the median time from the end of an action to the start of an action on
@@ -46,9 +47,13 @@ def costs_of_trace(
     """
     extra_s = _extra(trace, slow, accumulation)
     times: defaultdict[tuple[int, Kind], list[float]] = defaultdict(list)
+    trials: defaultdict[int, list[float]] = defaultdict(list)
     for event in trace.events:
         known_s = extra_s(event)
-        times[event.stage, event.kind].append(max(event.end_s - event.start_s - known_s, 0.0))
+        spent_s = event.end_s - event.start_s - event.trial_s - known_s
+        times[event.stage, event.kind].append(max(spent_s, 0.0))
+        if event.kind is Kind.FORWARD:
+            trials[event.stage].append(event.trial_s)
     medians = {key: statistics.median(values) for key, values in times.items()}
     stages = sorted({stage for stage, _ in times})
     for stage in stages:
@@ -67,7 +72,7 @@ def costs_of_trace(
     pauses, delays = _waits(trace, len(stages))
     latency_s = statistics.median(delays) if delays else 0.0
     return Costs(
-        tuple(_stage_cost(stage, medians) for stage in stages),
+        tuple(_stage_cost(stage, medians, statistics.fmean(trials[stage])) for stage in stages),
         link or Link(latency_s),
         jitter=jitter,
         seed=seed,
@@ -95,7 +100,7 @@ def _extra(trace: Trace, slow: Sequence[Slow], accumulation: int) -> Callable[[E
     return extra_s
 
 
-def _stage_cost(stage: int, medians: dict[tuple[int, Kind], float]) -> StageCost:
+def _stage_cost(stage: int, medians: dict[tuple[int, Kind], float], trial_s: float) -> StageCost:
     input_s = medians.get((stage, Kind.BACKWARD_INPUT))
     weight_s = medians.get((stage, Kind.BACKWARD_WEIGHT))
     parts_s = (input_s or 0.0) + (weight_s or 0.0)
@@ -105,6 +110,7 @@ def _stage_cost(stage: int, medians: dict[tuple[int, Kind], float]) -> StageCost
         backward_input_s=input_s,
         backward_weight_s=weight_s,
         update_s=medians.get((stage, Kind.UPDATE), 0.0),
+        trial_s=trial_s,
     )
 
 

@@ -39,8 +39,8 @@ class Lookahead(WeightPolicy):
         beyond: how far to look ahead in addition, in steps, whatever the delay; at least 0. It
             works as Nesterov's momentum does, also under a schedule that flushes; 0 leaves such a
             schedule as it is.
-        refresh: number of backwards after which a forward predicts anew; 0 stands for half
-            of an update's, and at least 1.
+        refresh: number of backwards after which a forward predicts anew; 0, the default, stands for
+            half of the backwards of an update, but at least 1.
 
     Raises:
         ConfigError: a value is out of range.
@@ -124,8 +124,8 @@ class Lookahead(WeightPolicy):
     def before_own_write(self, name: str) -> Tensor | None:
         """Return the working weight from before the module wrote to it.
 
-        From the first such write on a copy is kept. Return None if that write comes after the
-        first backward since a prediction, which cannot be repeated then.
+        A copy is kept from the module's first such write on. Return None if that first write comes
+        after a backward has run on the newest prediction, which cannot be repeated then.
         """
         before = self._kept.get(name)
         if before is None and not self._ahead:
@@ -144,8 +144,8 @@ class Lookahead(WeightPolicy):
                 self.weights.write_all(names, values)
                 rest.difference_update(names)
         self.weights.write_in_place(rest)
-        for name in self._kept:
-            self._kept[name] = self.weights.in_use[name].clone()
+        used = self.weights.in_use  # without those that are frozen now
+        self._kept = {name: used[name].clone() for name in self._kept if name in used}
 
     def _looks(self) -> Iterator[tuple[list[str], list[Tensor]]]:
         """Make a trial; yield names of weights, and their masters' values as far ahead as it goes.
