@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from paci.bench.methods import find_method
 from paci.bench.question import Question, Row, is_interrupted, numbers
 from paci.errors import ConfigError
-from paci.runtime.weights.policy_registry import make_weight_policy
 from paci.schedule.base import require_count
 
 if TYPE_CHECKING:
@@ -334,6 +333,8 @@ def _key(run: Mapping[str, Any]) -> str:
 
 def _with_numbers(weights: str) -> str:
     """Return a weight policy with all its options, so that a store never mixes two defaults."""
+    from paci.runtime.weights.policy_registry import make_weight_policy  # loads torch
+
     try:
         return repr(make_weight_policy(weights))
     except ConfigError:
