@@ -149,9 +149,12 @@ class Ahead:
     """``lookahead`` at one stage: the working weights of each forward and backward, by slot.
 
     In slot ``i``: forward of ``i``, then backward of ``i - lag``, then an update if that was the
-    ``a``-th. Before a forward that is to go another number of steps ahead than the last one, or if
-    ``refresh`` backwards have passed, the step is tried anew: what the optimizer would do to zero
-    weights with the gradients of this update's backwards so far. An update brings the masters.
+    ``a``-th. The first forward after an update goes ahead by the step that it was, if a backward
+    has not come before it; ``refresh`` backwards later, the step is tried anew: what the optimizer
+    would do to zero weights with the gradients of this update's backwards so far. A forward that
+    is to go another number of steps ahead goes them along the last one's step. Where there is
+    none, as at the start, after a backward that followed an update, or where the last forward was
+    to go none, it is tried too.
     """
 
     def __init__(self, reach: float, beyond: float, refresh: int, lag: int, a: int) -> None:
@@ -165,7 +168,8 @@ class Ahead:
         self.of_backward: list[Weights] = []
         self.gradients: list[Weights] = []
         self.slot = 0
-        self.steps, self.age = 0.0, 0
+        self.age = 0
+        self.step: Weights = []
 
     def run(self, slot: int, versions: list[Weights], optimizers: list[Momentum | AdamW]) -> None:
         """Go on until the forward and the backward of ``slot`` have their weights.
@@ -175,21 +179,29 @@ class Ahead:
         while self.slot <= slot:
             i, done = self.slot, max(0, self.slot - self.lag)  # backwards before this slot
             now = self.base + done // self.a
-            if not self.slot or (done and done % self.a == 0):
-                self.working, self.steps, self.age = versions[now], 0.0, 0
+            if not self.slot:
+                self.working, self.age, self.step = versions[now], 0, []
+            elif self.slot > self.lag and done % self.a == 0:
+                self.working, self.age = versions[now], 0
+                self.step = [w - old for w, old in zip(versions[now], versions[now - 1], strict=True)]
             if i < self.num_micro_batches:
                 steps = self.reach * (self.base + i // self.a - now) + self.beyond
-                if steps != self.steps or (steps and self.age >= self.refresh):
-                    self.steps, self.age = steps, 0
+                if not steps:
+                    self.step = []
+                elif not self.step or self.age >= self.refresh:
                     zeros = [np.zeros_like(w) for w in versions[now]]
                     sums = zeros
                     for gradients in self.gradients[done // self.a * self.a : done]:
                         sums = [g + new for g, new in zip(sums, gradients, strict=True)]
-                    step = copy.deepcopy(optimizers[now]).step(zeros, sums)
-                    pairs = zip(versions[now], step, strict=True)
+                    self.step, self.age = copy.deepcopy(optimizers[now]).step(zeros, sums), 0
+                self.working = versions[now]
+                if steps:
+                    pairs = zip(versions[now], self.step, strict=True)
                     self.working = [w + steps * d for w, d in pairs]
                 self.of_forward.append(self.working)
             if i >= self.lag:
+                if i >= self.num_micro_batches:
+                    self.step = []
                 self.of_backward.append(self.working)
                 self.age += 1
             self.slot += 1

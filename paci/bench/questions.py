@@ -10,12 +10,14 @@ from paci.bench.overhead import Overhead
 from paci.bench.question import Question
 from paci.bench.race import Race
 from paci.bench.throughput import Throughput
+from paci.bench.trials import Trials
 
 QUESTIONS: tuple[type[Question], ...] = (
     Throughput,
     Emulate,
     Overhead,
     Memory,
+    Trials,
     Convergence,
     Race,
     TimeToAccuracy,

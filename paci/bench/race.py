@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,6 +74,8 @@ class Race(Question):
         "micro-batches": "{num_micro_batches}",
         "seeds": "{num_seeds}",
         "ms per update": "{update_ms:.1f}",
+        "speed against the first": "{speed_ratio:.3f}",
+        "trials": "{trial_share:.1%}",
         "seconds": "{elapsed_s:.1f}",
         "validation loss": "{val_loss:.4f}",
         "loss that all reach": "{target_loss:.4f}",
@@ -178,6 +181,7 @@ class Race(Question):
                     "val_loss": round(mark.val_loss, 6),
                 }
                 rows[place]["curve"].append(point)
+                rows[place]["trial_share"] = mark.trial_share
                 say(
                     f"{racers[place].label}: update {mark.update}/{config.updates}, "
                     f"{mark.elapsed_s:.1f} s, validation loss {mark.val_loss:.4f}"
@@ -237,10 +241,22 @@ def _compare(rows: Sequence[dict[str, Any]]) -> None:
         row["elapsed_s"], row["val_loss"] = end["elapsed_s"], end["val_loss"]
         row["update_s"] = end["elapsed_s"] / end["update"]
         row["target_loss"] = target
+        if rows[0] in begun:
+            row["speed_ratio"] = _paired_speed(row["curve"], rows[0]["curve"])
         row["updates_to_loss"] = first_reach(_over(row, "update"), target)
         row["seconds_to_loss"] = first_reach(_over(row, "elapsed_s"), target)
         if rows[0] in begun and rows[0]["seconds_to_loss"]:
             row["time_ratio"] = row["seconds_to_loss"] / rows[0]["seconds_to_loss"]
+
+
+def _paired_speed(own: Sequence[Row], first: Sequence[Row]) -> float:
+    """Return the median, over turns, of the first racer's time by that of another in the turn."""
+    own_s, first_s = (
+        [each["elapsed_s"] - before["elapsed_s"] for before, each in itertools.pairwise(curve)]
+        for curve in (own, first)
+    )
+    ratios: list[float] = [first / own for first, own in zip(first_s, own_s, strict=True)]
+    return statistics.median(ratios)
 
 
 def _over(row: Row, x: str) -> list[tuple[float, float]]:
@@ -256,7 +272,10 @@ def _summaries(rows: Sequence[Row]) -> Iterator[Row]:
         elif "time_ratio" in row:
             groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     for key, group in groups.items():
-        means = ("elapsed_s", "val_loss", "target_loss", "updates_to_loss", "seconds_to_loss")
+        means = [
+            *("elapsed_s", "val_loss", "target_loss", "updates_to_loss", "seconds_to_loss"),
+            *("trial_share", "speed_ratio"),
+        ]
         found = {name: statistics.fmean(row[name] for row in group) for name in means}
         ratios = [row["time_ratio"] for row in group]
         yield {

@@ -79,12 +79,14 @@ class Mark(NamedTuple):
         update: how many it has made.
         elapsed_s: what they took, evaluations left out.
         val_loss: where that has brought it.
+        trial_share: share of the workers' time so far that trials took.
     """
 
     place: int
     update: int
     elapsed_s: float
     val_loss: float | None = None
+    trial_share: float = 0.0
 
 
 class Running(abc.ABC):
@@ -96,6 +98,10 @@ class Running(abc.ABC):
 
     def drain(self) -> None:  # noqa: B027  (a schedule that flushes has nothing to do)
         """Finish whatever is in flight."""
+
+    def trial_share(self) -> float:
+        """Return the share of the workers' time so far that trials took; drained."""
+        return 0.0
 
     @property
     @abc.abstractmethod
@@ -118,6 +124,9 @@ class _Paci(Running):
 
     def drain(self) -> None:
         self._pipeline.drain()
+
+    def trial_share(self) -> float:
+        return self._pipeline.trial_share()
 
     @property
     def pipeline(self) -> Pipeline:
@@ -225,7 +234,7 @@ def race(rank: int, report: Report, racers: Sequence[Racer], folder: Path) -> No
             one.drain()
             elapsed_s[place] += _longest(time.perf_counter() - start_s)
             loss = one.pipeline.evaluate(held_out)
-            tell(Mark(place, last, elapsed_s[place], loss))
+            tell(Mark(place, last, elapsed_s[place], loss, one.trial_share()))
     for one in running:
         one.close()
 

@@ -48,8 +48,9 @@ def trial_batches(
             ``paci.optim.probe`` tests whether its trials are right.
         factor: multiplies the gradients, as ``GradientRule.trial_factor``; None means 1.
         max_elements: most elements of a batch that has more than one parameter, so that the
-            extra memory is about three times that; None: 2^20 on the CPU, where a batch stays in
-            the cache, else 2^24.
+            extra memory is about three times that; None: on the CPU, where a batch is to stay in
+            the cache, 2^16 if the formula goes over it many times (Adam's) and 2^20 otherwise;
+            elsewhere 2^24.
 
     Returns:
         Pairs of lists, parameters and tensors of their shapes and dtypes; parameters that have no
@@ -58,21 +59,28 @@ def trial_batches(
     for group in optimizer.param_groups:
         trial = _trials.get(type(optimizer))
         options = {**group, **group.get("trial", {})}
-        for batch in _batches(optimizer, group, factor, max_elements):
+        algorithm = algorithm_of(optimizer, group)
+        on_cpu = _ELEMENTS_IN_CACHE.get(algorithm, _ELEMENTS_ON_CPU)
+        limits = (max_elements or on_cpu, max_elements or _ELEMENTS_ELSEWHERE)
+        for batch in _batches(optimizer, group, factor, *limits):
             parameters = [tried.parameter for tried in batch]
             if trial is not None:
                 steps = [trial(optimizer, group, p, s, _or_zero(p, g)) for p, g, s in batch]
-            elif rule := rule_for(algorithm_of(optimizer, group), options, batch):
+            elif rule := rule_for(algorithm, options, batch):
                 steps = rule(options, batch)
             else:
                 steps = _steps_of(optimizer, options, batch)
             yield parameters, steps
+            del steps  # whoever took them is done: let their memory serve the next ones
 
 
 def _batches(
-    optimizer: Optimizer, group: dict[str, Any], factor: Tensor | None, max_elements: int | None
+    optimizer: Optimizer, group: dict[str, Any], factor: Tensor | None, on_cpu: int, elsewhere: int
 ) -> Iterator[list[Tried]]:
-    """Yield the parameters of a group in batches of one kind, in their order."""
+    """Yield the parameters of a group in batches of one kind, in their order.
+
+    ``on_cpu`` and ``elsewhere`` are the most elements of a batch of several parameters.
+    """
     open_batches: dict[Any, list[Tried]] = {}
     sizes: dict[Any, int] = {}
     for parameter in group["params"]:
@@ -83,9 +91,7 @@ def _batches(
         if gradient is not None and factor is not None:
             gradient = gradient * factor
         kind = (parameter.dtype, parameter.device, gradient is None, not state)
-        limit = max_elements
-        if limit is None:
-            limit = _ELEMENTS_ON_CPU if parameter.device.type == "cpu" else _ELEMENTS_ELSEWHERE
+        limit = on_cpu if parameter.device.type == "cpu" else elsewhere
         size = sizes.get(kind, 0) + parameter.numel()
         if kind in open_batches and size > limit:
             yield open_batches.pop(kind)
@@ -96,6 +102,7 @@ def _batches(
 
 
 _ELEMENTS_ON_CPU = 1 << 20
+_ELEMENTS_IN_CACHE = {"adam": 1 << 16, "adamw": 1 << 16}
 _ELEMENTS_ELSEWHERE = 1 << 24
 
 

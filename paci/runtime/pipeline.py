@@ -240,6 +240,8 @@ class Pipeline:
             self._run()
             self._engine.transport.finish()
             self._engine.recorder.finish()
+            for stage in self.stages.values():
+                stage.settle()
         result = self._result()
         self._num_done += self._num_fed
         self._num_fed = 0

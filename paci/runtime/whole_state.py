@@ -27,7 +27,7 @@ from paci.errors import ConfigError
 from paci.runtime.names import Names
 from paci.runtime.stage.optimizer_state import blank_state
 from paci.runtime.stage.stage import Stage
-from paci.runtime.weights.stage_weights import is_sharded, local
+from paci.runtime.weights.shards import is_sharded, local
 
 
 def whole_state(

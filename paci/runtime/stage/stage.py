@@ -161,6 +161,10 @@ class Stage:
                 elif touched:
                     owner.policy.take_over(touched)
 
+    def settle(self) -> None:
+        """Forget what only a pipeline that runs on may know; it has been drained."""
+        self.policy.settle()
+
     def leave(self) -> None:
         """Let the parameters hold the masters again, before the user's code runs."""
         self.weights.leave()
@@ -268,6 +272,8 @@ class Stage:
     def backward_weight(self, micro_batch: int) -> None:
         """Compute the weight gradients of the backward that ``backward_input`` began."""
         self.enter()
+        for owner in self._owners:
+            owner.policy.settle()
         self.in_flight.pop(micro_batch).ledger.settle()
 
     def update(self) -> None:
@@ -286,6 +292,7 @@ class Stage:
                         f"alone, got a change at stage {self.index} that no trial knows of; clip "
                         f"with max_grad_norm=, or pass weights='current'"
                     )
+                self.policy.after_step()
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
             self.version += 1
@@ -307,6 +314,7 @@ class Stage:
             The tensors for the next stage; on the last stage the summed loss and the number of
                 tokens, both float64 scalars.
         """
+        self.settle()
         self.enter()
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()

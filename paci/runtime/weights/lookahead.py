@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,37 @@ from paci.optim.gradient_rule import GradientRule
 from paci.optim.probe import require_trial
 from paci.optim.trial import trial_batches
 from paci.runtime.weights.policy import Key, WeightPolicy
-from paci.runtime.weights.stage_weights import StageWeights, local
+from paci.runtime.weights.shards import local
+from paci.runtime.weights.stage_weights import StageWeights
 from paci.schedule.base import Schedule, require_count
+
+
+class _Way(enum.Enum):
+    """How working weights come to what the next forward is to see."""
+
+    STAY = enum.auto()  # they hold it
+    MASTERS = enum.auto()  # the masters
+    REPEAT = enum.auto()  # the optimizer's last step, again
+    STRETCH = enum.auto()  # the step that they are ahead by, to another length
+    TRY = enum.auto()  # a trial
+
+
+def _way(has_step: bool, ahead: float, wanted: float, is_old: bool) -> _Way:
+    """Return how to go on.
+
+    Args:
+        has_step: whether the optimizer's last step is at hand.
+        ahead: steps that the working weights are ahead of the masters.
+        wanted: steps that they should be.
+        is_old: whether the step that they are ahead by is to be predicted anew.
+    """
+    if not wanted:
+        return _Way.MASTERS if ahead or has_step else _Way.STAY
+    if has_step:
+        return _Way.REPEAT
+    if is_old or not ahead:
+        return _Way.TRY
+    return _Way.STAY if wanted == ahead else _Way.STRETCH
 
 
 @dataclass
@@ -26,13 +56,15 @@ class Lookahead(WeightPolicy):
 
         working = master + (reach * d + beyond) * step
 
-    ``d`` follows from the program, so it is known before the forward; ``step`` is what the
-    optimizer would do now, with its momentum and with what this update's micro-batches have added
-    to the gradient so far (``paci.optim.trial``). Backwards use the working weights as they stand,
-    as under ``current``.
+    ``d`` follows from the program, so it is known before the forward. After an update ``step`` is
+    the one that the optimizer has just made. Once ``refresh`` backwards have passed, it is a trial
+    (``paci.optim.trial``): what the optimizer would do now, with its momentum and with what this
+    update's micro-batches have added to the gradient so far. If only ``d`` changes, ``step`` stays.
+    Backwards use the working weights as they stand, as under ``current``.
 
-    Memory: one working copy beside the masters, which in mixed precision is there anyway. Time: a
-    trial after each update, before the first late micro-batch, and for every ``refresh`` backwards.
+    Memory: one working copy beside the masters, which in mixed precision is there anyway; in mixed
+    precision a second copy of the masters during the optimizer's step. Time: a trial for every
+    ``refresh`` backwards but the first, and one whenever the pipeline was drained.
 
     Args:
         reach: how far to look ahead, in steps per update of delay; at least 0.
@@ -80,12 +112,14 @@ class Lookahead(WeightPolicy):
         It counts them for forwards in order of their delay, each followed by one backward.
         """
         every = self._backwards_between(len(delays))
-        number, ahead, age = 0, 0.0, 0
+        number, ahead, age, has_step = 0, 0.0, 0, True
         for delay in sorted(delays):
             wanted = self.reach * delay + self.beyond
-            if wanted != ahead or (wanted and age >= every):
-                number, ahead, age = number + 1, wanted, 0
-            age += 1
+            way = _way(has_step, ahead, wanted, age >= every)
+            number += way is _Way.TRY
+            if way in (_Way.REPEAT, _Way.TRY):
+                age = 0
+            ahead, age, has_step = wanted, age + 1, False
         return number / len(delays)
 
     def attach(
@@ -94,78 +128,144 @@ class Lookahead(WeightPolicy):
         """Start with working weights equal to the masters."""
         super().attach(weights, optimizer, rule)
         self._ahead = 0.0  # steps from the masters to the working weights
-        if optimizer is not None and (self.reach or self.beyond):
+        self._looks_ahead = optimizer is not None and bool(self.reach or self.beyond)
+        if optimizer is not None and self._looks_ahead:
             require_trial(optimizer)
-        self._age = 0  # backwards since they were written
+        self._is_tried = False  # whether they were predicted by a trial
+        self._age = 0  # backwards since the step was made or tried
+        self._before: dict[str, Tensor] = {}  # masters from before the step, in mixed precision
+        # Weights whose working copy holds the optimizer's last step: from an update to the next
+        # forward, or to whatever else needs the working weights.
+        self._stepped: set[str] = set()
         self._kept: dict[str, Tensor] = {}  # those that the module's forwards write to
 
     def before_forward(self, key: Key, delay: int) -> None:
-        """Predict anew if the distance ahead changes or ``refresh`` backwards have passed."""
-        ahead = self.reach * delay + self.beyond
-        if ahead != self._ahead or (ahead and self._age >= self._every):
-            self._write(ahead)
+        """Repeat the last step, go further along it or predict anew, as is due."""
+        wanted = self.reach * delay + self.beyond
+        match _way(bool(self._stepped), self._ahead, wanted, self._age >= self._every):
+            case _Way.REPEAT:
+                self._repeat(wanted)
+            case _Way.STRETCH:
+                self._stretch(wanted)
+            case _Way.TRY:
+                self._predict(wanted)
+            case _Way.MASTERS:
+                self._to_masters()
 
     def before_backward(self, key: Key, drift: int) -> None:
-        """Count the backwards since the working weights were written."""
+        """Count the backwards since the working weights were predicted."""
+        self.settle()
         self._age += 1
 
+    def before_update(self) -> None:
+        """Keep the masters from before the step: in the working weights, where those fit."""
+        if not self._looks_ahead:
+            return
+        used = self.weights.in_use
+        same = [name for name in used if used[name].dtype == self.weights.master(name).dtype]
+        self.weights.write_in_place(same)
+        rest = used.keys() - set(same)
+        self._before = {name: self.weights.master(name).clone() for name in rest}
+
+    def after_step(self) -> None:
+        """Let the working weights hold the step, negative, until the next forward."""
+        if not self._looks_ahead:
+            return
+        self._stepped = set(self.weights.in_use)
+        self.weights.change(self._stepped - self._before.keys(), torch._foreach_sub_)
+        names, steps = list(self._before), list(self._before.values())
+        if steps:
+            torch._foreach_sub_(steps, [self.weights.master(name) for name in names])
+            self.weights.write_all(names, steps)
+        self._before = {}
+
+    def settle(self) -> None:
+        """Write the masters to the working weights if those hold a step."""
+        if self._stepped:
+            self._to_masters()
+
     def publish(self) -> None:
-        """Write the masters to the working weights in place."""
-        self._write(0.0)
+        """Do nothing: the next forward brings the masters, and ``settle`` if none comes."""
+        if not self._stepped:
+            self._to_masters()
 
     def renew(self) -> None:
-        """Write the masters to the working weights in place."""
-        self._write(0.0)
+        """Write the masters to the working weights in place; a step that they hold stays."""
+        if self._stepped != set(self.weights.in_use):
+            self._to_masters()
 
     def take_over(self, names: Collection[str]) -> None:
         """Write the masters to the working weights; the next forward looks ahead from there."""
-        self._write(0.0)
+        self._to_masters()
 
     def before_own_write(self, name: str) -> Tensor | None:
         """Return the working weight from before the module wrote to it.
 
-        A copy is kept from the module's first such write on. Return None if that first write comes
-        after a backward has run on the newest prediction, which cannot be repeated then.
+        A copy is kept from the module's first such write on. Return None if that first write does
+        not come to a prediction by trial that is new, as only such a one can be repeated.
         """
         before = self._kept.get(name)
         if before is None and not self._ahead:
             before = super().before_own_write(name)
-        elif before is None and not self._age:
+        elif before is None and self._is_tried and not self._age:
             before = self._looked(name)
         if before is not None:
             self._kept[name] = self.weights.in_use[name].clone()
         return before
 
-    def _write(self, ahead: float) -> None:
-        self._ahead, self._age = ahead, 0
+    def _to_masters(self) -> None:
+        self.weights.write_in_place()
+        self._written(0.0, age=0)
+
+    def _repeat(self, ahead: float) -> None:
+        """Go ``ahead`` steps like the last one, which the working weights hold, negative."""
+
+        def go(steps: list[Tensor], masters: list[Tensor]) -> None:
+            torch._foreach_mul_(steps, -ahead)
+            torch._foreach_add_(steps, masters)
+
+        self.weights.change(self._stepped, go)
+        self._written(ahead, age=0)
+
+    def _stretch(self, ahead: float) -> None:
+        """Go ``ahead`` steps where the working weights are other than none ahead already."""
+        ratio = ahead / self._ahead
+        self.weights.change(
+            self.weights.in_use,
+            lambda seen, masters: torch._foreach_lerp_(seen, masters, 1 - ratio),
+        )
+        self._written(ahead, age=self._age)
+
+    def _predict(self, ahead: float) -> None:
+        """Go ``ahead`` steps like the one of a trial."""
         rest = set(self.weights.in_use)
-        if ahead and self.optimizer is not None:
-            for names, values in self._looks():
-                self.weights.write_all(names, values)
-                rest.difference_update(names)
+        for steps in self._steps():
+            self.weights.write_shifted(steps, ahead)
+            rest.difference_update(steps)
+            del steps  # let its memory serve the next ones
         self.weights.write_in_place(rest)
+        self._written(ahead, age=0)
+        self._is_tried = True
+
+    def _written(self, ahead: float, age: int) -> None:
+        self._ahead, self._age, self._is_tried, self._stepped = ahead, age, False, set()
         used = self.weights.in_use  # without those that are frozen now
         self._kept = {name: used[name].clone() for name in self._kept if name in used}
 
-    def _looks(self) -> Iterator[tuple[list[str], list[Tensor]]]:
-        """Make a trial; yield names of weights, and their masters' values as far ahead as it goes.
-
-        The values are in the masters' dtype.
-        """
-        assert self.optimizer is not None
+    def _steps(self) -> Iterator[dict[str, Tensor]]:
+        """Make a trial; yield the steps of a few weights at a time, by name."""
+        if self.optimizer is None:
+            return
         with torch.no_grad(), self.weights.for_trial():
             for masters, steps in trial_batches(self.optimizer, self.rule.trial_factor):
-                ahead = torch._foreach_mul([local(step) for step in steps], self._ahead)
-                values = {self.weights.name_of(m): v for m, v in zip(masters, ahead, strict=True)}
-                names = [name for name in values if name in self.weights.in_use]  # not the frozen
-                there = [values[name] for name in names]
-                if names:
-                    torch._foreach_add_(there, [self.weights.master(name) for name in names])
-                    yield names, there
+                yield {self.weights.name_of(m): s for m, s in zip(masters, steps, strict=True)}
+                del steps
 
     def _looked(self, name: str) -> Tensor:
         """Repeat the trial, and return the prediction that was written to the working weight."""
-        for names, values in self._looks():
-            if name in names:
-                return values[names.index(name)].to(self.weights.as_working(name).dtype)
-        return self.weights.as_working(name)
+        value = self.weights.as_working(name)
+        for steps in self._steps():
+            if name in steps:
+                step = local(steps[name])
+                return torch.add(self.weights.master(name), step, alpha=self._ahead).to(value.dtype)
+        return value

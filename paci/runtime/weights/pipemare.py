@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from paci.errors import ConfigError
 from paci.optim.gradient_rule import GradientRule
 from paci.runtime.weights.policy import Key, WeightPolicy
-from paci.runtime.weights.stage_weights import StageWeights, local
+from paci.runtime.weights.shards import local
+from paci.runtime.weights.stage_weights import StageWeights
 from paci.schedule.base import Schedule
 from paci.schedule.versions import steady_update
 

@@ -137,6 +137,12 @@ class WeightPolicy(abc.ABC):
     def before_update(self) -> None:  # noqa: B027 - most policies do nothing here
         """Prepare for an update: the masters are about to change."""
 
+    def after_step(self) -> None:  # noqa: B027 - most policies do nothing here
+        """Look at the optimizer's step, which nothing else has changed the masters after yet."""
+
+    def settle(self) -> None:  # noqa: B027 - most policies have nothing put off
+        """Let the parameters hold working weights, if ``publish`` has put that off."""
+
     @abc.abstractmethod
     def publish(self) -> None:
         """Bring the masters' new values to the working weights after an update."""

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from paci.optim.gradient_rule import GradientRule
 from paci.optim.momentum import momentum_steps, require_momentum
 from paci.runtime.weights.policy import Key, WeightPolicy
-from paci.runtime.weights.stage_weights import StageWeights, local
+from paci.runtime.weights.shards import local
+from paci.runtime.weights.stage_weights import StageWeights
 
 
 @dataclass

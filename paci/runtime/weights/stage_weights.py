@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from paci.errors import ConfigError
+from paci.runtime.weights.shards import is_sharded, local, unnoticed
 
 Values = dict[str, Tensor]  # by the name of the weight
+Change = Callable[[list[Tensor], list[Tensor]], None]
+_COPIED_AT_ONCE = 2**24  # elements, about
 
 
 class _Seen(NamedTuple):
@@ -226,7 +229,7 @@ class StageWeights:
         """
         self._exchange_for_masters()
         try:
-            with _unnoticed(self.masters.values()):
+            with unnoticed(self.masters.values()):
                 yield
         finally:
             self._exchange_for_working()
@@ -254,26 +257,43 @@ class StageWeights:
             names: names of the weights to write; None for all.
         """
         chosen = [n for n in self._used if names is None or n in names]
-        if chosen:
-            with torch.no_grad(), self._in_shards(chosen):
-                for name in chosen:
-                    self._used[name].copy_(self.master(name))
+        self.write_all(chosen, [self.master(name) for name in chosen])
 
     def write_all(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
         """Copy ``values`` to the working weights ``names`` in place; all of them are in use."""
-        with torch.no_grad(), self._in_shards(names):
-            torch._foreach_copy_([self._used[name] for name in names], list(map(local, values)))
+        if names:
+            with torch.no_grad(), self._in_shards(names):
+                torch._foreach_copy_([self._used[n] for n in names], list(map(local, values)))
+
+    def change(self, names: Collection[str], how: Change) -> None:
+        """Change working weights in place, by ``how(values, masters)``, which writes to values.
+
+        Both are in the masters' dtype. Where the working weights have another, values are copies,
+        of a few weights at a time.
+        """
+        chosen = [name for name in self._used if name in names]
+        with torch.no_grad(), self._in_shards(chosen):
+            for part in self._parts(chosen):
+                masters = [self.master(name) for name in part]
+                values = [self._used[n].to(m.dtype) for n, m in zip(part, masters, strict=True)]
+                how(values, masters)
+                if part[0] in self._other_dtype:
+                    self.write_all(part, values)
 
     def write_shifted(self, shifts: Mapping[str, Tensor], scale: float) -> None:
         """Set working weights to ``master + scale * shift``, in place.
 
         Graphs of micro-batches in flight see the new values. Weights without a shift stay.
         """
-        with torch.no_grad():
-            for name, shift in shifts.items():
-                if name in self._used:
-                    value = torch.add(self.master(name), local(shift), alpha=scale)
-                    self.write_all((name,), (value,))
+        names = [name for name in self._used if name in shifts]
+        masters, along = [self.master(n) for n in names], [local(shifts[n]) for n in names]
+        working = [self._used[name] for name in names]
+        with torch.no_grad(), self._in_shards(names):
+            if any(master.is_cpu for master in masters):  # one pass over memory
+                for value, master, shift in zip(working, masters, along, strict=True):
+                    torch.add(master, shift, alpha=scale, out=value)
+            elif names:  # few launches
+                torch._foreach_copy_(working, torch._foreach_add(masters, along, alpha=scale))
 
     def adopt(self, before: tuple[int, ...], told: Callable[[str], Tensor | None]) -> None:
         """Copy to the masters what a forward wrote to the working weights; call it when inside.
@@ -348,21 +368,35 @@ class StageWeights:
             parameter.data = values[name]
             return held
         shard, other = local(parameter), values[name]
-        with torch.no_grad(), _unnoticed((parameter,)):
+        with torch.no_grad(), unnoticed((parameter,)):
             before = shard.clone()
             shard.copy_(other)
             other.copy_(before)
         values[name] = shard
         return other
 
+    def _parts(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Divide ``names``: those in the masters' dtype, then a few at a time of the others."""
+        part = [name for name in names if name not in self._other_dtype]
+        size = _COPIED_AT_ONCE
+        for name in self._other_dtype:
+            if name in names:
+                if part and size >= _COPIED_AT_ONCE:
+                    yield part
+                    part, size = [], 0
+                part.append(name)
+                size += self._used[name].numel()
+        if part:
+            yield part
+
     def _in_shards(self, names: Collection[str]) -> contextlib.AbstractContextManager[None]:
         """Hide writes to the sharded parameters of ``names`` from autograd."""
-        return _unnoticed([self.masters[n] for n in names if n in self._sharded])
+        return unnoticed([self.masters[n] for n in names if n in self._sharded])
 
     def _hand_back(self) -> None:
         """Let the user's code write to the parameters from now on."""
         self._seen = {name: self._look(p) for name, p in self.masters.items()}
-        self._outside.enter_context(_unnoticed(self.masters.values()))
+        self._outside.enter_context(unnoticed(self.masters.values()))
 
     @staticmethod
     def _look(parameter: nn.Parameter) -> _Seen:
@@ -413,33 +447,6 @@ class _Adder:
         else:
             total.add_(parameter.grad)
         parameter.grad = None
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Return whether this process holds only a part of ``parameter`` (a DTensor)."""
-    return hasattr(parameter, "to_local")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the values that this process holds, without a graph."""
-    if is_sharded(tensor):
-        sharded: Any = tensor.detach()
-        local: Tensor = sharded.to_local()
-        return local
-    return tensor.detach()
-
-
-@contextlib.contextmanager
-def _unnoticed(parameters: Collection[Tensor]) -> Iterator[None]:
-    """Hide writes to ``parameters`` inside from autograd.
-
-    It would refuse the backward of graphs in flight; the version counters are kept as they were.
-    """
-    with contextlib.ExitStack() as kept:
-        for parameter in parameters:  # one by one: PyTorch 2.6 takes no tuple
-            keeper: Callable[[Tensor], Any] = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
-            kept.enter_context(keeper(parameter))
-        yield
 
 
 def _said(dtype: torch.dtype, device: torch.device, shape: torch.Size) -> str:
