@@ -183,7 +183,8 @@ class Ahead:
                 self.working, self.age, self.step = versions[now], 0, []
             elif self.slot > self.lag and done % self.a == 0:
                 self.working, self.age = versions[now], 0
-                self.step = [w - old for w, old in zip(versions[now], versions[now - 1], strict=True)]
+                pairs = zip(versions[now], versions[now - 1], strict=True)
+                self.step = [w - old for w, old in pairs]
             if i < self.num_micro_batches:
                 steps = self.reach * (self.base + i // self.a - now) + self.beyond
                 if not steps:
