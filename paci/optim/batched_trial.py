@@ -119,7 +119,8 @@ def _of_muon(group: Mapping[str, Any], batch: Sequence[Tried]) -> list[Tensor]:
         gradients = _gradients(chosen)
         if gradients:
             buffers = list(torch._foreach_lerp(gradients, buffers, kept))
-        matrices = buffers[0].new_empty((len(buffers), *shape), dtype=torch.bfloat16)
+        dtype = _dtype(group, buffers[0])
+        matrices = buffers[0].new_empty((len(buffers), *shape), dtype=dtype)
         torch._foreach_copy_(list(matrices.unbind()), buffers)
         size = -group["lr"] * _ratio(group["adjust_lr_fn"], shape)
         found = _orthogonalized(matrices, group, size).to(buffers[0].dtype)
@@ -135,7 +136,7 @@ def _orthogonalized(x: Tensor, group: Mapping[str, Any], size: float) -> Tensor:
     """Return matrices, each orthogonalized by Newton and Schulz, then multiplied by ``size``.
 
     Args:
-        x: the matrices, bfloat16 ``[number, rows, columns]``; overwritten.
+        x: the matrices, ``[number, rows, columns]``; overwritten.
         group: Muon's options.
         size: the singular values that the result is to have.
     """
@@ -156,6 +157,17 @@ def _orthogonalized(x: Tensor, group: Mapping[str, Any], size: float) -> Tensor:
 
 
 _FEW_STEPS = 2
+_SMALL = 128  # columns or rows
+
+
+def _dtype(group: Mapping[str, Any], matrix: Tensor) -> torch.dtype:
+    """Return the dtype to orthogonalize a matrix like ``matrix`` in: PyTorch's Muon's, bfloat16.
+
+    Few steps for small matrices on the CPU are as quick in its own, where the matrix units, which
+    are slow to start, have nothing to do.
+    """
+    is_small = matrix.is_cpu and min(matrix.shape) <= _SMALL and group["ns_steps"] == _FEW_STEPS
+    return matrix.dtype if is_small else torch.bfloat16
 
 
 def _factor_of_few_steps(gram: Tensor, group: Mapping[str, Any], size: float) -> Tensor:
