@@ -12,8 +12,8 @@ TRAIN ?=
 train: $(READY)  ## train a GPT on two workers through PACI
 	$(BIN)/paci train --config examples/first.toml $(TRAIN)
 
-test: $(READY)  ## run all tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## run all tests, a file to each core at a time
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: lint types test  ## what CI runs
 

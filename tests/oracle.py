@@ -151,14 +151,17 @@ class Ahead:
     In slot ``i``: forward of ``i``, then backward of ``i - lag``, then an update if that was the
     ``a``-th. The first forward after an update goes ahead by the step that it was, if a backward
     has not come before it; ``refresh`` backwards later, the step is tried anew: what the optimizer
-    would do to zero weights with the gradients of this update's backwards so far. A forward that
+    would do to zero weights with the gradients of this update's backwards so far. A ``refresh`` of
+    0 stands for half of an update's backwards, and for late forwards only. A forward that
     is to go another number of steps ahead goes them along the last one's step. Where there is
     none, as at the start, after a backward that followed an update, or where the last forward was
     to go none, it is tried too.
     """
 
-    def __init__(self, reach: float, beyond: float, refresh: int, lag: int, a: int) -> None:
-        self.reach, self.beyond, self.refresh = reach, beyond, refresh
+    def __init__(
+        self, reach: float, fade: float, beyond: float, refresh: int, lag: int, a: int
+    ) -> None:
+        self.reach, self.fade, self.beyond, self.refresh = reach, fade, beyond, refresh
         self.lag, self.a = lag, a
 
     def start(self, num_micro_batches: int, base: int) -> None:
@@ -170,6 +173,11 @@ class Ahead:
         self.slot = 0
         self.age = 0
         self.step: Weights = []
+
+    def _is_old(self, delay: int) -> bool:
+        if self.refresh:
+            return self.age >= self.refresh
+        return delay > 0 and self.age >= max(1, self.a // 2)
 
     def run(self, slot: int, versions: list[Weights], optimizers: list[Momentum | AdamW]) -> None:
         """Go on until the forward and the backward of ``slot`` have their weights.
@@ -186,10 +194,12 @@ class Ahead:
                 pairs = zip(versions[now], versions[now - 1], strict=True)
                 self.step = [w - old for w, old in pairs]
             if i < self.num_micro_batches:
-                steps = self.reach * (self.base + i // self.a - now) + self.beyond
+                steps, share = self.beyond, self.reach
+                for _ in range(self.base + i // self.a - now):
+                    steps, share = steps + share, share * self.fade
                 if not steps:
                     self.step = []
-                elif not self.step or self.age >= self.refresh:
+                elif not self.step or self._is_old(self.base + i // self.a - now):
                     zeros = [np.zeros_like(w) for w in versions[now]]
                     sums = zeros
                     for gradients in self.gradients[done // self.a * self.a : done]:

@@ -118,6 +118,8 @@ def row(method: str, rate: float, seed: int, loss: float, **more: Any) -> dict[s
         "tokens": 100,
         "val_loss": loss,
         "mean_delay": 0.0,
+        "elapsed_s": 10.0,
+        "options": {"warmup": more.pop("warmup")} if "warmup" in more else {},
         "curve": [[50, loss + 1], [100, loss]],
         **more,
     }
@@ -142,6 +144,43 @@ def test_each_method_stands_at_its_own_best_rate():
     assert (paci["learning_rate"], paci["accumulation"]) == (0.2, 8)
     assert paci["against_flush"] == pytest.approx(0.1)
     assert fewer["against_flush"] == pytest.approx(0.2)  # the cut of the batch changes no flush
+
+
+def test_tokens_to_equal_loss_beside_the_own_flush_and_the_best():
+    def run(method: str, rate: float, points: list[list[float]], **more: Any) -> dict[str, Any]:
+        return row(method, rate, 0, points[-1][1], curve=points, **more)
+
+    rows = [
+        run("flush", 0.1, [[50, 4.0], [100, 2.0]], accumulation=1),
+        run("paci", 0.1, [[50, 2.0], [100, 1.0]]),
+        run("lookahead", 0.1, [[50, 5.0], [100, 3.0]]),
+        run("flush", 0.1, [[50, 3.0], [100, 1.0]], optimizer="adamw"),
+        run("naive", 0.1, [[50, 4.0], [100, 2.0]], optimizer="nadam"),
+        run("paci", 0.1, [[50, 4.0], [100, 2.0]], precision="bf16"),
+    ]
+    flush, early, late, other, alone, without = summarize(rows)
+    assert flush["tokens_to_flush"] == other["tokens_to_flush"] == 1
+    assert early["tokens_to_flush"] == pytest.approx(50 / 100)
+    assert late["tokens_to_flush"] == pytest.approx(100 / 75)  # to a loss of 3
+    assert late["tokens_to_best_flush"] == pytest.approx(100 / 50)
+    assert early["tokens_to_best_flush"] == pytest.approx(100 / 100)
+    assert alone["tokens_to_best_flush"] == pytest.approx(100 / 75)
+    assert "tokens_to_flush" not in alone
+    assert "tokens_to_best_flush" not in without
+
+
+def test_warm_up_is_chosen_as_the_learning_rate_is():
+    rows = [
+        row("flush", 0.1, 0, 2.0, warmup=0.01),
+        row("flush", 0.1, 0, 1.9, warmup=0.1),
+        row("flush", 0.2, 0, 1.95, warmup=0.1),
+        row("paci", 0.1, 0, 2.1),
+    ]
+    flush, paci = summarize(rows)
+    assert (flush["learning_rate"], flush["warmup"], flush["val_loss"]) == (0.1, 0.1, 1.9)
+    assert "warmup" not in paci
+    sweep = Convergence(methods="flush", warmups="0.01,0.1", seeds="0", learning_rates="0.1")
+    assert [run["options"]["warmup"] for run in sweep.runs()] == [0.01, 0.1]
 
 
 def test_methods_name_what_there_is():

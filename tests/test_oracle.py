@@ -163,10 +163,9 @@ def both(
     theirs: str | list[oracle.Ahead] = policy
     if policy.startswith("lookahead"):
         given = dict(item.split("=") for item in policy.partition(":")[2].split(","))
-        reach, beyond = float(given["reach"]), float(given["beyond"])
-        theirs = [
-            oracle.Ahead(reach, beyond, int(given["refresh"]), lags[0](s), a) for s in range(n)
-        ]
+        numbers = (float(given[name]) for name in ("reach", "fade", "beyond"))
+        ahead = partial(oracle.Ahead, *numbers, int(given["refresh"]))
+        theirs = [ahead(lags[0](s), a) for s in range(n)]
     return Oracle(initial, a, theirs, by_hand, LOSSES[loss][0], *lags), pipeline
 
 
@@ -209,9 +208,10 @@ def test_paci_is_what_the_method_says(policy: str, n: int, a: int, optimizer: st
 @pytest.mark.parametrize(
     "numbers",
     [
-        "reach=1.0,beyond=0.0,refresh=1",
-        "reach=1.5,beyond=0.5,refresh=2",
-        "reach=2,beyond=0,refresh=4",
+        "reach=1.0,fade=1,beyond=0.0,refresh=1",
+        "reach=1.5,fade=0.6,beyond=0.5,refresh=2",
+        "reach=2,fade=0,beyond=0,refresh=4",
+        "reach=1.25,fade=0.6,beyond=0.5,refresh=0",
     ],
 )
 @pytest.mark.parametrize(("n", "a"), list(itertools.product((2, 3, 5), (1, 2, 3, 8))))

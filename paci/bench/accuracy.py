@@ -39,7 +39,8 @@ class TimeToAccuracy(Question):
 
     PACI makes its updates with as many micro-batches as it accumulates; its rivals train the same
     batch, at the best learning rate of each. Updates that a method flushes at first take a flush's
-    time. What looking ahead costs in arithmetic is not in these times: ``paci bench race`` has it.
+    time. The trials of a method that looks ahead are priced as they were measured in its training
+    runs, beside the time of forwards, backwards and updates.
 
     A row that is kept is one schedule in one comparison; one of the table is a comparison.
 
@@ -77,6 +78,7 @@ class TimeToAccuracy(Question):
         "target": "{target_loss:.4f}",
         "PACI's updates to it": "{updates_told}",
         "the rival's": "{rival_updates_told}",
+        "trials": "{trials:.1%}",
         **{heading: f"{{{key}}}" for key, heading in _CHOICES.items()},
         "times are": "{source}",
     }
@@ -118,7 +120,7 @@ class TimeToAccuracy(Question):
         if ours is not None:
             share = ours.share_flushed
             mean = share * paces.of("1f1b", m).over_ideal + (1 - share) * own.over_ideal
-            own = own._replace(over_ideal=mean)
+            own = _with_trials(own._replace(over_ideal=mean), ours)
         yield self._row(m, "paci", m, own, own, ours, ours)
         cuts = list(_cuts(m, batch_size))
         rivals = [("1f1b", m, ""), (*paces.fastest(("1f1b",), cuts), _FASTEST_1F1B)]
@@ -135,6 +137,7 @@ class TimeToAccuracy(Question):
                     "problem": str(error).partition("; ")[0],
                 }
                 continue
+            pace = _with_trials(pace, theirs)
             yield {**self._row(m, name, size, pace, own, theirs, ours), "choice": choice}
 
     def _method(self, needed: Needed | None, otherwise: str) -> str:
@@ -201,6 +204,11 @@ class TimeToAccuracy(Question):
         if drawn:
             accuracy_picture(drawn, path)
         return bool(drawn)
+
+
+def _with_trials(pace: Pace, needed: Needed | None) -> Pace:
+    trials = (needed.trials if needed else None) or 0.0
+    return pace._replace(over_ideal=pace.over_ideal * (1 + trials))
 
 
 def _told_of_ours(row: Row) -> dict[str, str]:

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.bench.methods import find_method
-from paci.bench.question import Question, Row, is_interrupted, numbers
+from paci.bench.question import Question, Row, numbers
+from paci.bench.runs import best_runs, key_of, read_runs, summarize
 from paci.errors import ConfigError
 from paci.schedule.base import require_count
 
@@ -55,6 +55,8 @@ class Convergence(Question):
         held_out: text, as of ``paci train``, on which each run's last checkpoint is evaluated
             besides (``held_out_loss``); none by default.
         evaluations: number in a run, evenly spread; each drains the pipeline.
+        warmups: shares of the updates in linear warm-up, separated by commas; each method stands
+            at its best, as for learning rates; the trainer's own if empty.
         extra: further options of every run, as ``KEY=VALUE`` separated by spaces.
         most: runs to make at most; 0 trains nothing and shows those that are in the store.
         jobs: runs at a time; 0 for as many as there are cores.
@@ -79,6 +81,7 @@ class Convergence(Question):
     precision: str = "fp32"
     held_out: str = ""
     evaluations: int = 12
+    warmups: str = ""
     extra: str = ""
     most: int = 100_000
     jobs: int = 0
@@ -96,11 +99,15 @@ class Convergence(Question):
         "mean delay": "{mean_delay:.2f}",
         "max drift": "{max_drift}",
         "learning rate": "{learning_rate:g}",
+        "warm-up": "{warmup:g}",
         "seeds": "{num_seeds}",
         "validation loss": "{val_loss:.4f}",
         "spread": "{spread:.4f}",
         "held-out loss": "{held_out_loss:.4f}",
         "against flush": "{against_flush:+.2%}",
+        "tokens to equal loss": "{tokens_to_flush:.2f}",
+        "to the best flush's": "{tokens_to_best_flush:.2f}",
+        "seconds": "{elapsed_s:.0f}",
     }
 
     def __post_init__(self) -> None:
@@ -121,7 +128,7 @@ class Convergence(Question):
         wanted = list(self.runs())
         known = read_runs(store)
         result = "held_out_loss" if self.held_out else "val_loss"
-        missing = [run for run in wanted if result not in known.get(_key(run), {})]
+        missing = [run for run in wanted if result not in known.get(key_of(run), {})]
         say(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them in {store}")
         missing = missing[: self.most]
         store.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +141,7 @@ class Convergence(Question):
             try:
                 for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
                     row = future.result()
-                    known[_key(row)] = row
+                    known[key_of(row)] = row
                     with store.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                     left_s = (time.perf_counter() - started) / count * (len(missing) - count)
@@ -144,25 +151,34 @@ class Convergence(Question):
                 for child in tuple(children):
                     child.terminate()
                 pool.shutdown(wait=False, cancel_futures=True)
-        rows: list[Row] = [known[_key(run)] for run in wanted if _key(run) in known]
+        rows: list[Row] = [known[key_of(run)] for run in wanted if key_of(run) in known]
         if interrupted:
             rows.append({"method": "", "problem": "interrupted", "interrupted": True})
         return rows
 
     def runs(self) -> Iterator[dict[str, Any]]:
         """The options of every run that is asked for, in order."""
-        for optimizer, stages, a, name, rate, seed in itertools.product(
+        for optimizer, stages, a, name, rate, warmup, seed in itertools.product(
             self.optimizers.split(),
             numbers("stages", self.stages),
             numbers("accumulations", self.accumulations),
             self.methods.split(),
             _floats("learning_rates", self.learning_rates),
+            _floats("warmups", self.warmups) if self.warmups else (None,),
             numbers("seeds", self.seeds, least=0),
         ):
-            yield self._run(name, optimizer, stages, a, rate, seed)
+            own = {} if warmup is None else {"warmup": warmup}
+            yield self._run(name, optimizer, stages, a, rate, seed, own)
 
     def _run(
-        self, name: str, optimizer: str, stages: int, a: int, rate: float, seed: int
+        self,
+        name: str,
+        optimizer: str,
+        stages: int,
+        a: int,
+        rate: float,
+        seed: int,
+        own: Mapping[str, Any],
     ) -> dict[str, Any]:
         method = find_method(name)
         divided = a if method.every_micro_batch else 1
@@ -190,6 +206,7 @@ class Convergence(Question):
             "data": self.data,
             "precision": self.precision,
             "eval_every": max(1, updates // self.evaluations),
+            **own,
         }
         options |= dict(item.split("=", 1) for item in self.extra.split())
         return {
@@ -220,115 +237,6 @@ class Convergence(Question):
         if best:
             sweep_picture(rows, best, path)
         return bool(best)
-
-
-def summarize(rows: Sequence[Row]) -> list[Row]:
-    """Over seeds, at each method's own best learning rate, beside flush in the same setting.
-
-    Args:
-        rows: of runs; those with a problem count as a learning rate that is too high.
-
-    Returns:
-        Rows of the runs' settings with ``val_loss`` (mean), ``spread`` (half of the range, if there
-        is more than one seed), ``num_seeds``, ``mean_delay`` (over stages), ``max_drift`` (the
-        largest that the drift meter saw at any stage) and ``against_flush``, the relative distance
-        to the flush of the same optimizer, precision and number of sequences.
-    """
-    best = best_runs(rows)
-    flushes = {
-        _beside(group[0]): _mean_loss(group) for group in best if group[0]["method"] == "flush"
-    }
-    found: list[Row] = []
-    for group in best:
-        losses = [row["val_loss"] for row in group]
-        row = {key: group[0][key] for key in (*_SETTING, "weights", "learning_rate")}
-        row |= {
-            "val_loss": statistics.fmean(losses),
-            "num_seeds": len(losses),
-            "mean_delay": group[0]["mean_delay"],
-        }
-        if len(losses) > 1:
-            row["spread"] = (max(losses) - min(losses)) / 2
-        if all("max_drift" in each for each in group):
-            row["max_drift"] = max(each["max_drift"] for each in group)
-        if all("held_out_loss" in each for each in group):
-            row["held_out_loss"] = statistics.fmean(each["held_out_loss"] for each in group)
-        flush = flushes.get(_beside(group[0]))
-        if flush is not None:
-            row["against_flush"] = row["val_loss"] / flush - 1
-        found.append(row)
-    interrupted = [row for row in rows if is_interrupted([row])]
-    return found + interrupted
-
-
-def best_runs(rows: Sequence[Row]) -> list[list[Row]]:
-    """The runs of each method in each setting at the best of its learning rates, a list each.
-
-    Args:
-        rows: as of ``summarize``.
-    """
-    best: dict[tuple[Any, ...], list[Row]] = {}
-    for key, group in _grouped(rows, (*_SETTING, "learning_rate")).items():
-        if any("val_loss" not in row for row in group):
-            continue
-        setting = key[:-1]
-        if setting not in best or _rank(group) < _rank(best[setting]):
-            best[setting] = group
-    return list(best.values())
-
-
-_SETTING = ("optimizer", "precision", "num_stages", "accumulation", "method")
-
-
-def _beside(row: Row) -> tuple[Any, ...]:
-    """What a flush must share with a run to be compared with it; how its batch is cut, it need
-    not: that changes no loss."""
-    return row["optimizer"], row["precision"], row["tokens"]
-
-
-def _grouped(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row["method"]:
-            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return groups
-
-
-def _rank(group: Sequence[Row]) -> tuple[int, float]:
-    """Smaller is better. One seed may be lucky: a rate that has more of them goes before."""
-    return -len(group), _mean_loss(group)
-
-
-def _mean_loss(group: Sequence[Row]) -> float:
-    return statistics.fmean(row["val_loss"] for row in group)
-
-
-def read_runs(store: Path) -> dict[str, dict[str, Any]]:
-    """The runs in a store, by their options; a line that was cut off is left out.
-
-    Raises:
-        ConfigError: it is there and cannot be read.
-    """
-    if not store.exists():
-        return {}
-    found = {}
-    try:
-        lines = store.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"store must be a readable file of JSON lines, got {store}: {error}; name another"
-        ) from error
-    for line in lines:
-        try:
-            row = json.loads(line)
-            found[_key(row)] = row
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
-
-
-def _key(run: Mapping[str, Any]) -> str:
-    return json.dumps([run["method"], run["options"], run.get("policy")], sort_keys=True)
 
 
 def _with_numbers(weights: str) -> str:
@@ -393,6 +301,7 @@ def _read_run(folder: Path, held_out: str) -> dict[str, Any]:
         "curve": curve,
         "mean_delay": round(late / total, 4),
         "max_drift": max(summary["max_drift"]),
+        "trials_over_busy": round(summary["trial_share"] / summary["utilization"], 5),
         "weights_sha256": summary["weights_sha256"],
         **besides,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -29,3 +30,20 @@ def first_reach(points: Points, level: float) -> float | None:
 def last_shared(curves: Sequence[Points]) -> float:
     """The lowest level that all curves reach."""
     return max(min(y for _, y in points) for points in curves)
+
+
+def equal_level(ours: Sequence[Points], theirs: Sequence[Points]) -> float:
+    """The level to compare at: where ``theirs`` end on average, or the last that all reach.
+
+    Args:
+        ours: curves that come down, one per repetition.
+        theirs: likewise.
+    """
+    end = statistics.fmean(points[-1][1] for points in theirs)
+    return max(end, last_shared([*ours, *theirs]))
+
+
+def mean_reach(curves: Sequence[Points], level: float) -> float:
+    """The mean over ``curves`` of where each reaches ``level``, which all of them do."""
+    found = [first_reach(points, level) for points in curves]
+    return statistics.fmean(x for x in found if x is not None)

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paci.bench.convergence import read_runs, summarize
 from paci.bench.methods import find_method
 from paci.bench.question import Row
-from paci.bench.reach import Points, first_reach, last_shared
+from paci.bench.reach import equal_level, first_reach
+from paci.bench.runs import best_runs, curve_of, rank, read_runs
 from paci.errors import ConfigError
 
 _SIZES = ("batch_size", "context", "updates")
 # Options that may differ between a method and the flush that it is compared with.
-_OWN = {"schedule", "weights", "optimizer", "stages", "accumulation", "learning_rate", "seed"}
+_OWN = {"schedule", "weights", "optimizer", "stages", "accumulation", "seed"}
+_OWN |= {"learning_rate", "warmup"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Needed:
         target_loss: the loss in question.
         updates: to that loss, a number per seed.
         flushed: how many of them, of each seed, the pipeline empties after (``flush_first``).
+        trials: time of trials over that of forwards, backwards and updates, in these very runs;
+            None if they do not say it.
     """
 
     method: str
@@ -49,6 +52,7 @@ class Needed:
     target_loss: float
     updates: tuple[float, ...]
     flushed: tuple[float, ...]
+    trials: float | None
 
     @property
     def share_flushed(self) -> float:
@@ -75,6 +79,7 @@ class Needed:
             "updates": self.mean_updates,
             "updates_spread": (max(self.updates) - min(self.updates)) / 2,
             "updates_by_seed": list(self.updates),
+            "trials": self.trials,
         }
 
 
@@ -147,26 +152,20 @@ def _is(row: Row, shape: Mapping[str, Any]) -> bool:
 
 
 def _best(rows: Sequence[Row]) -> list[Row]:
-    """The runs of a method at the learning rate, and in the shape, with the lowest mean loss; more
-    seeds before a lower loss. Empty if every learning rate has a run that failed."""
-    found = summarize(rows)
-    if not found:
-        return []
-    best = min(found, key=lambda each: (-each["num_seeds"], each["val_loss"]))
-    keys = ("method", "num_stages", "accumulation", "learning_rate")
-    return [row for row in rows if _is(row, {key: best[key] for key in keys})]
+    """The runs of a method as tuned, and in the shape, with the lowest mean loss; more seeds before
+    a lower loss. Empty if every choice has a run that failed."""
+    return min(best_runs(rows), key=rank, default=[])
 
 
 def _to_the_same(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[Needed, Needed]:
-    flush_ends_at = statistics.fmean(row["val_loss"] for row in theirs)
-    target = max(flush_ends_at, last_shared([_curve(row) for row in (*ours, *theirs)]))
+    target = equal_level([curve_of(row) for row in ours], [curve_of(row) for row in theirs])
     return _needed(ours, target), _needed(theirs, target)
 
 
 def _needed(rows: Sequence[Row], target: float) -> Needed:
     updates = []
     for row in rows:
-        reached = first_reach(_curve(row), target)
+        reached = first_reach(curve_of(row), target)
         assert reached is not None, "the target is one that every run reaches"
         updates.append(reached / (row["batch_size"] * row["context"]))
     first = rows[0]
@@ -185,8 +184,12 @@ def _needed(rows: Sequence[Row], target: float) -> Needed:
             min(each, row["flush_first"] * row["updates"])
             for row, each in zip(rows, updates, strict=True)
         ),
+        _trials(rows),
     )
 
 
-def _curve(row: Row) -> Points:
-    return [(tokens, loss) for tokens, loss in row["curve"]]
+def _trials(rows: Sequence[Row]) -> float | None:
+    if rows[0]["weights"] == "current":
+        return 0.0
+    known = [row["trials_over_busy"] for row in rows if "trials_over_busy" in row]
+    return statistics.fmean(known) if len(known) == len(rows) else None

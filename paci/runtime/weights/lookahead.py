@@ -54,7 +54,7 @@ def _way(has_step: bool, ahead: float, wanted: float, is_old: bool) -> _Way:
 class Lookahead(WeightPolicy):
     """A forward whose gradient will be late by ``d`` updates sees weights ``d`` updates ahead.
 
-        working = master + (reach * d + beyond) * step
+        working = master + (reach * (1 + fade + ... + fade^(d - 1)) + beyond) * step
 
     ``d`` follows from the program, so it is known before the forward. After an update ``step`` is
     the one that the optimizer has just made. Once ``refresh`` backwards have passed, it is a trial
@@ -63,16 +63,18 @@ class Lookahead(WeightPolicy):
     Backwards use the working weights as they stand, as under ``current``.
 
     Memory: one working copy beside the masters, which in mixed precision is there anyway; in mixed
-    precision a second copy of the masters during the optimizer's step. Time: a trial for every
-    ``refresh`` backwards but the first, and one whenever the pipeline was drained.
+    precision a second copy of the masters during the optimizer's step. Time: by default one trial
+    an update where gradients are late, and one more whenever the pipeline was drained.
 
     Args:
-        reach: how far to look ahead, in steps per update of delay; at least 0.
+        reach: how far to look ahead for the first update of delay, in steps; at least 0.
+        fade: how much each further update of delay counts, beside the one before; in [0, 1]. The
+            later an update, the less it is like the step.
         beyond: how far to look ahead in addition, in steps, whatever the delay; at least 0. It
             works as Nesterov's momentum does, also under a schedule that flushes; 0 leaves such a
             schedule as it is.
-        refresh: number of backwards after which a forward predicts anew; 0, the default, stands for
-            half of the backwards of an update, but at least 1.
+        refresh: number of backwards after which a forward predicts anew; 0, the default: a forward
+            whose gradient will be late does so after half of the backwards of an update.
 
     Raises:
         ConfigError: a value is out of range.
@@ -82,6 +84,7 @@ class Lookahead(WeightPolicy):
     """
 
     reach: float = 1.25
+    fade: float = 0.6
     beyond: float = 0.5
     refresh: int = 0
 
@@ -92,7 +95,11 @@ class Lookahead(WeightPolicy):
 
     def __post_init__(self) -> None:
         require_count("refresh", self.refresh, least=0)
-        self._every = self.refresh or 1
+        self._num_backwards = 1  # of an update
+        if not 0 <= self.fade <= 1:
+            raise ConfigError(
+                f"fade must be in [0, 1], got {self.fade}; 1 counts all updates alike"
+            )
         for name, value in (("reach", self.reach), ("beyond", self.beyond)):
             if not 0 <= value < math.inf:
                 raise ConfigError(
@@ -101,21 +108,33 @@ class Lookahead(WeightPolicy):
 
     def prepare(self, schedule: Schedule, stage: int) -> None:
         """Learn how many backwards an update has."""
-        self._every = self._backwards_between(schedule.accumulation)
+        self._num_backwards = schedule.accumulation
 
-    def _backwards_between(self, accumulation: int) -> int:
-        return self.refresh or max(1, accumulation // 2)
+    def _steps_ahead(self, delay: int) -> float:
+        """Return the number of steps that a forward late by ``delay`` updates is to look ahead."""
+        return self.reach * sum(self.fade**k for k in range(delay)) + self.beyond
+
+    def _is_old(self, age: int, delay: int, num_backwards: int) -> bool:
+        """Return whether a step is to be predicted anew, ``age`` backwards after it was.
+
+        Args:
+            age: number of those backwards.
+            delay: of the next forward, in updates.
+            num_backwards: of an update.
+        """
+        if self.refresh:
+            return age >= self.refresh
+        return delay > 0 and age >= max(1, num_backwards // 2)
 
     def trials(self, delays: Sequence[int]) -> float:
         """Return the mean number of trial steps before a forward.
 
         It counts them for forwards in order of their delay, each followed by one backward.
         """
-        every = self._backwards_between(len(delays))
         number, ahead, age, has_step = 0, 0.0, 0, True
         for delay in sorted(delays):
-            wanted = self.reach * delay + self.beyond
-            way = _way(has_step, ahead, wanted, age >= every)
+            wanted = self._steps_ahead(delay)
+            way = _way(has_step, ahead, wanted, self._is_old(age, delay, len(delays)))
             number += way is _Way.TRY
             if way in (_Way.REPEAT, _Way.TRY):
                 age = 0
@@ -141,8 +160,9 @@ class Lookahead(WeightPolicy):
 
     def before_forward(self, key: Key, delay: int) -> None:
         """Repeat the last step, go further along it or predict anew, as is due."""
-        wanted = self.reach * delay + self.beyond
-        match _way(bool(self._stepped), self._ahead, wanted, self._age >= self._every):
+        wanted = self._steps_ahead(delay)
+        is_old = self._is_old(self._age, delay, self._num_backwards)
+        match _way(bool(self._stepped), self._ahead, wanted, is_old):
             case _Way.REPEAT:
                 self._repeat(wanted)
             case _Way.STRETCH:
