@@ -152,7 +152,7 @@ class Ahead:
     ``a``-th. The first forward after an update goes ahead by the step that it was, if a backward
     has not come before it; ``refresh`` backwards later, the step is tried anew: what the optimizer
     would do to zero weights with the gradients of this update's backwards so far. A ``refresh`` of
-    0 stands for half of an update's backwards, and for late forwards only. A forward that
+    0 stands for half of an update's backwards, or for never where nothing is late. A forward that
     is to go another number of steps ahead goes them along the last one's step. Where there is
     none, as at the start, after a backward that followed an update, or where the last forward was
     to go none, it is tried too.
@@ -174,10 +174,10 @@ class Ahead:
         self.age = 0
         self.step: Weights = []
 
-    def _is_old(self, delay: int) -> bool:
-        if self.refresh:
-            return self.age >= self.refresh
-        return delay > 0 and self.age >= max(1, self.a // 2)
+    def _is_old(self) -> bool:
+        if not self.refresh and not self.lag:
+            return False
+        return self.age >= (self.refresh or max(1, self.a // 2))
 
     def run(self, slot: int, versions: list[Weights], optimizers: list[Momentum | AdamW]) -> None:
         """Go on until the forward and the backward of ``slot`` have their weights.
@@ -199,7 +199,7 @@ class Ahead:
                     steps, share = steps + share, share * self.fade
                 if not steps:
                     self.step = []
-                elif not self.step or self._is_old(self.base + i // self.a - now):
+                elif not self.step or self._is_old():
                     zeros = [np.zeros_like(w) for w in versions[now]]
                     sums = zeros
                     for gradients in self.gradients[done // self.a * self.a : done]:

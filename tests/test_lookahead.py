@@ -103,19 +103,21 @@ def test_after_a_drain_the_last_step_is_forgotten_and_a_trial_made(one: OneStage
     one.assert_ahead(BEYOND, momentum)
 
 
-def test_only_a_late_forward_tries_anew_after_half_of_the_backwards(one: OneStage):
+@pytest.mark.parametrize(("stage", "tries"), [(0, True), (2, True), (3, False)])
+def test_halfway_a_stage_that_is_late_tries_anew(one: OneStage, stage: int, tries: bool):
+    one.policy.prepare(paci.PACI(num_stages=4, accumulation=4), stage)
     step = one.update()
-    one.policy.before_forward(KEY, 0)
-    for _ in range(3):
-        one.policy.before_backward(KEY, 0)
-        one.policy.before_forward(KEY, 0)
-        one.assert_ahead(BEYOND, step)
-    one.policy.before_forward(KEY, 1)  # a trial: momentum, as no gradient has been added
     momentum = {
         name: -0.1 * 0.9 * one.optimizer.state[p]["momentum_buffer"]
         for name, p in one.weights.masters.items()
-    }
-    one.assert_ahead(BEYOND + REACH, momentum)
+    }  # of a trial, as no gradient has been added
+    for k in range(4):
+        one.policy.before_forward(KEY, 0)
+        one.assert_ahead(BEYOND, momentum if tries and k >= 2 else step)
+        one.policy.before_backward(KEY, 0)
+    expected = 1 / 4 if tries else 0
+    assert one.policy.trials(paci.PACI(num_stages=4, accumulation=4), stage) == expected
+    assert one.policy.trials(paci.OneFOneBFlush(4, 4), stage) == 1 / 4
 
 
 def test_between_calls_the_step_stays_and_what_the_user_writes_counts(one: OneStage):

@@ -226,7 +226,7 @@ def test_looking_ahead_is_the_step_that_is_known(numbers: str, n: int, a: int):
 def test_looking_ahead_does_nothing_to_a_flush_unless_beyond():
     updates = data("classes", 4, 12)
     results = []
-    for policy in ("current", "lookahead:beyond=0", "lookahead:beyond=0.5"):
+    for policy in ("current", "lookahead:beyond=0", "lookahead:beyond=0.5,refresh=2"):
         for schedule in (paci.OneFOneBFlush(3, 4), paci.PACI(3, 4)):
             _, pipeline = both(schedule, "current", "adamw", "classes")
             pipeline = paci.Pipeline(

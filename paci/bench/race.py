@@ -44,7 +44,8 @@ class Race(Question):
         data: text, as of ``paci train``.
         optimizer: of ``paci train``.
         learning_rate: at its peak.
-        weights: policy of our schedules that never empty; the trainer's own choice if empty.
+        weights: policies of our schedules that never empty, separated by spaces, each a racer; the
+            trainer's own choice if empty.
         schedules: ours, separated by spaces; the first is what others are compared with.
         rivals: those of torch.distributed.pipelining, separated by spaces.
     """
@@ -144,8 +145,9 @@ class Race(Question):
             stages = _NUM_WORKERS * find_schedule(name).stages_per_worker
             flushes = make_schedule(name, stages, num_micro_batches).flushes
             own = options | {"schedule": name, "stages": stages}
-            own |= {"weights": self.weights} if self.weights and not flushes else {}
-            racers.append(Racer("paci", name, load_config(None, own)))
+            policies = self.weights.split() if self.weights and not flushes else (None,)
+            configs = [load_config(None, own | {"weights": policy}) for policy in policies]
+            racers += [Racer("paci", name, config) for config in configs]
         for name in self.rivals.split():
             own = options | {"schedule": "1f1b", "stages": _NUM_WORKERS}
             racers.append(Racer("torch", name, load_config(None, own)))
@@ -255,7 +257,7 @@ def _paired_speed(own: Sequence[Row], first: Sequence[Row]) -> float:
         [each["elapsed_s"] - before["elapsed_s"] for before, each in itertools.pairwise(curve)]
         for curve in (own, first)
     )
-    ratios: list[float] = [first / own for first, own in zip(first_s, own_s, strict=True)]
+    ratios: list[float] = [first / own for first, own in zip(first_s, own_s, strict=False)]
     return statistics.median(ratios)
 
 

@@ -60,8 +60,9 @@ class Racer:
     @property
     def label(self) -> str:
         """The racer's name in lines of progress."""
-        m = self.config.accumulation
-        return f"{self.runtime} {self.schedule}, {m} micro-batches, seed {self.config.seed}"
+        m, weights = self.config.accumulation, self.config.weights
+        whose = f"{self.runtime} {self.schedule}" + (f" with {weights}" if weights else "")
+        return f"{whose}, {m} micro-batches, seed {self.config.seed}"
 
     def open(self, corpus: Corpus, rank: int) -> Running:
         """Build this process's part of it. All ranks must do so."""

@@ -20,6 +20,7 @@ from paci.runtime.weights.policy import Key, WeightPolicy
 from paci.runtime.weights.shards import local
 from paci.runtime.weights.stage_weights import StageWeights
 from paci.schedule.base import Schedule, require_count
+from paci.schedule.versions import steady_update
 
 
 class _Way(enum.Enum):
@@ -50,6 +51,10 @@ def _way(has_step: bool, ahead: float, wanted: float, is_old: bool) -> _Way:
     return _Way.STAY if wanted == ahead else _Way.STRETCH
 
 
+def _delays(schedule: Schedule, stage: int) -> list[int]:
+    return [met.delay for met in steady_update(schedule, stage)]
+
+
 @dataclass
 class Lookahead(WeightPolicy):
     """A forward whose gradient will be late by ``d`` updates sees weights ``d`` updates ahead.
@@ -73,8 +78,9 @@ class Lookahead(WeightPolicy):
         beyond: how far to look ahead in addition, in steps, whatever the delay; at least 0. It
             works as Nesterov's momentum does, also under a schedule that flushes; 0 leaves such a
             schedule as it is.
-        refresh: number of backwards after which a forward predicts anew; 0, the default: a forward
-            whose gradient will be late does so after half of the backwards of an update.
+        refresh: number of backwards after which a forward predicts anew; 0, the default, stands for
+            half of the backwards of an update, but at least 1. In a pipeline that never empties, a
+            stage whose own gradients are never late (the last one) then leaves it at the last step.
 
     Raises:
         ConfigError: a value is out of range.
@@ -95,7 +101,7 @@ class Lookahead(WeightPolicy):
 
     def __post_init__(self) -> None:
         require_count("refresh", self.refresh, least=0)
-        self._num_backwards = 1  # of an update
+        self._every: float = self.refresh or 1
         if not 0 <= self.fade <= 1:
             raise ConfigError(
                 f"fade must be in [0, 1], got {self.fade}; 1 counts all updates alike"
@@ -107,34 +113,30 @@ class Lookahead(WeightPolicy):
                 )
 
     def prepare(self, schedule: Schedule, stage: int) -> None:
-        """Learn how many backwards an update has."""
-        self._num_backwards = schedule.accumulation
+        """Learn after how many backwards a step is to be predicted anew."""
+        self._every = self._backwards_between(schedule, _delays(schedule, stage))
 
     def _steps_ahead(self, delay: int) -> float:
         """Return the number of steps that a forward late by ``delay`` updates is to look ahead."""
         return self.reach * sum(self.fade**k for k in range(delay)) + self.beyond
 
-    def _is_old(self, age: int, delay: int, num_backwards: int) -> bool:
-        """Return whether a step is to be predicted anew, ``age`` backwards after it was.
-
-        Args:
-            age: number of those backwards.
-            delay: of the next forward, in updates.
-            num_backwards: of an update.
-        """
+    def _backwards_between(self, schedule: Schedule, delays: Sequence[int]) -> float:
         if self.refresh:
-            return age >= self.refresh
-        return delay > 0 and age >= max(1, num_backwards // 2)
+            return self.refresh
+        tries = schedule.flushes or any(delays)
+        return max(1, schedule.accumulation // 2) if tries else math.inf
 
-    def trials(self, delays: Sequence[int]) -> float:
+    def trials(self, schedule: Schedule, stage: int) -> float:
         """Return the mean number of trial steps before a forward.
 
         It counts them for forwards in order of their delay, each followed by one backward.
         """
+        delays = _delays(schedule, stage)
+        every = self._backwards_between(schedule, delays)
         number, ahead, age, has_step = 0, 0.0, 0, True
         for delay in sorted(delays):
             wanted = self._steps_ahead(delay)
-            way = _way(has_step, ahead, wanted, self._is_old(age, delay, len(delays)))
+            way = _way(has_step, ahead, wanted, age >= every)
             number += way is _Way.TRY
             if way in (_Way.REPEAT, _Way.TRY):
                 age = 0
@@ -161,8 +163,7 @@ class Lookahead(WeightPolicy):
     def before_forward(self, key: Key, delay: int) -> None:
         """Repeat the last step, go further along it or predict anew, as is due."""
         wanted = self._steps_ahead(delay)
-        is_old = self._is_old(self._age, delay, self._num_backwards)
-        match _way(bool(self._stepped), self._ahead, wanted, is_old):
+        match _way(bool(self._stepped), self._ahead, wanted, self._age >= self._every):
             case _Way.REPEAT:
                 self._repeat(wanted)
             case _Way.STRETCH:

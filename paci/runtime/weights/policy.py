@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,6 @@ from paci.schedule.base import Schedule
 from paci.schedule.versions import (
     MicroBatchVersions,
     peak_versions,
-    steady_update,
     updates_to_settle,
 )
 
@@ -86,19 +85,18 @@ class WeightPolicy(abc.ABC):
         """
         return num_versions if self.consistent else 1, 0
 
-    def trials(self, delays: Sequence[int]) -> float:
+    def trials(self, schedule: Schedule, stage: int) -> float:
         """Return the mean number of trial steps (``paci.optim.trial``) before a forward.
 
-        Args:
-            delays: the delay of each micro-batch of one update.
+        It is that of ``stage`` in steady state.
         """
         return 0.0
 
     def cost(self, schedule: Schedule, stage: int) -> PolicyCost:
         """Return what ``stage`` pays for this policy in steady state."""
         num_versions = peak_versions(schedule, stage, updates_to_settle(schedule))
-        delays = [met.delay for met in steady_update(schedule, stage)]
-        return PolicyCost(*self.num_copies(num_versions), self.separate, self.trials(delays))
+        trials = self.trials(schedule, stage)
+        return PolicyCost(*self.num_copies(num_versions), self.separate, trials)
 
     def attach(
         self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
