@@ -31,6 +31,13 @@ class Engine:
     meters: Mapping[int, DriftMeter]
     recorder: Recorder
 
+    def finish(self) -> None:
+        """End a stretch: all that was fed has been through, and nothing is in flight."""
+        self.transport.finish()
+        self.recorder.finish()
+        for stage in self.stages.values():
+            stage.settle()
+
 
 def execute(actions: Iterable[Action], engine: Engine, feed: Feed) -> None:
     """Run ``actions`` in order: receive what each needs, run it, and send its result.

@@ -238,10 +238,7 @@ class Pipeline:
         with self._failures.final():
             self._sequencer.drain()
             self._run()
-            self._engine.transport.finish()
-            self._engine.recorder.finish()
-            for stage in self.stages.values():
-                stage.settle()
+            self._engine.finish()
         result = self._result()
         self._num_done += self._num_fed
         self._num_fed = 0

@@ -1,4 +1,4 @@
-"""What a process holds of a parameter that may be sharded, and writes that autograd overlooks."""
+"""Parameters, whole or sharded: what a process holds, and writes that autograd overlooks."""
 
 from __future__ import annotations
 
@@ -35,3 +35,8 @@ def unnoticed(parameters: Collection[Tensor]) -> Iterator[None]:
             keeper: Callable[[Tensor], Any] = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
             kept.enter_context(keeper(parameter))
         yield
+
+
+def described(dtype: torch.dtype, device: torch.device, shape: torch.Size) -> str:
+    """Return what a message says of a parameter."""
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"

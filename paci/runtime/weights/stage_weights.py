@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from paci.errors import ConfigError
-from paci.runtime.weights.shards import is_sharded, local, unnoticed
+from paci.runtime.weights.shards import described, is_sharded, local, unnoticed
 
 Values = dict[str, Tensor]  # by the name of the weight
 Change = Callable[[list[Tensor], list[Tensor]], None]
@@ -417,10 +417,11 @@ class StageWeights:
     def _require_like(self, name: str) -> None:
         parameter = self.masters[name]
         now = (parameter.dtype, parameter.device, parameter.shape)
-        if now != self._like[name]:
+        was = self._like[name]
+        if now != was:
             raise ConfigError(
                 f"parameter {name} of stage {self._index} must keep its dtype, device and shape "
-                f"while the pipeline is open, got {_said(*now)} after {_said(*self._like[name])}; "
+                f"while the pipeline is open, got {described(*now)} after {described(*was)}; "
                 f"convert the module before the pipeline is built, or close() it first"
             )
 
@@ -447,7 +448,3 @@ class _Adder:
         else:
             total.add_(parameter.grad)
         parameter.grad = None
-
-
-def _said(dtype: torch.dtype, device: torch.device, shape: torch.Size) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"
