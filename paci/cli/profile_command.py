@@ -108,13 +108,14 @@ def _measured(options: argparse.Namespace) -> Profile | None:
     links, rank = measure_links(device), dist.get_rank()
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # nobody waits for another: it may take long
+    # All at once, as they will compute: workers of one host share its caches and its memory.
+    profile = _measured_layers(options, config, device)
     if rank > 0:
         return None
     changed: dict[str, Any] = {"links": links}
     if len(set(hosts)) > 1:
         changed["transport"] = "group"
-    profile = _measured_layers(options, config, device)  # with nobody waiting: it may take long
     return profile.model_copy(update=changed)
 
 

@@ -240,12 +240,8 @@ class Lookahead(WeightPolicy):
 
     def _repeat(self, ahead: float) -> None:
         """Go ``ahead`` steps like the last one, which the working weights hold, negative."""
-
-        def go(steps: list[Tensor], masters: list[Tensor]) -> None:
-            torch._foreach_mul_(steps, -ahead)
-            torch._foreach_add_(steps, masters)
-
-        self.weights.change(self._stepped, go)
+        used = self.weights.in_use
+        self.weights.write_shifted({name: used[name] for name in self._stepped}, -ahead)
         self._written(ahead, age=0)
 
     def _stretch(self, ahead: float) -> None:
