@@ -118,7 +118,6 @@ def row(method: str, rate: float, seed: int, loss: float, **more: Any) -> dict[s
         "tokens": 100,
         "val_loss": loss,
         "mean_delay": 0.0,
-        "elapsed_s": 10.0,
         "options": {"warmup": more.pop("warmup")} if "warmup" in more else {},
         "curve": [[50, loss + 1], [100, loss]],
         **more,

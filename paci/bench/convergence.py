@@ -107,7 +107,7 @@ class Convergence(Question):
         "against flush": "{against_flush:+.2%}",
         "tokens to equal loss": "{tokens_to_flush:.2f}",
         "to the best flush's": "{tokens_to_best_flush:.2f}",
-        "seconds": "{elapsed_s:.0f}",
+        "trials": "{trials_over_busy:.1%}",
     }
 
     def __post_init__(self) -> None:

@@ -274,11 +274,9 @@ def _summaries(rows: Sequence[Row]) -> Iterator[Row]:
         elif "time_ratio" in row:
             groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     for key, group in groups.items():
-        means = [
-            *("elapsed_s", "val_loss", "target_loss", "updates_to_loss", "seconds_to_loss"),
-            *("trial_share", "speed_ratio"),
-        ]
-        found = {name: statistics.fmean(row[name] for row in group) for name in means}
+        means = ("elapsed_s", "val_loss", "target_loss", "updates_to_loss", "seconds_to_loss")
+        known = [key for key in ("trial_share", "speed_ratio") if all(key in row for row in group)]
+        found = {name: statistics.fmean(row[name] for row in group) for name in (*means, *known)}
         ratios = [row["time_ratio"] for row in group]
         yield {
             **dict(zip(keys, key, strict=True)),

@@ -22,9 +22,9 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
     Returns:
         Rows of the runs' settings with ``val_loss`` (mean), ``spread`` (half of the range, if there
         is more than one seed), ``num_seeds``, ``mean_delay`` (over stages), ``max_drift`` (the
-        largest that the drift meter saw at any stage), ``elapsed_s`` (the median of a whole run in
-        one process, with its trials), and, where there is a flush of the same precision and number
-        of sequences, of the same optimizer
+        largest that the drift meter saw at any stage), ``trials_over_busy`` (time of trials
+        over that of forwards, backwards and updates, where runs say it), and, where there is a
+        flush of the same precision and number of sequences, of the same optimizer
 
         - ``against_flush``: the relative distance to its loss at equal tokens,
         - ``tokens_to_flush``: the tokens to its last loss over those that it took itself; where a
@@ -42,7 +42,6 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
             "val_loss": statistics.fmean(losses),
             "num_seeds": len(losses),
             "mean_delay": group[0]["mean_delay"],
-            "elapsed_s": statistics.median(each["elapsed_s"] for each in group),
         }
         if warmup_of(group[0]) is not None:
             row["warmup"] = warmup_of(group[0])
@@ -50,8 +49,9 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
             row["spread"] = (max(losses) - min(losses)) / 2
         if all("max_drift" in each for each in group):
             row["max_drift"] = max(each["max_drift"] for each in group)
-        if all("held_out_loss" in each for each in group):
-            row["held_out_loss"] = statistics.fmean(each["held_out_loss"] for each in group)
+        for key in ("held_out_loss", "trials_over_busy"):
+            if all(key in each for each in group):
+                row[key] = statistics.fmean(each[key] for each in group)
         flushes = [flush for flush in plain if _beside(flush[0]) == _beside(group[0])]
         own = [flush for flush in flushes if flush[0]["optimizer"] == group[0]["optimizer"]]
         if own:
