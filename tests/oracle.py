@@ -152,7 +152,7 @@ class Ahead:
     ``a``-th. The first forward after an update goes ahead by the step that it was, if a backward
     has not come before it; ``refresh`` backwards later, the step is tried anew: what the optimizer
     would do to zero weights with the gradients of this update's backwards so far. A ``refresh`` of
-    0 stands for half of an update's backwards, or for never where nothing is late. A forward that
+    0 leaves the choice to the share of late micro-batches. A forward that
     is to go another number of steps ahead goes them along the last one's step. Where there is
     none, as at the start, after a backward that followed an update, or where the last forward was
     to go none, it is tried too.
@@ -175,9 +175,12 @@ class Ahead:
         self.step: Weights = []
 
     def _is_old(self) -> bool:
-        if not self.refresh and not self.lag:
-            return False
-        return self.age >= (self.refresh or max(1, self.a // 2))
+        if self.refresh:
+            return self.age >= self.refresh
+        # In steady state min(lag, a) of the a micro-batches of an update are late; four trials for
+        # an update that is late as a whole, fewer in proportion, spread evenly.
+        trials = -(-4 * min(self.lag, self.a) // self.a)
+        return trials > 0 and self.age * (trials + 1) >= self.a
 
     def run(self, slot: int, versions: list[Weights], optimizers: list[Momentum | AdamW]) -> None:
         """Go on until the forward and the backward of ``slot`` have their weights.

@@ -55,6 +55,13 @@ class OneStage:
         self.policy.publish()
         return step
 
+    def momentum(self, lr: float) -> dict[str, Tensor]:
+        """The step of a trial, as no gradient has been added up."""
+        return {
+            name: -lr * 0.9 * self.optimizer.state[p]["momentum_buffer"]
+            for name, p in self.weights.masters.items()
+        }
+
     def assert_ahead(self, steps: float, step: dict[str, Tensor]) -> None:
         for name, used in self.weights.in_use.items():
             assert used.dtype == self.dtype
@@ -96,27 +103,26 @@ def test_after_a_drain_the_last_step_is_forgotten_and_a_trial_made(one: OneStage
     one.policy.settle()
     one.assert_ahead(0.0, last)
     one.policy.before_forward(KEY, 0)
-    momentum = {
-        name: -0.1 * 0.9 * one.optimizer.state[p]["momentum_buffer"]
-        for name, p in one.weights.masters.items()
-    }
-    one.assert_ahead(BEYOND, momentum)
+    one.assert_ahead(BEYOND, one.momentum(0.1))
 
 
-@pytest.mark.parametrize(("stage", "tries"), [(0, True), (2, True), (3, False)])
-def test_halfway_a_stage_that_is_late_tries_anew(one: OneStage, stage: int, tries: bool):
-    one.policy.prepare(paci.PACI(num_stages=4, accumulation=4), stage)
+@pytest.mark.parametrize(
+    ("stage", "tried"), [(0, (1, 2, 3)), (1, (2,)), (2, (2,)), (3, ())], ids=str
+)
+def test_the_later_a_stage_the_more_often_it_tries_anew(
+    one: OneStage, stage: int, tried: tuple[int, ...]
+):
+    schedule = paci.PACI(num_stages=4, accumulation=4)  # 3, 2, 1 and 0 of 4 are late
+    one.policy.prepare(schedule, stage)
     step = one.update()
-    momentum = {
-        name: -0.1 * 0.9 * one.optimizer.state[p]["momentum_buffer"]
-        for name, p in one.weights.masters.items()
-    }  # of a trial, as no gradient has been added
     for k in range(4):
+        one.optimizer.param_groups[0]["lr"] = 0.1 * (k + 1)  # by which trials can be told
         one.policy.before_forward(KEY, 0)
-        one.assert_ahead(BEYOND, momentum if tries and k >= 2 else step)
+        newest = max((each for each in tried if each <= k), default=None)
+        expected = step if newest is None else one.momentum(0.1 * (newest + 1))
+        one.assert_ahead(BEYOND, expected)
         one.policy.before_backward(KEY, 0)
-    expected = 1 / 4 if tries else 0
-    assert one.policy.trials(paci.PACI(num_stages=4, accumulation=4), stage) == expected
+    assert one.policy.trials(schedule, stage) == len(tried) / 4
     assert one.policy.trials(paci.OneFOneBFlush(4, 4), stage) == 1 / 4
 
 

@@ -51,6 +51,9 @@ def _way(has_step: bool, ahead: float, wanted: float, is_old: bool) -> _Way:
     return _Way.STAY if wanted == ahead else _Way.STRETCH
 
 
+_TRIALS = 4  # for an update whose micro-batches are all late, about
+
+
 def _delays(schedule: Schedule, stage: int) -> list[int]:
     return [met.delay for met in steady_update(schedule, stage)]
 
@@ -68,8 +71,8 @@ class Lookahead(WeightPolicy):
     Backwards use the working weights as they stand, as under ``current``.
 
     Memory: one working copy beside the masters, which in mixed precision is there anyway; in mixed
-    precision a second copy of the masters during the optimizer's step. Time: by default one trial
-    an update where gradients are late, and one more whenever the pipeline was drained.
+    precision a second copy of the masters during the optimizer's step. Time: by default one to four
+    trials an update where gradients are late, and one more whenever the pipeline was drained.
 
     Args:
         reach: how far to look ahead for the first update of delay, in steps; at least 0.
@@ -78,9 +81,10 @@ class Lookahead(WeightPolicy):
         beyond: how far to look ahead in addition, in steps, whatever the delay; at least 0. It
             works as Nesterov's momentum does, also under a schedule that flushes; 0 leaves such a
             schedule as it is.
-        refresh: number of backwards after which a forward predicts anew; 0, the default, stands for
-            half of the backwards of an update, but at least 1. In a pipeline that never empties, a
-            stage whose own gradients are never late (the last one) then leaves it at the last step.
+        refresh: number of backwards after which a forward predicts anew; 0, the default, lets the
+            program choose: the more of a stage's micro-batches are late, the more often, from once
+            to about four times an update, spread evenly. A stage whose gradients are never late
+            (the last one) stays with the last step; under a schedule that flushes all predict once.
 
     Raises:
         ConfigError: a value is out of range.
@@ -123,8 +127,9 @@ class Lookahead(WeightPolicy):
     def _backwards_between(self, schedule: Schedule, delays: Sequence[int]) -> float:
         if self.refresh:
             return self.refresh
-        tries = schedule.flushes or any(delays)
-        return max(1, schedule.accumulation // 2) if tries else math.inf
+        num_late = sum(delay > 0 for delay in delays)
+        trials = math.ceil(_TRIALS * num_late / len(delays)) or int(schedule.flushes)
+        return math.ceil(len(delays) / (trials + 1)) if trials else math.inf
 
     def trials(self, schedule: Schedule, stage: int) -> float:
         """Return the mean number of trial steps before a forward.
