@@ -182,6 +182,12 @@ def test_warm_up_is_chosen_as_the_learning_rate_is():
     assert [run["options"]["warmup"] for run in sweep.runs()] == [0.01, 0.1]
 
 
+def test_two_forms_of_a_policy_are_never_one():
+    rows = [row("lookahead", 0.1, seed, 2.0 + seed, policy=f"form {seed}") for seed in (0, 1)]
+    (found,) = summarize(rows)
+    assert (found["num_seeds"], found["val_loss"]) == (1, 2.0)
+
+
 def test_methods_name_what_there_is():
     for method in METHODS.values():
         find_schedule(method.options.get("schedule", "paci"))
@@ -191,6 +197,8 @@ def test_methods_name_what_there_is():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"extra": "learning_rate=0.1"}, "extra must leave learning_rate to the sweep's own"),
+        ({"extra": "warmup=0.1", "warmups": "0.1"}, "extra must leave warmup"),
         ({"methods": "flush best"}, "a method must be one of flush"),
         ({"learning_rates": "0.1,x"}, "learning_rates must be numbers above 0"),
         ({"learning_rates": "-1"}, "learning_rates must be numbers above 0"),

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from paci.bench.turns import Say
 
 _HELD_OUT_BATCHES = 100
+# Options of a run that its row in a table is told apart by.
+_OWN_OPTIONS = {"optimizer", "stages", "accumulation", "learning_rate", "seed", "precision"}
 _TOLD = 200  # characters of a failed run's last words
 
 
@@ -208,7 +210,14 @@ class Convergence(Question):
             "eval_every": max(1, updates // self.evaluations),
             **own,
         }
-        options |= dict(item.split("=", 1) for item in self.extra.split())
+        extra = dict(item.split("=", 1) for item in self.extra.split())
+        own_options = sorted(extra.keys() & (_OWN_OPTIONS | own.keys()))
+        if own_options:
+            raise ConfigError(
+                f"extra must leave {', '.join(own_options)} to the sweep's own options, got "
+                f"{self.extra!r}; pass it as one of those"
+            )
+        options |= extra
         return {
             "method": name,
             "schedule": options["schedule"],

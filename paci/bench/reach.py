@@ -43,7 +43,11 @@ def equal_level(ours: Sequence[Points], theirs: Sequence[Points]) -> float:
     return max(end, last_shared([*ours, *theirs]))
 
 
-def mean_reach(curves: Sequence[Points], level: float) -> float:
-    """The mean over ``curves`` of where each reaches ``level``, which all of them do."""
-    found = [first_reach(points, level) for points in curves]
-    return statistics.fmean(x for x in found if x is not None)
+def reaches(curves: Sequence[Points], level: float) -> list[float]:
+    """The smallest x of each curve at which it is at ``level`` or below; all of them come there."""
+    found = []
+    for points in curves:
+        x = first_reach(points, level)
+        assert x is not None, f"every curve must reach {level}"
+        found.append(x)
+    return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paci.bench.question import Row, is_interrupted
-from paci.bench.reach import Points, equal_level, mean_reach
+from paci.bench.reach import Points, equal_level, reaches
 from paci.errors import ConfigError
 
 
@@ -72,7 +72,7 @@ def best_runs(rows: Sequence[Row]) -> list[list[Row]]:
     """
     found: list[list[Row]] = []
     for setting in _grouped(rows, lambda row: tuple(row[key] for key in _SETTING)):
-        tuned = _grouped(setting, lambda row: (row["learning_rate"], warmup_of(row)))
+        tuned = _grouped(setting, _tuning)
         whole = [group for group in tuned if all("val_loss" in row for row in group)]
         if whole:
             found.append(min(whole, key=rank))
@@ -83,9 +83,14 @@ _SETTING = ("optimizer", "precision", "num_stages", "accumulation", "method")
 
 
 def warmup_of(row: Row) -> float | None:
-    """The share of a run's updates in warm-up, if it was asked for; else it is the trainer's."""
-    warmup: float | None = row.get("options", {}).get("warmup")
-    return warmup
+    """The share of a run's updates in warm-up, if it was asked for; None for the trainer's own."""
+    warmup = row.get("options", {}).get("warmup")
+    return None if warmup is None else float(warmup)
+
+
+def _tuning(row: Row) -> tuple[Any, ...]:
+    """What a method is tuned by. A weight policy whose defaults have changed is another one."""
+    return row["learning_rate"], warmup_of(row), row.get("policy")
 
 
 def curve_of(row: Row) -> Points:
@@ -96,7 +101,7 @@ def curve_of(row: Row) -> Points:
 def _tokens_ratio(ours: Sequence[Row], theirs: Sequence[Row]) -> float:
     own, others = [curve_of(row) for row in ours], [curve_of(row) for row in theirs]
     level = equal_level(own, others)
-    return mean_reach(own, level) / mean_reach(others, level)
+    return statistics.fmean(reaches(own, level)) / statistics.fmean(reaches(others, level))
 
 
 def _beside(row: Row) -> tuple[Any, ...]:
@@ -147,5 +152,5 @@ def read_runs(store: Path) -> dict[str, dict[str, Any]]:
 
 
 def key_of(run: Mapping[str, Any]) -> str:
-    """What tells the run from others in the store."""
+    """Return the text that tells a run from every other in the store."""
     return json.dumps([run["method"], run["options"], run.get("policy")], sort_keys=True)

@@ -29,7 +29,7 @@ class Trials(Question):
         layers: blocks of the GPT.
         widths: of its residual stream, separated by commas.
         threads: numbers of CPU threads, separated by commas.
-        device: ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu`` or ``cuda``.
         turns: times that each is measured, A B A B.
         steps: those timed in a turn.
     """
@@ -66,6 +66,10 @@ class Trials(Question):
         """A row for each optimizer, width and number of threads."""
         import torch
 
+        from paci.train.config import load_config
+        from paci.train.setup import require_devices
+
+        device = require_devices(load_config(None, {"device": self.device}), 1)
         before = torch.get_num_threads()
         rows: list[Row] = []
         try:
@@ -73,18 +77,18 @@ class Trials(Question):
                 torch.set_num_threads(threads)
                 for width in numbers("widths", self.widths):
                     for optimizer in self.optimizers.split():
-                        rows.append(self._row(optimizer, width, threads))
+                        rows.append(self._row(optimizer, width, threads, device))
                         say("{optimizer}, width {width}: {trial_ratio:.2f}".format(**rows[-1]))
         finally:
             torch.set_num_threads(before)
         return rows
 
-    def _row(self, optimizer: str, width: int, threads: int) -> dict[str, Any]:
-        number, arms = _arms(optimizer, self.layers, width, self.device)
+    def _row(self, optimizer: str, width: int, threads: int, device: str) -> dict[str, Any]:
+        number, arms = _arms(optimizer, self.layers, width, device)
         samples_s: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(self.turns + 1):
             for name, run in arms.items():
-                took_s = _mean_s(run, self.steps, self.device)
+                took_s = _mean_s(run, self.steps, device)
                 if turn:  # the first one warms up
                     samples_s[name].append(took_s)
         ratios = {
@@ -96,7 +100,7 @@ class Trials(Question):
             "width": width,
             "num_parameters": number,
             "threads": threads,
-            "device": self.device,
+            "device": device,
             **{f"{name}_ms": 1e3 * statistics.median(each) for name, each in samples_s.items()},
             **ratios,
             "samples_s": samples_s,

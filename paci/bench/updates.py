@@ -11,7 +11,7 @@ from typing import Any
 
 from paci.bench.methods import find_method
 from paci.bench.question import Row
-from paci.bench.reach import equal_level, first_reach
+from paci.bench.reach import equal_level, reaches
 from paci.bench.runs import best_runs, curve_of, rank, read_runs
 from paci.errors import ConfigError
 
@@ -163,11 +163,9 @@ def _to_the_same(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[Needed, Ne
 
 
 def _needed(rows: Sequence[Row], target: float) -> Needed:
-    updates = []
-    for row in rows:
-        reached = first_reach(curve_of(row), target)
-        assert reached is not None, "the target is one that every run reaches"
-        updates.append(reached / (row["batch_size"] * row["context"]))
+    tokens = reaches([curve_of(row) for row in rows], target)
+    pairs = zip(rows, tokens, strict=True)
+    updates = [reached / (row["batch_size"] * row["context"]) for row, reached in pairs]
     first = rows[0]
     return Needed(
         first["method"],

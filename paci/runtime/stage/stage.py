@@ -162,7 +162,7 @@ class Stage:
                     owner.policy.take_over(touched)
 
     def settle(self) -> None:
-        """Forget what only a pipeline that runs on may know; it has been drained."""
+        """Let working weights equal the masters, if the policy has put that off; after a drain."""
         self.policy.settle()
 
     def leave(self) -> None:

@@ -22,6 +22,8 @@ from paci.runtime.weights.stage_weights import StageWeights
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.versions import steady_update
 
+_TRIALS = 4  # of an update whose micro-batches are all late, about
+
 
 class _Way(enum.Enum):
     """How working weights come to what the next forward is to see."""
@@ -49,9 +51,6 @@ def _way(has_step: bool, ahead: float, wanted: float, is_old: bool) -> _Way:
     if is_old or not ahead:
         return _Way.TRY
     return _Way.STAY if wanted == ahead else _Way.STRETCH
-
-
-_TRIALS = 4  # for an update whose micro-batches are all late, about
 
 
 def _delays(schedule: Schedule, stage: int) -> list[int]:
@@ -125,6 +124,7 @@ class Lookahead(WeightPolicy):
         return self.reach * sum(self.fade**k for k in range(delay)) + self.beyond
 
     def _backwards_between(self, schedule: Schedule, delays: Sequence[int]) -> float:
+        """Return after how many backwards a forward predicts anew; infinity for never."""
         if self.refresh:
             return self.refresh
         num_late = sum(delay > 0 for delay in delays)
@@ -155,7 +155,8 @@ class Lookahead(WeightPolicy):
         super().attach(weights, optimizer, rule)
         self._ahead = 0.0  # steps from the masters to the working weights
         self._looks_ahead = optimizer is not None and bool(self.reach or self.beyond)
-        if optimizer is not None and self._looks_ahead:
+        if self._looks_ahead:
+            assert optimizer is not None
             require_trial(optimizer)
         self._is_tried = False  # whether they were predicted by a trial
         self._age = 0  # backwards since the step was made or tried
@@ -211,7 +212,7 @@ class Lookahead(WeightPolicy):
             self._to_masters()
 
     def publish(self) -> None:
-        """Do nothing: the next forward brings the masters, and ``settle`` if none comes."""
+        """Write the masters, unless the working weights hold the step, for the next forward."""
         if not self._stepped:
             self._to_masters()
 
@@ -250,7 +251,7 @@ class Lookahead(WeightPolicy):
         self._written(ahead, age=0)
 
     def _stretch(self, ahead: float) -> None:
-        """Go ``ahead`` steps where the working weights are other than none ahead already."""
+        """Go ``ahead`` steps along the step that the working weights are ahead by already."""
         ratio = ahead / self._ahead
         self.weights.change(
             self.weights.in_use,

@@ -136,10 +136,10 @@ class WeightPolicy(abc.ABC):
         """Prepare for an update: the masters are about to change."""
 
     def after_step(self) -> None:  # noqa: B027 - most policies do nothing here
-        """Look at the optimizer's step, which nothing else has changed the masters after yet."""
+        """Take note of the optimizer's step; nothing else has changed the masters since it."""
 
     def settle(self) -> None:  # noqa: B027 - most policies have nothing put off
-        """Let the parameters hold working weights, if ``publish`` has put that off."""
+        """Bring the masters' values to the working weights, if ``publish`` has put that off."""
 
     @abc.abstractmethod
     def publish(self) -> None:

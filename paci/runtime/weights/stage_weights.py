@@ -26,7 +26,7 @@ from paci.runtime.weights.shards import described, is_sharded, local, unnoticed
 
 Values = dict[str, Tensor]  # by the name of the weight
 Change = Callable[[list[Tensor], list[Tensor]], None]
-_COPIED_AT_ONCE = 2**24  # elements, about
+_COPIED_AT_ONCE = 2**24  # elements, at least
 
 
 class _Seen(NamedTuple):
