@@ -294,9 +294,20 @@ def test_a_late_message_is_waited_for():
 def test_a_table_says_what_did_not_run():
     rows = [{"name": "a", "x": 1.0}, {"name": "b", "problem": "no"}]
     assert table(rows, {"who": "{name}", "x": "{x:.1f}", "y": "{y}"}).splitlines()[2:] == [
-        "| a | 1.0 |  |",
-        "| b | did not run: no |  |",
+        "| a | 1.0 |",
+        "| b | did not run: no |",
     ]
+
+
+def test_a_table_leaves_out_columns_without_figures():
+    rows = [{"x": 1}, {"x": 2, "z": 3}]
+    assert table(rows, {"x": "{x}", "y": "{y}", "z": "{z}"}).splitlines() == [
+        "| x | z |",
+        "|---|---|",
+        "| 1 |  |",
+        "| 2 | 3 |",
+    ]
+    assert table([], {"x": "{x}", "y": "{y}"}).splitlines()[0] == "| x | y |"
 
 
 def test_an_arm_needs_its_workers():

@@ -185,9 +185,12 @@ def test_a_racer_that_diverges_is_left_behind(text: Path, monkeypatch: pytest.Mo
         (["time-to-accuracy", "--runs", __file__], "runs must hold lines of"),
         (["time-to-accuracy", "--runs", "", "--emulated", "/nowhere"], "emulated must be JSON"),
         (["time-to-accuracy", "--runs", "", "--emulated", __file__], "emulated must be JSON"),
-        (["time-to-accuracy", "--method", "naive"], "must update once a batch"),
-        (["time-to-accuracy", "--method", "nothing"], "a method must be one of"),
+        (["time-to-accuracy", "--methods", "naive"], "must update once a batch"),
+        (["time-to-accuracy", "--methods", "nothing"], "a method must be one of"),
         (["time-to-accuracy", "--flushes", ""], "flushes must name one"),
+        (["time-to-accuracy", "--methods", ""], "methods must name one"),
+        (["time-to-accuracy", "--compute-ms", "0"], "compute_ms must be above 0"),
+        (["time-to-accuracy", "--latency-ms", "-1"], "latency_ms must be a time of at least 0"),
         (["time-to-accuracy", "--workers", "1"], "workers must be a whole number of at least 2"),
         (["time-to-accuracy", "--micro-batches", "0"], "micro_batches must be whole numbers"),
     ],
@@ -216,9 +219,9 @@ def run_of(method: str, seed: int, rate: float, *losses: float, **own: Any) -> d
     """A run of 10 updates of 4 sequences of 10 tokens, evaluated at 100, 200 and 400 tokens."""
     row = {
         "method": method,
-        "schedule": "paci" if method == "lookahead" else "1f1b",
+        "schedule": "paci" if method.startswith("lookahead") else "1f1b",
         "optimizer": "muon",
-        "weights": "lookahead" if method == "lookahead" else "current",
+        "weights": "lookahead" if method.startswith("lookahead") else "current",
         "num_stages": 2,
         "accumulation": 2,
         "learning_rate": rate,
@@ -343,6 +346,50 @@ def test_paces_are_those_of_the_closed_forms():
     assert paces.fastest(["1f1b"], [8, 16, 32]) == ("1f1b", 32)
     with pytest.raises(ConfigError, match="a schedule must be one of"):
         paces.of("nothing", 8)
+
+
+def test_paces_with_latency_are_those_of_the_closed_forms():
+    m, slot_ms, latency_ms = 8, 30.0, 20.0
+    paces = Paces(8, latency=latency_ms / (m * slot_ms))
+    gpipe_ms = (m + 7) * slot_ms + 2 * 7 * latency_ms  # there and back over seven links
+    assert paces.of("gpipe", m).over_ideal == pytest.approx(gpipe_ms / (m * slot_ms))
+    assert paces.of("1f1b:slack=7", m).over_ideal == pytest.approx(gpipe_ms / (m * slot_ms))
+    # A message there and one back per micro-batch; slack fits as many more into that time.
+    assert paces.of("paci", m).over_ideal == pytest.approx(
+        (slot_ms + 2 * latency_ms) / slot_ms, rel=0.1
+    )
+    assert paces.of("paci:slack=2", m).over_ideal == pytest.approx(1)
+    # The same latency is twice as many slots of half the length.
+    assert paces.of("gpipe", 16).over_ideal == pytest.approx((23 * 15 + 280) / 240)
+
+
+def test_slow_links_have_rivals_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    ours = run_of("lookahead-slack-1", 0, 0.1, 4.0, 3.0, 2.0, flush_first=0.5)
+    store = write_runs(tmp_path / "runs.jsonl", [*RUNS, ours])
+    options = ["--runs", store, "--workers", "2", "--micro-batches", "2", "--out", str(tmp_path)]
+    options += ["--latency-ms", "60", "--compute-ms", "60", "--flushes", "flush"]
+    methods = ["--methods", "lookahead lookahead-slack-1"]
+    assert main(["bench", "time-to-accuracy", *options, *methods]) == 0
+    rows = json.loads((tmp_path / "time-to-accuracy.json").read_text())["rows"]
+    first, second = (place for place, row in enumerate(rows) if "paci" in row["schedule"])
+    assert (rows[first]["schedule"], rows[second]["schedule"]) == ("paci", "paci:slack=1")
+    by_schedule = {row["choice"] or row["schedule"]: row for row in rows[second + 1 :]}
+    # Two slots of computing, one of filling and emptying, and a message of two slots each way.
+    assert by_schedule["1f1b"]["over_ideal"] == pytest.approx((2 + 1 + 4 + 4 / 3) / 2, rel=0.3)
+    assert by_schedule["gpipe"]["over_ideal"] == pytest.approx((2 + 1 + 4) / 2)
+    assert by_schedule["deeper 1f1b"]["schedule"] == "1f1b:slack=1"
+    assert by_schedule["deeper 1f1b"]["over_ideal"] == by_schedule["gpipe"]["over_ideal"]
+    # Of nine updates to the loss the first five empty the pipeline, with its slack.
+    slack = Paces(2, latency=1.0)
+    both = (slack.of("1f1b:slack=1", 2).over_ideal, slack.of("paci:slack=1", 2).over_ideal)
+    assert rows[second]["updates"] == 9
+    assert rows[second]["over_ideal"] == pytest.approx((5 * both[0] + 4 * both[1]) / 9)
+    out = capsys.readouterr().out
+    assert "| 1F1B, warmed up deeper | GPipe |" in out
+    assert "(slack 1)" in out
+    alone = ["bench", "time-to-accuracy", "--runs", "", "--out", str(tmp_path)]
+    assert main([*alone, "--micro-batches", "2"]) == 0
+    assert "GPipe" not in capsys.readouterr().out
 
 
 def test_measured_times_take_the_place_of_simulated_ones(tmp_path: Path):

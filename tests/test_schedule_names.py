@@ -80,7 +80,7 @@ def test_names_and_options_are_read():
         ),
         ("paci:slack=-1", r"slack must be a whole number of at least 0, got -1"),
         ("paci:accumulation=3", r"got 'accumulation=3'"),
-        ("1f1b:slack=1", r"must be one of none, got 'slack=1'"),
+        ("gpipe:slack=1", r"must be one of none, got 'slack=1'"),
     ],
 )
 def test_wrong_names_and_options_are_refused(spec: str, message: str):

@@ -7,6 +7,7 @@ of them take the updates of the best flush; what differs is how long theirs last
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.bench.methods import find_method
 from paci.bench.pace import Pace, Paces
-from paci.bench.question import Question, Row, numbers
+from paci.bench.question import Question, Row, numbers, require_times
 from paci.bench.updates import Needed, needed_updates, read_sweep
 from paci.errors import ConfigError
 from paci.schedule.base import require_count
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
     from paci.bench.turns import Say
 
 _ZERO_BUBBLE = ("torch-interleaved", "torch-zero-bubble", "torch-zbv")
-_FASTEST_1F1B, _FASTEST = "fastest 1f1b", "fastest of all"
+_MOST_SLACK = 4
+_DEEPEST, _FASTEST_1F1B, _FASTEST = "deeper 1f1b", "fastest 1f1b", "fastest of all"
 # Of a comparison: schedule or choice of one, and the heading over its time.
 _CHOICES = {
     "1f1b": "1F1B",
+    _DEEPEST: "1F1B, warmed up deeper",
+    "gpipe": "GPipe",
     _FASTEST_1F1B: "1F1B, cut finer",
     **{name: name.removeprefix("torch-") for name in _ZERO_BUBBLE},
     _FASTEST: "fastest of these",
@@ -48,20 +52,25 @@ class TimeToAccuracy(Question):
         runs: store of ``paci bench convergence``; empty for times alone.
         emulated: JSON files of ``paci bench emulate``, separated by spaces, whose times are taken
             instead of simulated ones.
-        method: PACI's, a name out of docs/convergence.md.
+        methods: PACI's, names out of docs/convergence.md separated by spaces.
         flushes: methods without delay, separated by spaces, each compared with.
         workers: that every schedule has.
         micro_batches: numbers of them in an update, separated by commas.
         batch_size: sequences of an update, where there are no runs that say it.
+        latency_ms: of every message between workers, one way; 0 leaves links out. Rivals are
+            then GPipe and a 1F1B with a deeper warm-up (slack) too.
+        compute_ms: that a worker computes in an update, however its batch is cut.
     """
 
     runs: str = "results/convergence/runs.jsonl"
     emulated: str = ""
-    method: str = "lookahead"
+    methods: str = "lookahead"
     flushes: str = "flush flush-ahead"
     workers: int = 8
     micro_batches: str = "1,2,4,8,16,32"
     batch_size: int = 32
+    latency_ms: float = 0.0
+    compute_ms: float = 240.0
 
     name: ClassVar[str] = "time-to-accuracy"
     summary: ClassVar[str] = "updates to a loss, from training, times the time of an update"
@@ -71,6 +80,7 @@ class TimeToAccuracy(Question):
         "blocks": "{layers}",
         "updates": "{run_updates}",
         "micro-batches": "{num_micro_batches}",
+        "method": "{method}",
         "seeds": "{seeds_told}",
         "PACI ends at": "{final_loss:.4f}",
         "rival": "{rival}",
@@ -88,9 +98,13 @@ class TimeToAccuracy(Question):
         require_count("workers", self.workers, least=2)
         require_count("batch_size", self.batch_size)
         numbers("micro_batches", self.micro_batches)
-        if not self.flushes.split():
-            raise ConfigError("flushes must name one method or more, got none; write flush")
-        for name in (self.method, *self.flushes.split()):
+        require_times(latency_ms=self.latency_ms, compute_ms=self.compute_ms)
+        if not self.compute_ms:
+            raise ConfigError("compute_ms must be above 0, got 0; pass the time of an update")
+        for what in ("methods", "flushes"):
+            if not getattr(self, what).split():
+                raise ConfigError(f"{what} must name one method or more, got none; name one")
+        for name in (*self.methods.split(), *self.flushes.split()):
             if find_method(name).every_micro_batch:
                 raise ConfigError(
                     f"a method must update once a batch to be compared, got {name}; choose another"
@@ -99,40 +113,46 @@ class TimeToAccuracy(Question):
     def answer(self, say: Say) -> list[Row]:
         """Rows of PACI and its rivals, for each number of micro-batches and each sweep."""
         sweep = read_sweep(Path(self.runs)) if self.runs else []
-        paces = Paces(self.workers, [Path(name) for name in self.emulated.split()])
+        emulated = [Path(name) for name in self.emulated.split()]
+        paces = Paces(self.workers, emulated, self.latency_ms / self.compute_ms)
         rows: list[Row] = []
-        for m in numbers("micro_batches", self.micro_batches):
-            found = needed_updates(sweep, self.method, self.flushes.split(), self.workers, m)
-            say(f"{m} micro-batches: {f'compared {len(found)} times' if found else 'loss unknown'}")
+        for m, method in itertools.product(
+            numbers("micro_batches", self.micro_batches), self.methods.split()
+        ):
+            found = needed_updates(sweep, method, self.flushes.split(), self.workers, m)
+            said = f"compared {len(found)} times" if found else "loss unknown"
+            say(f"{m} micro-batches, {method}: {said}")
             if found:
                 for ours, theirs in found:
-                    rows += self._rows(paces, m, ours.batch_size, (ours, theirs))
+                    rows += self._rows(paces, m, method, ours.batch_size, (ours, theirs))
             else:
-                rows += self._rows(paces, m, self.batch_size, None)
+                rows += self._rows(paces, m, method, self.batch_size, None)
         return rows
 
     def _rows(
-        self, paces: Paces, m: int, batch_size: int, needed: tuple[Needed, Needed] | None
+        self,
+        paces: Paces,
+        m: int,
+        method: str,
+        batch_size: int,
+        needed: tuple[Needed, Needed] | None,
     ) -> Iterator[Row]:
         """PACI's row, then those of its rivals."""
         ours, theirs = needed or (None, None)
-        own = paces.of("paci", m)
+        schedule = str(find_method(method).options.get("schedule", "paci"))
+        own = paces.of(schedule, m)
         if ours is not None:
-            share = ours.share_flushed
-            mean = share * paces.of("1f1b", m).over_ideal + (1 - share) * own.over_ideal
+            share, flushing = ours.share_flushed, schedule.replace("paci", "1f1b")
+            mean = share * paces.of(flushing, m).over_ideal + (1 - share) * own.over_ideal
             own = _with_trials(own._replace(over_ideal=mean), ours)
-        yield self._row(m, "paci", m, own, own, ours, ours)
-        cuts = list(_cuts(m, batch_size))
-        rivals = [("1f1b", m, ""), (*paces.fastest(("1f1b",), cuts), _FASTEST_1F1B)]
-        rivals += [(name, m, "") for name in _ZERO_BUBBLE]
-        rivals += [(*paces.fastest(("1f1b", *_ZERO_BUBBLE), cuts), _FASTEST)]
-        for name, size, choice in rivals:
+        yield {**self._row(m, schedule, m, own, own, ours, ours), "method": method}
+        for name, size, choice in self._rivals(paces, m, list(_cuts(m, batch_size))):
             try:
                 pace = paces.of(name, size)
             except ConfigError as error:
                 yield {
                     "num_micro_batches": m,
-                    "method": self._method(theirs, self.flushes),
+                    "method": self._flush(theirs),
                     "schedule": name,
                     "problem": str(error).partition("; ")[0],
                 }
@@ -140,8 +160,20 @@ class TimeToAccuracy(Question):
             pace = _with_trials(pace, theirs)
             yield {**self._row(m, name, size, pace, own, theirs, ours), "choice": choice}
 
-    def _method(self, needed: Needed | None, otherwise: str) -> str:
-        return needed.method if needed else otherwise.partition(" ")[0]
+    def _rivals(self, paces: Paces, m: int, cuts: Sequence[int]) -> Iterator[tuple[str, int, str]]:
+        """Schedule, number of micro-batches and choice of each."""
+        deep = [f"1f1b:slack={k}" for k in range(1, _MOST_SLACK + 1)] if self.latency_ms else []
+        own = ["gpipe"] if self.latency_ms else []
+        yield "1f1b", m, ""
+        if deep:
+            yield (*paces.fastest(deep, [m]), _DEEPEST)
+        yield from ((name, m, "") for name in own)
+        yield (*paces.fastest(("1f1b", *deep), cuts), _FASTEST_1F1B)
+        yield from ((name, m, "") for name in _ZERO_BUBBLE)
+        yield (*paces.fastest(("1f1b", *deep, *own, *_ZERO_BUBBLE), cuts), _FASTEST)
+
+    def _flush(self, needed: Needed | None) -> str:
+        return needed.method if needed else self.flushes.split()[0]
 
     def _row(
         self,
@@ -153,10 +185,9 @@ class TimeToAccuracy(Question):
         needed: Needed | None,
         ours: Needed | None,
     ) -> dict[str, Any]:
-        otherwise = self.method if schedule == "paci" else self.flushes
         row: dict[str, Any] = {
             "num_micro_batches": m,
-            "method": self._method(needed, otherwise),
+            "method": self._flush(needed),
             "schedule": schedule,
             "schedule_micro_batches": size,
             "choice": "",
@@ -176,7 +207,7 @@ class TimeToAccuracy(Question):
         that is reached, those of an update alone."""
         told: list[dict[str, Any]] = []
         for row in rows:
-            if row["schedule"] == "paci":
+            if row["schedule"].partition(":")[0] == "paci":
                 told.append({**row, **_told_of_ours(row)})
                 continue
             own, name = told[-1], row["choice"] if row.get("choice") else row["schedule"]
@@ -190,9 +221,7 @@ class TimeToAccuracy(Question):
                 own["seeds_told"] = f"{own['num_seeds']}, {row['num_seeds']}"
             own[name] = f"{row.get('time_ratio', row['update_ratio']):.2f}"
             if row["choice"]:
-                schedule = row["schedule"].removeprefix("torch-")
-                cut = f"{row['schedule_micro_batches']} micro-batches"
-                own[name] += f" ({schedule}, {cut})" if row["choice"] == _FASTEST else f" ({cut})"
+                own[name] += f" ({_chosen(row)})"
         return [*told]
 
     @classmethod
@@ -209,6 +238,18 @@ class TimeToAccuracy(Question):
 def _with_trials(pace: Pace, needed: Needed | None) -> Pace:
     trials = (needed.trials if needed else None) or 0.0
     return pace._replace(over_ideal=pace.over_ideal * (1 + trials))
+
+
+def _chosen(row: Row) -> str:
+    """Say what was chosen: a schedule, a slack, a number of micro-batches."""
+    schedule = row["schedule"].removeprefix("torch-")
+    slack = row["schedule"].partition("slack=")[2]
+    cut = f"{row['schedule_micro_batches']} micro-batches"
+    if row["choice"] == _DEEPEST:
+        return f"slack {slack}"
+    if row["choice"] == _FASTEST:
+        return f"{schedule}, {cut}"
+    return cut + (f", slack {slack}" if slack else "")
 
 
 def _told_of_ours(row: Row) -> dict[str, str]:

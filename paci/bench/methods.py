@@ -34,6 +34,14 @@ METHODS: dict[str, Method] = {
         "ahead by the known delay, after a tenth of flushes (ours)",
         {"weights": "lookahead", "flush_first": 0.1},
     ),
+    "lookahead-slack-1": Method(
+        "the same with a spare micro-batch a hop, for slow links",
+        {"schedule": "paci:slack=1", "weights": "lookahead", "flush_first": 0.1},
+    ),
+    "lookahead-slack-2": Method(
+        "the same with two of them",
+        {"schedule": "paci:slack=2", "weights": "lookahead", "flush_first": 0.1},
+    ),
     "lookahead-only": Method("ahead by the known delay from the start", {"weights": "lookahead"}),
     "flush-first": Method(
         "the newest weights, after a tenth of flushes", {"weights": "current", "flush_first": 0.1}

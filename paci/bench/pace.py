@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from paci.errors import ConfigError, ScheduleError
-from paci.plan.cost import Costs
+from paci.plan.cost import Costs, Link
 from paci.plan.steady_state import steady_state
 from paci.schedule.base import Schedule
 from paci.schedule.registry import find_schedule, make_schedule
@@ -30,19 +31,23 @@ class Pace(NamedTuple):
 
 class Paces:
     """Looks paces up, or simulates them with even costs: backwards twice as long as forwards, their
-    halves equal, messages and updates for nothing.
+    halves equal, updates for nothing.
 
     Args:
         num_workers: of all schedules.
         emulated: JSON files of ``paci bench emulate``; what they hold is not simulated. Where two
             hold the same, the later one counts.
+        latency: of every message, over the time that a worker computes in an update.
 
     Raises:
         ConfigError: a file cannot be read, or is of another benchmark.
     """
 
-    def __init__(self, num_workers: int, emulated: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, num_workers: int, emulated: Sequence[Path] = (), latency: float = 0.0
+    ) -> None:
         self.num_workers = num_workers
+        self._latency = latency
         self._known: dict[tuple[str, int], Pace] = {}
         for path in emulated:
             self._known |= _measured(path, num_workers)
@@ -51,7 +56,8 @@ class Paces:
         """The pace of a schedule.
 
         Args:
-            name: one of ours, or a key of ``paci.plan.torch_schedules.TORCH_SCHEDULES``.
+            name: one of ours with its options, or a key of
+                ``paci.plan.torch_schedules.TORCH_SCHEDULES``.
             num_micro_batches: of an update.
 
         Raises:
@@ -60,8 +66,9 @@ class Paces:
         key = name, num_micro_batches
         if key not in self._known:
             schedule = self._schedule(name, num_micro_batches)
-            costs = Costs.by_worker(schedule, _FORWARD_S, _BACKWARD_S)
             ideal_s = num_micro_batches * (_FORWARD_S + _BACKWARD_S)
+            costs = Costs.by_worker(schedule, _FORWARD_S, _BACKWARD_S)
+            costs = dataclasses.replace(costs, link=Link(self._latency * ideal_s))
             self._known[key] = Pace(steady_state(schedule, costs).update_s / ideal_s, "simulated")
         return self._known[key]
 

@@ -57,13 +57,19 @@ def save(result: Mapping[str, Any], folder: Path) -> Path:
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """Rows as a table in Markdown.
+    """Rows as a table in Markdown, without columns of which no row says anything.
 
     Args:
         rows: a row with a ``problem`` says that instead of its figures.
         columns: heading of each, and the format of what stands under it, such as ``{x:.2f}``
             where ``x`` is a key of the rows.
     """
+    told = {
+        heading: form
+        for heading, form in columns.items()
+        if not rows or any(_cell(form, row) for row in rows)
+    }
+    columns = told or columns
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [_cell(form, row) for form in columns.values()]

@@ -100,7 +100,7 @@ def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
     drawn = _widest(rows)
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        if row["schedule"] != "paci":
+        if not _is_ours(row):
             lines.setdefault(row["choice"] or row["schedule"], []).append(row)
     for (label, own), colour in zip(lines.items(), itertools.cycle(_COLOURS), strict=False):
         alone = sorted({(row["num_micro_batches"], row["update_ratio"]) for row in own})
@@ -138,6 +138,10 @@ def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
     save_figure(figure, path)
 
 
+def _is_ours(row: Row) -> bool:
+    return str(row["schedule"]).partition(":")[0] == "paci"
+
+
 def _setting(row: Row) -> tuple[Any, ...]:
     return tuple(row[key] for key in ("optimizer", "precision", "layers", "run_updates", "method"))
 
@@ -146,6 +150,6 @@ def _widest(rows: Sequence[Row]) -> tuple[Any, ...]:
     """The setting that has most numbers of micro-batches; empty if none has a time to a loss."""
     sizes: dict[tuple[Any, ...], set[int]] = {}
     for row in rows:
-        if row["schedule"] != "paci" and "time_ratio" in row:
+        if not _is_ours(row) and "time_ratio" in row:
             sizes.setdefault(_setting(row), set()).add(row["num_micro_batches"])
     return max(sizes, key=lambda each: len(sizes[each]), default=())
