@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import re
@@ -15,6 +16,7 @@ import torch
 from paci.errors import ConfigError
 from paci.models import gpt_config, num_parameters
 from paci.models.estimate import estimate_profile
+from paci.plan.cost import Costs, StageCost
 from paci.plan.given import GivenSchedule
 from paci.plan.profile import (
     DeviceProfile,
@@ -26,13 +28,16 @@ from paci.plan.profile import (
     save_profile,
 )
 from paci.plan.search import explain, search
+from paci.plan.simulate import simulate
 from paci.plan.stage_memory import PolicyCost, channel_bytes
 from paci.plan.stages import Layout
+from paci.plan.steady_state import steady_state
 from paci.runtime.transport.boundary import Form, Spec, notice_of, specs_of
 from paci.runtime.transport.channel import Ends
 from paci.runtime.transport.distributed import Lane, RemoteReceiver
 from paci.runtime.transport.shared_memory import SharedReceiver, SharedSender
 from paci.runtime.weights import lookahead
+from paci.runtime.weights.lookahead import Lookahead
 from paci.runtime.weights.policy_registry import prepare_weight_policies
 from paci.schedule.action import Kind, Message, Payload
 from paci.schedule.base import Schedule
@@ -268,6 +273,27 @@ def test_a_policy_that_looks_ahead_takes_time_and_memory():
     assert (memory.weight_bytes, memory.master_bytes) == (2 * 10 + 10, 10)
 
 
+@pytest.mark.parametrize("jitter", [0.0, 0.1])
+def test_trials_take_their_time_where_they_are_made(jitter: float):
+    """The second stage is the slower: what is shared out hides in the first one's waits."""
+    first = StageCost(4.0, 8.0, trial_s=1.0)
+    shared, placed = (
+        Costs((dataclasses.replace(first, tried=tried), StageCost(5.0, 8.0)), jitter=jitter)
+        for tried in ((), (5,))
+    )
+    trace = simulate(PACI(2, 8), placed, 3)
+    found = [e.trial_s for e in trace.events if e.stage == 0 and e.kind is Kind.FORWARD]
+    assert [k for k, trial_s in enumerate(found) if trial_s] == [5, 13, 21]
+    if jitter:
+        return
+    assert sum(found) == pytest.approx(3 * 8.0)
+    assert steady_state(PACI(2, 8), shared).update_s == pytest.approx(8 * 13.0)
+    assert steady_state(PACI(2, 8), placed).update_s > 8 * 13.0 + 4.0
+    assert steady_state(PACI(2, 8), placed).trial_share == pytest.approx(
+        8.0 / 2 / steady_state(PACI(2, 8), placed).update_s
+    )
+
+
 def test_lookahead_tries_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch):
     tried: list[float] = []
     monkeypatch.setattr(lookahead, "trial_batches", lambda *_: tried.append(0) or iter(()))
@@ -285,6 +311,34 @@ def test_lookahead_tries_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch):
         policies = prepare_weight_policies(spec, plan.schedule)
         said = [policy.cost(plan.schedule, s).trials for s, policy in enumerate(policies)]
         assert len(tried) == 3 * 8 * sum(said)
+
+
+@pytest.mark.parametrize("schedule", ["paci", "paci:slack=1", "1f1b", "paci-v"])
+@pytest.mark.parametrize("spec", ["lookahead", "lookahead:refresh=2", "lookahead:beyond=0"])
+def test_lookahead_tries_where_it_says(schedule: str, spec: str, monkeypatch: pytest.MonkeyPatch):
+    now, tried = [(0, 0)], []
+    before_forward = Lookahead.before_forward
+
+    def told(policy: Lookahead, key: tuple[int, int], delay: int) -> None:
+        now[0] = key
+        before_forward(policy, key, delay)
+
+    monkeypatch.setattr(Lookahead, "before_forward", told)
+    monkeypatch.setattr(lookahead, "trial_batches", lambda *_: tried.append(now[0]) or iter(()))
+    options = {"layers": 2, "width": 16, "heads": 2, "context": 8, "stages": 4}
+    config = TrainConfig(schedule=schedule, weights=spec, flush_first=0.0, **options)
+    plan = make_plan(config, 17)
+    pipeline = make_pipeline(config, plan, torch.device("cpu"))
+    batch = torch.zeros(2, 8, 8, dtype=torch.int64)
+    for _ in range(8):
+        pipeline.step((batch[0], batch[1]))
+    for stage, policy in enumerate(prepare_weight_policies(spec, plan.schedule)):
+        said = policy.cost(plan.schedule, stage)
+        assert [j % 8 for s, j in tried if s == stage and j // 8 == 6] == list(said.tried)
+        assert said.trials == len(said.tried) / 8
+
+
+def test_a_policy_that_need_not_look_ahead_tries_nothing():
     never = prepare_weight_policies("lookahead:beyond=0", OneFOneBFlush(2, 4))[0]
     assert never.cost(OneFOneBFlush(2, 4), 0) == PolicyCost(1, 0, True, 0.0)
 

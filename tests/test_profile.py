@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -93,6 +94,47 @@ def test_one_layer_at_a_time_and_one_of_a_kind():
     assert built == [0, 1, 4]
     assert [layer.name for layer in profile.layers] == list("abcde")
     assert profile.layers[1].forward_s == profile.layers[3].forward_s
+
+
+@pytest.mark.parametrize("num_together", [1, 2, 3])
+def test_layers_in_memory_at_once_are_as_few_as_asked(num_together: int):
+    """They run forwards in order, then backwards in reverse, and are forgotten."""
+    told: list[str] = []
+    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    class Told(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, name):  # type: ignore[no-untyped-def]
+            ctx.name = name
+            told.append(name)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+            told.append(ctx.name.upper())
+            return gradient, None
+
+    class Layer(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+            self.scale = nn.Parameter(torch.ones(()))
+            alive.add(self)
+            assert len(alive) <= num_together
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Told.apply(x * self.scale, self.name)
+
+    profile = profile_layers(
+        [partial(Layer, name) for name in "abc"],
+        torch.randn(2, 4),
+        micro_batch_size=2,
+        num_repeats=1,
+        num_together=num_together,
+    )
+    assert len(profile.layers) == 3
+    assert "".join(told).endswith({1: "cC" * 4, 2: "cC" * 4, 3: "abcCBA" * 4}[num_together])
+    assert ("abBA" * 4 in "".join(told)) == (num_together == 2)
 
 
 def test_layers_that_do_not_fit_are_refused():

@@ -7,6 +7,7 @@ from paci.bench.convergence import Convergence
 from paci.bench.emulate import Emulate
 from paci.bench.memory import Memory
 from paci.bench.overhead import Overhead
+from paci.bench.planned import Planned
 from paci.bench.question import Question
 from paci.bench.race import Race
 from paci.bench.throughput import Throughput
@@ -17,6 +18,7 @@ QUESTIONS: tuple[type[Question], ...] = (
     Emulate,
     Overhead,
     Memory,
+    Planned,
     Trials,
     Convergence,
     Race,

@@ -208,7 +208,7 @@ def race(rank: int, report: Report, racers: Sequence[Racer], folder: Path) -> No
     sampler = Sampler(corpus.train, config.context, config.batch_size, config.seed)
     size = config.batch_size // config.accumulation
     held_out = [
-        _tensors(batch)
+        tensors(batch)
         for batch in validation_batches(corpus.val, config.context, size, config.eval_sequences)
     ]
     tell = report if rank == 0 else _ignore
@@ -217,7 +217,7 @@ def race(rank: int, report: Report, racers: Sequence[Racer], folder: Path) -> No
         tell(Mark(place, 0, 0.0))
         one = racer.open(corpus, rank)
         for update in range(_NUM_WARM):
-            one.update(_tensors(sampler.batch(update)))
+            one.update(tensors(sampler.batch(update)))
         one.drain()
         one.close()
         running.append(racer.open(corpus, rank))
@@ -225,7 +225,7 @@ def race(rank: int, report: Report, racers: Sequence[Racer], folder: Path) -> No
     elapsed_s = [0.0] * len(running)
     ends = [*range(0, config.updates, config.eval_every), config.updates]
     for first, last in itertools.pairwise(ends):
-        batches = [_tensors(sampler.batch(update)) for update in range(first, last)]
+        batches = [tensors(sampler.batch(update)) for update in range(first, last)]
         for place, one in enumerate(running):
             tell(Mark(place, first, elapsed_s[place]))
             dist.barrier()
@@ -233,21 +233,22 @@ def race(rank: int, report: Report, racers: Sequence[Racer], folder: Path) -> No
             for batch in batches:
                 one.update(batch)
             one.drain()
-            elapsed_s[place] += _longest(time.perf_counter() - start_s)
+            elapsed_s[place] += longest_s(time.perf_counter() - start_s)
             loss = one.pipeline.evaluate(held_out)
             tell(Mark(place, last, elapsed_s[place], loss, one.trial_share()))
     for one in running:
         one.close()
 
 
-def _longest(own_s: float) -> float:
-    """Return the longest of all ranks' times in seconds."""
+def longest_s(own_s: float) -> float:
+    """Return the longest of all ranks' times in seconds. All ranks must call it."""
     time_s = torch.tensor(own_s, dtype=torch.float64)
     dist.all_reduce(time_s, dist.ReduceOp.MAX)
     return float(time_s)
 
 
-def _tensors(batch: tuple[Any, Any]) -> Batch:
+def tensors(batch: tuple[Any, Any]) -> Batch:
+    """Return inputs and targets of a sampler as tensors."""
     inputs, targets = batch
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 

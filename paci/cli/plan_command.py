@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paci.errors import ConfigError
-from paci.plan.given import GivenSchedule
 from paci.plan.profile import DeviceProfile, LinkProfile, Profile, load_profile
-from paci.plan.search import Choice, Plan, Weights, explain, search
+from paci.plan.search import Choice, Plan, explain, search
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.registry import make_schedule, schedules
 from paci.train.config import TrainConfig
@@ -91,13 +90,15 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Print the ranked choices."""
+    from paci.train.planning import planned_weights
+
     require_count("devices", options.devices)
     require_count("top", options.top)
     profiles = [_with_machines(profile, options) for profile in _profiles(options)]
     specs = options.schedules.split(",") if options.schedules else [*schedules(), "paci:slack=1"]
     again = {"yes": (True,), "no": (False,), "both": (False, True)}[options.recompute]
     counts = _numbers("use", options.use) if options.use else [options.devices]
-    choose_weights = partial(_weights, _without_recomputation(options.weights))
+    choose_weights = partial(planned_weights, _without_recomputation(options.weights))
     plan = search(profiles, options.batch_size, counts, specs, again, _make, choose_weights)
     if options.json:
         chosen = [choice.to_json() for choice in plan.choices[: options.top]]
@@ -139,20 +140,6 @@ def _without_recomputation(weights: str | None) -> str | None:
             f"weights must be a policy that recomputes nothing, got {weights}; pass --recompute yes"
         )
     return weights
-
-
-def _weights(asked: str | None, schedule: Schedule, recompute: bool) -> Weights:
-    """The policy that ``paci train`` would take, with what it costs."""
-    from paci.runtime.weights.policy_registry import prepare_weight_policies
-    from paci.train.setup import choose_weights
-
-    theirs = isinstance(schedule, GivenSchedule)  # run by another library, which has no policies
-    spec = choose_weights(TrainConfig(weights=None if theirs else asked), schedule)
-    if recompute:
-        spec = "recompute"
-    policies = prepare_weight_policies(spec, schedule)
-    costs = (policy.cost(schedule, stage) for stage, policy in enumerate(policies))
-    return Weights(spec, tuple(costs))
 
 
 def _profiles(options: argparse.Namespace) -> list[Profile]:

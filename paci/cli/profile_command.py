@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from paci.errors import ConfigError
 from paci.schedule.base import require_count
-from paci.train.config import TrainConfig
+from paci.train.config import TrainConfig, load_config
 
 if TYPE_CHECKING:
-    import torch
-
     from paci.models import GPTConfig
     from paci.plan.profile import Profile
 
@@ -26,9 +24,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "profile",
         help="measure layers and links for `paci plan`",
-        description="Measure every layer of a GPT on this device, one at a time, so that the whole "
-        "model need not fit; with --workers also the links between that many processes (under "
-        "torchrun, between hosts). Writes a small JSON file for `paci plan`.",
+        description="Measure every layer of a GPT on this device, a few at a time, so that the "
+        "whole model need not fit, and what an action takes of the runtime itself; with --workers "
+        "also the links between that many processes (under torchrun, between hosts). Writes a "
+        "small JSON file for `paci plan`.",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the profile")
     parser.add_argument("--size", default="tiny", metavar="NAME", help="preset, as in train (tiny)")
@@ -38,6 +37,13 @@ def add_parser(commands: Any) -> None:
         "--micro-batch-size", type=int, default=4, metavar="N", help="sequences (4)"
     )
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="for medians (5)")
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=4,
+        metavar="N",
+        help="most layers in memory at once; 1 if two do not fit (4)",
+    )
     parser.add_argument("--every", action="store_true", help="measure each block, not only one")
     parser.add_argument(
         "--workers",
@@ -60,7 +66,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Measure here, or start the workers that do."""
-    for name in ("micro_batch_size", "repeats", "workers", "threads"):
+    for name in ("micro_batch_size", "repeats", "together", "workers", "threads"):
         require_count(name, getattr(options, name))
     if not Path(options.out).resolve().parent.is_dir():
         raise ConfigError(
@@ -82,10 +88,15 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
-def _config(options: argparse.Namespace) -> GPTConfig:
+def _config(options: argparse.Namespace) -> tuple[TrainConfig, GPTConfig]:
+    """What would be trained: one micro-batch at a time."""
     from paci.models import gpt_config
 
-    return gpt_config(options.size, vocab_size=options.vocab, context=options.context)
+    names = ("size", "context", "optimizer", "device", "threads")
+    training = {name: getattr(options, name) for name in names}
+    training |= {"batch_size": options.micro_batch_size, "accumulation": 1}
+    model = gpt_config(options.size, vocab_size=options.vocab, context=options.context)
+    return load_config(None, training), model
 
 
 def _measured(options: argparse.Namespace) -> Profile | None:
@@ -93,76 +104,37 @@ def _measured(options: argparse.Namespace) -> Profile | None:
     import torch
     import torch.distributed as dist
 
-    from paci.runtime.observation.links import measure_links
     from paci.train.launch import end_with_launcher
+    from paci.train.planning import profile_gpt, profile_runtime
     from paci.train.run import connect
     from paci.train.setup import choose_device
 
     torch.set_num_threads(options.threads)
-    config = TrainConfig(device=options.device, optimizer=options.optimizer)
+    config, model = _config(options)
     device = choose_device(config)
+    measure = partial(
+        profile_gpt,
+        config,
+        model,
+        device,
+        num_repeats=options.repeats,
+        num_together=options.together,
+        every=options.every,
+    )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _measured_layers(options, config, device)
+        return measure().model_copy(update=profile_runtime(config, model, device))
     end_with_launcher()
     connect(config, device)
-    links, rank = measure_links(device), dist.get_rank()
+    changed, rank = profile_runtime(config, model, device), dist.get_rank()
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     dist.destroy_process_group()  # nobody waits for another: it may take long
     # All at once, as they will compute: workers of one host share its caches and its memory.
-    profile = _measured_layers(options, config, device)
+    profile = measure()
     if rank > 0:
         return None
-    changed: dict[str, Any] = {"links": links}
     if len(set(hosts)) > 1:
         changed["transport"] = "group"
-    return profile.model_copy(update=changed)
-
-
-def _measured_layers(
-    options: argparse.Namespace, training: TrainConfig, device: torch.device
-) -> Profile:
-    import torch
-    from torch.nn import functional
-
-    from paci.data.tokenizer import tokenizer_spec
-    from paci.models.gpt import build_layer
-    from paci.runtime.observation.layer_times import profile_layers
-    from paci.runtime.transport.shared_memory import AVAILABLE
-    from paci.train.setup import make_optimizer
-
-    config = _config(options)
-    shape = (options.micro_batch_size, options.context)
-    tokens = torch.randint(config.vocab_size, shape, device=device)
-
-    def loss(logits: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-
-    def optimizer(layer: torch.nn.Module) -> torch.optim.Optimizer:
-        # Names as within a stage, by which Muon's matrices are known.
-        return make_optimizer(training, torch.nn.Sequential(layer))
-
-    names = ["embedding", *(f"block {k}" for k in config.layer_range[1:-1]), "head"]
-    kinds = names if options.every else ["embedding", *["block"] * config.num_layers, "head"]
-    profile = profile_layers(
-        [partial(build_layer, config, layer, 0, device) for layer in config.layer_range],
-        tokens,
-        micro_batch_size=options.micro_batch_size,
-        loss_fn=loss,
-        make_optimizer=optimizer,
-        names=names,
-        kinds=kinds,
-        num_repeats=options.repeats,
-    )
-    train: dict[str, Any] = {"size": options.size, "context": options.context}
-    # Layers are built, and run, in fp32.
-    train |= {"precision": "fp32", "optimizer": training.optimizer}
-    tokenizer = tokenizer_spec(config.vocab_size)
-    if tokenizer is not None:
-        train["tokenizer"] = tokenizer
-    about = profile.about | {"threads": options.threads, "vocab": options.vocab}
-    transport = "shared" if device.type == "cpu" and AVAILABLE else "group"
-    changed = {"train": train, "about": about, "transport": transport}
     return profile.model_copy(update=changed)
 
 
@@ -179,6 +151,8 @@ def _table(profile: Profile) -> str:
         if numbers != shown:
             lines.append(f"{layer.name:<14} {numbers}")
         shown = numbers
+    if profile.overhead_s:
+        lines.append(f"the runtime's own: {profile.overhead_s * 1e6:.0f} us an action")
     for place, link in enumerate(profile.links):
         lines.append(
             f"link {place} to {place + 1}: {link.latency_s * 1e6:.1f} us, "

@@ -43,6 +43,8 @@ class StageCost:
             the whole.
         update_s: seconds of an optimizer update.
         trial_s: mean seconds of trial steps before a forward, under a policy that looks ahead.
+        tried: positions within an update, from 0, of the forwards that make them; if empty, all
+            make equal shares of them.
         activation_bytes: bytes that a forward sends to the next stage.
         gradient_bytes: bytes that a backward sends to the stage before.
     """
@@ -55,14 +57,24 @@ class StageCost:
     activation_bytes: float = 0.0
     gradient_bytes: float = 0.0
     trial_s: float = 0.0
+    tried: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for each in fields(self):
+            if each.name == "tried":
+                continue
             if each.default is not None or getattr(self, each.name) is not None:
                 require_amount(each.name, getattr(self, each.name))
 
+    def trial_before_s(self, micro_batch: int, accumulation: int) -> float:
+        """Return the seconds of the trials before the forward of a micro-batch, counted from 0."""
+        if not self.tried:
+            return self.trial_s
+        is_tried = micro_batch % accumulation in self.tried
+        return self.trial_s * accumulation / len(self.tried) if is_tried else 0.0
+
     def trial_share(self, kind: Kind) -> float:
-        """Return the share of the seconds of ``kind`` that trials take."""
+        """Return the share of the seconds of ``kind`` that trials take, in the mean."""
         return self.trial_s / self.seconds(kind) if kind is Kind.FORWARD and self.trial_s else 0.0
 
     def seconds(self, kind: Kind) -> float:
@@ -267,6 +279,8 @@ class Draws:
             num = num_updates if kind is Kind.UPDATE else num_micro_batches
             fixed = np.array([stage.seconds(kind) for stage in costs.stages])
             self.seconds[kind] = self._vary(fixed, num, place)
+        if any(stage.trial_s and stage.tried for stage in costs.stages):
+            self._place_trials(schedule.accumulation)
         for each in costs.slow:
             self._slow_down(each, schedule)
         worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
@@ -283,6 +297,18 @@ class Draws:
         spread = self.costs.jitter**2
         factors = self._generator(place).gamma(1 / spread, spread, size=shape[::-1])
         return fixed[:, None] * factors.T
+
+    def _place_trials(self, accumulation: int) -> None:
+        """Lengthen the forwards that make trials, and shorten the others to what is theirs."""
+        found = self.seconds[Kind.FORWARD].copy()
+        for own_s, cost in zip(found, self.costs.stages, strict=True):
+            one_update = [
+                cost.forward_s + cost.trial_before_s(j, accumulation) for j in range(accumulation)
+            ]
+            if cost.trial_s:
+                own_s *= np.resize(one_update, len(own_s)) / cost.seconds(Kind.FORWARD)
+        self.seconds[Kind.FORWARD] = found
+        self.vary = True
 
     def _slow_down(self, slow: Slow, schedule: Schedule) -> None:
         if slow.worker >= schedule.num_workers:

@@ -89,6 +89,7 @@ class Profile(_Part):
         micro_batch_size: sequences (or samples) of the micro-batch that was measured.
         input_bytes: bytes of the input of the first layer.
         jitter: coefficient of variation of computing times.
+        overhead_s: seconds of each action that are the runtime's own and no layer's.
         links: links between workers 0 and 1, 1 and 2, and so on; the last one also stands for all
             later ones.
         devices: devices of workers 0, 1, ...; the last one also stands for all later ones.
@@ -102,6 +103,7 @@ class Profile(_Part):
     micro_batch_size: Annotated[int, Field(ge=1)]
     input_bytes: Size = 0
     jitter: Annotated[float, Field(ge=0.0, le=10.0, allow_inf_nan=False)] = 0.0
+    overhead_s: Duration = 0.0
     links: tuple[LinkProfile, ...] = ()
     devices: tuple[DeviceProfile, ...] = ()
     transport: Literal["shared", "group"] = "group"

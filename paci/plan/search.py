@@ -195,18 +195,19 @@ def search(
     return Plan(tuple(sorted(choices, key=rank)), tuple(refused))
 
 
-def price(layout: Layout, spec: str, weights: str) -> Choice:
+def price(layout: Layout, spec: str, weights: str, cut: tuple[range, ...] | None = None) -> Choice:
     """Cut a model into stages for a schedule, and predict its time and memory.
 
     Args:
         layout: the model, the schedule, and the costs of the weight policy.
         spec: the schedule's name and options.
         weights: name and options of the weight policy.
+        cut: the layers of each stage; by default the best.
 
     Raises:
         ConfigError: there are fewer layers than stages, or the model does not fit the memory.
     """
-    cut, schedule = layout.cut(), layout.schedule
+    cut, schedule = cut or layout.cut(), layout.schedule
     costs = layout.costs(cut)
     met = list(itertools.islice(stage_versions(schedule, 0), _num_met(schedule)))
     settled = met[len(met) // 2 :]

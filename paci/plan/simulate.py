@@ -42,7 +42,10 @@ def simulate(schedule: Schedule, costs: Costs, num_updates: int) -> Trace:
         kind, stage, j = action
         nth = j // schedule.accumulation if kind is Kind.UPDATE else j
         start_s, end_s = clock.lay_out(action, float(draws.seconds[kind][stage, nth]))
-        trial_s = (end_s - start_s) * costs.stages[stage].trial_share(kind)
+        trial_s = 0.0
+        if kind is Kind.FORWARD and costs.stages[stage].trial_s:
+            own_s = costs.stages[stage].trial_before_s(j, schedule.accumulation)
+            trial_s = (end_s - start_s) * own_s / (own_s + costs.stages[stage].forward_s)
         worker, version = worker_of[stage], versions[stage]
         events.append(Event(worker, stage, j, kind, start_s, end_s, version, trial_s))
         versions[stage] += kind is Kind.UPDATE

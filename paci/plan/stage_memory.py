@@ -33,12 +33,15 @@ class PolicyCost(NamedTuple):
         num_full: further copies in the masters' dtype, the masters themselves not counted.
         separate: whether masters are kept besides working weights even if the dtype is the same.
         trials: mean number of trial steps of the optimizer before a forward.
+        tried: positions within an update, from 0, of the forwards that make them; if empty, all
+            make equal shares of them.
     """
 
     num_working: int = 1
     num_full: int = 0
     separate: bool = False
     trials: float = 0.0
+    tried: tuple[int, ...] = ()
 
     def weight_bytes(self, working: int, full: int) -> int:
         """Return the bytes of all copies, without masters that are kept besides them.

@@ -95,6 +95,7 @@ class Layout:
             activation_bytes=self._boundary_bytes(end) if end < len(self.profile.layers) else 0,
             gradient_bytes=self._boundary_bytes(start) if start else 0,
             trial_s=trials_s,
+            tried=self._policy(stage).tried,
         )
 
     def costs(self, cut: tuple[range, ...], seed: int = 0) -> Costs:
@@ -113,7 +114,13 @@ class Layout:
                     max(each.jitter_s for each in between),
                 )
                 links[low, high] = links[high, low] = link
-        return Costs(stages, links=links, jitter=self.profile.jitter, seed=seed)
+        return Costs(
+            stages,
+            links=links,
+            jitter=self.profile.jitter,
+            seed=seed,
+            overhead_s=self.profile.overhead_s,
+        )
 
     def cut(self) -> tuple[range, ...]:
         """Return the contiguous cut whose slowest stage is fastest, within the devices' memory.

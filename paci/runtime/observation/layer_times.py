@@ -1,16 +1,19 @@
-"""Measure what each layer of a model costs on a device, one layer at a time.
+"""Measure what each layer of a model costs on a device, a few layers at a time.
 
-Only one layer is in memory at once, so a model that fits no device can be profiled on one. The
-planner needs the seconds of a forward, a backward, a backward to the input alone, an update and a
-trial step, and the bytes of weights, gradients, optimizer state and activations kept for the
-backward.
+Only a few layers are in memory at once, so a model that fits no device can be profiled on one. They
+are measured as they run within a stage: forwards through all of them in order, backwards in reverse
+order, gradients added up. The planner needs the seconds of a forward, a backward, a backward to the
+input alone, an update and a trial step, and the bytes of weights, gradients, optimizer state and
+activations kept for the backward.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +30,9 @@ from paci.schedule.base import require_count
 
 BuildLayer = Callable[[], nn.Module]
 MakeOptimizer = Callable[[nn.Module], Optimizer]
-_NUM_WARM_UP = 2
+Gradients = tuple[Tensor | None, ...]
+_NUM_WARM_UP = 2  # passes
+_PASSES = 3  # of a repeat
 
 
 def _adamw(layer: nn.Module) -> Optimizer:
@@ -44,8 +49,9 @@ def profile_layers(
     names: Sequence[str] | None = None,
     kinds: Sequence[str] | None = None,
     num_repeats: int = 5,
+    num_together: int = 4,
 ) -> Profile:
-    """Measure layers one after the other; the outputs of one are the inputs of the next.
+    """Measure layers; the outputs of one are the inputs of the next that is measured.
 
     Args:
         layers: functions that each make one layer, on the device to be measured. An
@@ -57,29 +63,36 @@ def profile_layers(
         names: the name of each layer; by default ``layer 0``, ``layer 1`` and so on.
         kinds: the kind of each layer; only the first layer of each kind is measured, the others are
             taken to be like it. By default each layer is a kind of its own.
-        num_repeats: number of timed runs, of which the median is taken.
+        num_repeats: number of repeats, of which the median is taken; each is the mean of three
+            passes. Means are what adds up to the time of an update: on a busy machine a median
+            leaves out what delays only some passes.
+        num_together: most layers in memory at once. One that runs alone finds its weights and
+            inputs in the caches, in which a small model's times are too short; pass 1 if two do
+            not fit.
 
     Raises:
         ConfigError: there is no layer, or a layer cannot take the outputs of the one before it.
     """
     require_count("num_repeats", num_repeats)
+    require_count("num_together", num_together)
     require_count("micro_batch_size", micro_batch_size)
     if not layers:
         raise ConfigError("a model must have at least one layer, got none; pass a list of them")
     flowing = as_tensors(inputs, "the inputs of the first layer")
+    places = range(len(layers))
+    kind_of = list(kinds) if kinds else [str(place) for place in places]
+    name_of = list(names) if names else [f"layer {place}" for place in places]
+    measured = [place for place in places if kind_of.index(kind_of[place]) == place]
     known: dict[str, LayerProfile] = {}
-    found: list[LayerProfile] = []
-    for place, build in enumerate(layers):
-        name = names[place] if names else f"layer {place}"
-        kind = kinds[place] if kinds else str(place)
-        if kind in known:
-            found.append(known[kind].model_copy(update={"name": name}))
-            continue
-        is_last = place == len(layers) - 1
-        bench = _Bench(build(), flowing, loss_fn if is_last else None, name)
-        measured, flowing = bench.measure(make_optimizer, num_repeats)
-        found.append(measured)
-        known[kind] = measured
+    for first in range(0, len(measured), num_together):
+        few = measured[first : first + num_together]
+        made = (
+            _Bench(layers[k](), loss_fn if k == places[-1] else None, name_of[k], make_optimizer)
+            for k in few
+        )
+        profiles, flowing = _measure(made, flowing, num_repeats)
+        known |= zip((kind_of[place] for place in few), profiles, strict=True)
+    found = (known[kind].model_copy(update={"name": name_of[k]}) for k, kind in enumerate(kind_of))
     return Profile(
         layers=tuple(found),
         micro_batch_size=micro_batch_size,
@@ -88,57 +101,146 @@ def profile_layers(
     )
 
 
+def _measure(
+    made: Iterable[_Bench], inputs: Tensors, num_repeats: int
+) -> tuple[list[LayerProfile], Tensors]:
+    """Measure consecutive layers, which are made here and forgotten at the end.
+
+    Returns:
+        The costs of each, and the outputs of the last.
+    """
+    benches: list[_Bench] = []
+    flowing = inputs
+    for bench in made:
+        flowing = bench.look(flowing)
+        benches.append(bench)
+    for number in range(_NUM_WARM_UP + num_repeats * _PASSES):
+        for to_input in (True, False):
+            _pass(benches, inputs, to_input=to_input, is_timed=number >= _NUM_WARM_UP)
+    return [bench.profile() for bench in benches], flowing
+
+
+def _pass(benches: Sequence[_Bench], inputs: Tensors, *, to_input: bool, is_timed: bool) -> None:
+    """Run layers forwards and, in reverse order, backwards.
+
+    Args:
+        benches: the layers.
+        inputs: of the first.
+        to_input: compute gradients of inputs alone, and update nothing.
+        is_timed: whether the times count.
+    """
+    flowing = inputs
+    for bench in benches:
+        flowing = bench.forward(flowing)
+    gradients: Gradients = tuple(torch.ones_like(each) for each in flowing)
+    for bench in reversed(benches):
+        gradients = bench.backward_input(gradients) if to_input else bench.backward(gradients)
+    for bench in benches:
+        if not to_input:
+            bench.update()
+        bench.end(is_timed)
+
+
 class _Bench:
-    """A layer and the inputs that it is measured with."""
+    """A layer that is measured, with its optimizer."""
 
     def __init__(
-        self, layer: nn.Module, inputs: Tensors, loss_fn: Callable[[Any], Tensor] | None, name: str
+        self,
+        layer: nn.Module,
+        loss_fn: Callable[[Any], Tensor] | None,
+        name: str,
+        make_optimizer: MakeOptimizer,
     ) -> None:
         self._layer = layer
         self._loss_fn = loss_fn
         self._name = name
-        self._inputs = tuple(
-            each.detach().clone().requires_grad_(each.is_floating_point()) for each in inputs
-        )
-        self._device = self._inputs[0].device
         self._parameters = [each for each in layer.parameters() if each.requires_grad]
+        self._optimizer = make_optimizer(layer) if self._parameters else None
+        self._inputs: Tensors = ()
+        self._outputs: Tensors = ()
+        self._times: dict[str, float] = {}
+        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
 
-    def measure(
-        self, make_optimizer: MakeOptimizer, num_repeats: int
-    ) -> tuple[LayerProfile, Tensors]:
-        """Measure the layer's costs; return them and the layer's outputs."""
-        kept_bytes, outputs = self._kept()
-        handed_on = tuple(each.detach() for each in outputs)
-        parts = "forward", "backward", "input", "trial", "update"
-        seconds: dict[str, list[float]] = {part: [] for part in parts}
-        optimizer = make_optimizer(self._layer) if self._parameters else None
-        del outputs
-        for repeat in range(_NUM_WARM_UP + num_repeats):
-            times = self._times(optimizer)
-            if repeat >= _NUM_WARM_UP:
-                for key, value in times.items():
-                    seconds[key].append(value)
-        median = {key: statistics.median(values) for key, values in seconds.items() if values}
-        backward_s = median.get("backward", 0.0)
-        input_s = min(median["input"], backward_s) if "input" in median else None
-        state = [] if optimizer is None else list(optimizer.state.values())
-        profile = LayerProfile(
+    def look(self, inputs: Tensors) -> Tensors:
+        """Count the bytes of a forward; return the layer's outputs, detached."""
+        made: list[Tensors] = []
+
+        def run() -> Tensors:
+            made.append(self.forward(inputs))
+            return ()
+
+        # Weights are left out, and each storage counts once.
+        self._kept_bytes = kept_by_forward(self._layer, run).activation_bytes
+        self._output_bytes = 0 if self._loss_fn else _num_bytes(made[0])
+        self.end(is_timed=False)
+        return made[0]
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        """Run forward; return the outputs, detached."""
+        self._device = inputs[0].device
+        self._inputs = tuple(
+            each.detach().requires_grad_(each.is_floating_point()) for each in inputs
+        )
+        with self._timed("forward"):
+            self._outputs = self._run()
+        return tuple(each.detach() for each in self._outputs)
+
+    def backward(self, gradients: Gradients) -> Gradients:
+        """Run the whole backward; return the gradients of the inputs."""
+        ends, given = self._ends(gradients)
+        if ends:
+            with self._timed("backward"):
+                torch.autograd.backward(ends, given)
+        return tuple(each.grad for each in self._inputs)
+
+    def backward_input(self, gradients: Gradients) -> Gradients:
+        """Compute and return the gradients of the inputs alone."""
+        ends, given = self._ends(gradients)
+        leaves = [each for each in self._inputs if each.requires_grad]
+        if not ends or not leaves:
+            return (None,) * len(self._inputs)
+        with self._timed("input"):
+            found = iter(torch.autograd.grad(ends, leaves, given, allow_unused=True))
+        return tuple(next(found) if each.requires_grad else None for each in self._inputs)
+
+    def update(self) -> None:
+        """Make a trial step and an update. Gradients stay, for those of the next pass to be added
+        to, as all but the first of an update's are."""
+        if self._optimizer is None:
+            return
+        with self._timed("trial"):
+            self._try(self._optimizer)
+        with self._timed("update"):
+            self._optimizer.step()
+
+    def end(self, is_timed: bool) -> None:
+        """Forget what a pass has made; keep its times if they count."""
+        for part, time_s in self._times.items() if is_timed else ():
+            self._seconds[part].append(time_s)
+        self._times, self._inputs, self._outputs = {}, (), ()
+
+    def profile(self) -> LayerProfile:
+        """Return the layer's costs."""
+        times = {part: _median_of_means(values) for part, values in self._seconds.items()}
+        backward_s = times.get("backward", 0.0)
+        input_s = min(times["input"], backward_s) if "input" in times else None
+        state = [] if self._optimizer is None else list(self._optimizer.state.values())
+        return LayerProfile(
             name=self._name,
-            forward_s=median["forward"],
+            forward_s=times["forward"],
             backward_s=backward_s,
             backward_input_s=input_s,
-            update_s=median.get("update", 0.0),
-            trial_s=median.get("trial", 0.0),
+            update_s=times.get("update", 0.0),
+            trial_s=times.get("trial", 0.0),
             weight_bytes=_num_bytes((*self._layer.parameters(), *self._layer.buffers())),
             gradient_bytes=_num_bytes(self._parameters),
             optimizer_bytes=sum(
                 _num_bytes(each for each in values.values() if isinstance(each, Tensor))
                 for values in state
             ),
-            kept_bytes=kept_bytes,
-            output_bytes=0 if self._loss_fn else _num_bytes(handed_on),
+            kept_bytes=self._kept_bytes,
+            output_bytes=self._output_bytes,
         )
-        return profile, handed_on
 
     def _run(self) -> Tensors:
         try:
@@ -152,53 +254,14 @@ class _Bench:
             made = self._loss_fn(made)
         return as_tensors(made, f"the output of {self._name}")
 
-    def _kept(self) -> tuple[int, Tensors]:
-        """Return the bytes that one forward keeps for its backward, and the forward's outputs.
-
-        Weights are left out, and each storage counts once.
-        """
-        made: list[Tensors] = []
-
-        def run() -> Tensors:
-            made.append(self._run())
-            return ()
-
-        return kept_by_forward(self._layer, run).activation_bytes, made[0]
-
-    def _times(self, optimizer: Optimizer | None) -> dict[str, float]:
-        """Measure the seconds of one forward, backward, input backward, trial step and update.
-
-        Returns:
-            Seconds by ``forward``, ``backward``, ``input``, ``trial`` and ``update``, without those
-                that the layer does not have.
-        """
-        times: dict[str, float] = {}
-        start = self._now()
-        outputs = self._run()
-        times["forward"] = self._now() - start
-        ends = tuple(each for each in outputs if each.requires_grad)
-        if not ends:
-            return times
-        gradients = tuple(torch.ones_like(each) for each in ends)
-        leaves = tuple(each for each in self._inputs if each.requires_grad)
-        if leaves:
-            start = self._now()
-            torch.autograd.grad(ends, leaves, gradients, retain_graph=True, allow_unused=True)
-            times["input"] = self._now() - start
-        start = self._now()
-        torch.autograd.backward(ends, gradients)
-        times["backward"] = self._now() - start
-        if optimizer is not None:
-            start = self._now()
-            self._try(optimizer)
-            times["trial"] = self._now() - start
-            start = self._now()
-            optimizer.step()
-            times["update"] = self._now() - start
-            optimizer.zero_grad()
-        for each in leaves:
-            each.grad = None
-        return times
+    def _ends(self, gradients: Gradients) -> tuple[Tensors, Tensors]:
+        """Return the outputs that a backward starts from, and their gradients."""
+        pairs = [
+            (output, torch.zeros_like(output) if gradient is None else gradient)
+            for output, gradient in zip(self._outputs, gradients, strict=True)
+            if output.requires_grad
+        ]
+        return tuple(output for output, _ in pairs), tuple(gradient for _, gradient in pairs)
 
     @torch.no_grad()
     def _try(self, optimizer: Optimizer) -> None:
@@ -207,10 +270,22 @@ class _Bench:
             working = parameter.clone()
             working.copy_(step.mul_(1.0).add_(parameter))
 
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start_s = self._now()
+        yield
+        self._times[part] = self._now() - start_s
+
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
+
+
+def _median_of_means(values: Sequence[float]) -> float:
+    """Return the median of the means of ``_PASSES`` values in a row each."""
+    parts = (values[k : k + _PASSES] for k in range(0, len(values), _PASSES))
+    return statistics.median(map(statistics.fmean, parts))
 
 
 def _num_bytes(tensors: Any) -> int:

@@ -19,8 +19,9 @@ from paci.optim.trial import trial_batches
 from paci.runtime.weights.policy import Key, WeightPolicy
 from paci.runtime.weights.shards import local
 from paci.runtime.weights.stage_weights import StageWeights
+from paci.schedule.action import SENDS_GRADIENT, Kind
 from paci.schedule.base import Schedule, require_count
-from paci.schedule.versions import steady_update
+from paci.schedule.versions import steady_update, updates_to_settle
 
 _TRIALS = 4  # of an update whose micro-batches are all late, about
 
@@ -131,22 +132,32 @@ class Lookahead(WeightPolicy):
         trials = math.ceil(_TRIALS * num_late / len(delays)) or int(schedule.flushes)
         return math.ceil(len(delays) / (trials + 1)) if trials else math.inf
 
-    def trials(self, schedule: Schedule, stage: int) -> float:
-        """Return the mean number of trial steps before a forward.
-
-        It counts them for forwards in order of their delay, each followed by one backward.
-        """
-        delays = _delays(schedule, stage)
-        every = self._backwards_between(schedule, delays)
-        number, ahead, age, has_step = 0, 0.0, 0, True
-        for delay in sorted(delays):
-            wanted = self._steps_ahead(delay)
-            way = _way(has_step, ahead, wanted, age >= every)
-            number += way is _Way.TRY
-            if way in (_Way.REPEAT, _Way.TRY):
-                age = 0
-            ahead, age, has_step = wanted, age + 1, False
-        return number / len(delays)
+    def tried(self, schedule: Schedule, stage: int) -> tuple[int, ...]:
+        """Return which forwards of an update make a trial: the program is walked to there."""
+        every = self._backwards_between(schedule, _delays(schedule, stage))
+        last = updates_to_settle(schedule)
+        ahead, age, has_step, version = 0.0, 0, False, 0
+        found = []
+        for kind, where, j in schedule.program(schedule.worker_of(stage)):
+            if where != stage:
+                continue
+            if kind is Kind.UPDATE:
+                has_step, version = True, version + 1
+                if version > last:
+                    break
+            elif kind is Kind.FORWARD:
+                update, position = divmod(j, schedule.accumulation)
+                wanted = self._steps_ahead(update - version)
+                way = _way(has_step, ahead, wanted, age >= every)
+                if way is _Way.TRY and update == last:
+                    found.append(position)
+                age = age if way in (_Way.STAY, _Way.STRETCH) else 0
+                ahead, has_step = wanted, False
+            else:
+                if has_step:
+                    ahead, age, has_step = 0.0, 0, False
+                age += kind in SENDS_GRADIENT
+        return tuple(found)
 
     def attach(
         self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule

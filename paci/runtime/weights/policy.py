@@ -85,18 +85,19 @@ class WeightPolicy(abc.ABC):
         """
         return num_versions if self.consistent else 1, 0
 
-    def trials(self, schedule: Schedule, stage: int) -> float:
-        """Return the mean number of trial steps (``paci.optim.trial``) before a forward.
+    def tried(self, schedule: Schedule, stage: int) -> tuple[int, ...]:
+        """Return which forwards make a trial step (``paci.optim.trial``) before they run.
 
-        It is that of ``stage`` in steady state.
+        It is that of ``stage`` in steady state: positions within an update, from 0.
         """
-        return 0.0
+        return ()
 
     def cost(self, schedule: Schedule, stage: int) -> PolicyCost:
         """Return what ``stage`` pays for this policy in steady state."""
         num_versions = peak_versions(schedule, stage, updates_to_settle(schedule))
-        trials = self.trials(schedule, stage)
-        return PolicyCost(*self.num_copies(num_versions), self.separate, trials)
+        tried = self.tried(schedule, stage)
+        trials = len(tried) / schedule.accumulation
+        return PolicyCost(*self.num_copies(num_versions), self.separate, trials, tried)
 
     def attach(
         self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule

@@ -1,0 +1,116 @@
+"""What planning asks of training: the measured layers of a GPT, and the weight policy of a run."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from paci.data.tokenizer import tokenizer_spec
+from paci.models import GPTConfig
+from paci.models.gpt import build_layer
+from paci.plan.given import GivenSchedule
+from paci.plan.profile import Profile
+from paci.plan.search import Weights
+from paci.runtime.observation.layer_times import profile_layers
+from paci.runtime.observation.links import measure_links
+from paci.runtime.own_time import measure_overhead
+from paci.runtime.transport.shared_memory import AVAILABLE
+from paci.runtime.weights.policy_registry import prepare_weight_policies
+from paci.schedule.base import Schedule
+from paci.train.config import TrainConfig
+from paci.train.setup import choose_weights, make_optimizer
+
+
+def profile_gpt(
+    config: TrainConfig,
+    model: GPTConfig,
+    device: torch.device,
+    *,
+    num_repeats: int = 5,
+    num_together: int = 4,
+    every: bool = False,
+) -> Profile:
+    """Measure the layers of a GPT in fp32: a profile without what ``profile_runtime`` finds.
+
+    Args:
+        config: of the training; the micro-batch, the optimizer and the number of threads are its.
+        model: of the whole model.
+        device: to measure on.
+        num_repeats: number of timed runs, of which the median is taken.
+        num_together: most layers in memory at once.
+        every: measure each block; if False one stands for all.
+    """
+    micro_batch_size = config.batch_size // config.accumulation
+    tokens = torch.randint(model.vocab_size, (micro_batch_size, config.context), device=device)
+
+    def loss(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+
+    def optimizer(layer: nn.Module) -> Optimizer:
+        # Names as within a stage, by which Muon's matrices are known.
+        return make_optimizer(config, nn.Sequential(layer))
+
+    names = ["embedding", *(f"block {k}" for k in model.layer_range[1:-1]), "head"]
+    kinds = names if every else ["embedding", *["block"] * model.num_layers, "head"]
+    profile = profile_layers(
+        [partial(build_layer, model, layer, 0, device) for layer in model.layer_range],
+        tokens,
+        micro_batch_size=micro_batch_size,
+        loss_fn=loss,
+        make_optimizer=optimizer,
+        names=names,
+        kinds=kinds,
+        num_repeats=num_repeats,
+        num_together=num_together,
+    )
+    train: dict[str, Any] = {"size": config.size, "context": config.context}
+    # Layers are built, and run, in fp32.
+    train |= {"precision": "fp32", "optimizer": config.optimizer}
+    tokenizer = tokenizer_spec(model.vocab_size)
+    if tokenizer is not None:
+        train["tokenizer"] = tokenizer
+    about = profile.about | {"threads": config.threads, "vocab": model.vocab_size}
+    transport = "shared" if device.type == "cpu" and AVAILABLE else "group"
+    changed = {"train": train, "about": about, "transport": transport}
+    return profile.model_copy(update=changed)
+
+
+def profile_runtime(config: TrainConfig, model: GPTConfig, device: torch.device) -> dict[str, Any]:
+    """Measure what is no layer's: the links between ranks, and the runtime's own time.
+
+    All ranks must call it, if torch.distributed is initialized. On CUDA the runtime's own time
+    counts as none: the device computes meanwhile.
+
+    Returns:
+        Fields of a ``Profile``; without links, if there is one process.
+    """
+    found: dict[str, Any] = {}
+    if dist.is_initialized():
+        found["links"] = measure_links(device)
+    if device.type == "cpu":
+        rows = config.batch_size // config.accumulation * config.context
+        found["overhead_s"] = measure_overhead(4 * rows * model.width, config.timeout)
+    return found
+
+
+def planned_weights(asked: str | None, schedule: Schedule, recompute: bool) -> Weights:
+    """Return the policy that ``paci train`` would take, with what it costs.
+
+    Args:
+        asked: the policy that is asked for, with its options; None for the trainer's own choice.
+        schedule: the schedule to run.
+        recompute: whether backwards recompute their forward, which is a policy itself.
+    """
+    theirs = isinstance(schedule, GivenSchedule)  # run by another library, which has no policies
+    spec = choose_weights(TrainConfig(weights=None if theirs else asked), schedule)
+    if recompute:
+        spec = "recompute"
+    policies = prepare_weight_policies(spec, schedule)
+    costs = (policy.cost(schedule, stage) for stage, policy in enumerate(policies))
+    return Weights(spec, tuple(costs))
