@@ -91,7 +91,7 @@ _ALL = """
 
 
 # Benchmarks whose tables stand in convergence.md.
-_SWEEPS_DRAWN = ("convergence-muon", "convergence-adamw", "convergence-stages")
+_SWEEPS_DRAWN = ("convergence-long", "convergence-adamw")
 _OF_LEARNING = ("convergence", "time-to-accuracy", "race")
 
 

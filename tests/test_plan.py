@@ -254,15 +254,22 @@ def test_only_messages_between_workers_need_memory():
 
 def test_a_policy_that_looks_ahead_takes_time_and_memory():
     layer = LayerProfile(
-        forward_s=1, backward_s=2, trial_s=4, weight_bytes=10, master_bytes=20, update_s=8
+        forward_s=1,
+        backward_s=2,
+        trial_s=4,
+        copy_s=0.5,
+        weight_bytes=10,
+        master_bytes=20,
+        update_s=8,
     )
     light = layer.model_copy(update={"trial_s": 0})
     profile = Profile(layers=(layer, light, light, light, light), micro_batch_size=1)
     schedule = PACI(2, 8)
-    policy = PolicyCost(2, 1, separate=True, trials=0.5)
+    policy = PolicyCost(2, 1, separate=True, trials=0.5, passes=3)
     plain, ahead = Layout(profile, schedule), Layout(profile, schedule, policies=(policy,) * 2)
     costs = [each.stage_cost(1, 0, 2) for each in (plain, ahead)]
     assert [(cost.seconds(Kind.FORWARD), cost.trial_s) for cost in costs] == [(2, 0), (4, 2)]
+    assert [cost.update_s for cost in costs] == [16, 16 + 2 * 3 * 0.5]
     slow = Layout(profile, schedule, policies=(policy._replace(trials=2.5),) * 2)
     cuts = [[len(stage) for stage in layout.cut()] for layout in (plain, ahead, slow)]
     assert cuts == [[2, 3], [2, 3], [1, 4]]
@@ -340,7 +347,7 @@ def test_lookahead_tries_where_it_says(schedule: str, spec: str, monkeypatch: py
 
 def test_a_policy_that_need_not_look_ahead_tries_nothing():
     never = prepare_weight_policies("lookahead:beyond=0", OneFOneBFlush(2, 4))[0]
-    assert never.cost(OneFOneBFlush(2, 4), 0) == PolicyCost(1, 0, True, 0.0)
+    assert never.cost(OneFOneBFlush(2, 4), 0) == PolicyCost(1, 0, True, 0.0, passes=3)
 
 
 def test_stages_add_their_layers_up():

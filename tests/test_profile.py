@@ -168,6 +168,7 @@ def test_paci_profile_measures_layers_and_links(tmp_path: Path, capfd: pytest.Ca
     # Muon keeps one value of 4 bytes for the matrices, AdamW two for the rest.
     assert block.weight_bytes < block.optimizer_bytes < 1.1 * block.weight_bytes
     assert block.trial_s > 0
+    assert 0 < block.copy_s < block.update_s
     assert "link 0 to 1" in capfd.readouterr().out
     assert main(["plan", str(file), "--devices", "2", "--batch-size", "8"]) == 0
     assert re.search(r"paci train --size tiny --context 16 .* --stages 2", capfd.readouterr().out)

@@ -7,7 +7,6 @@ of them take the updates of the best flush; what differs is how long theirs last
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,9 @@ class TimeToAccuracy(Question):
     time. The trials of a method that looks ahead are priced as they were measured in its training
     runs, beside the time of forwards, backwards and updates.
 
-    A row that is kept is one schedule in one comparison; one of the table is a comparison.
+    Where no method of PACI's was trained with as many micro-batches, all stand there with the time
+    of an update alone. A row that is kept is one schedule in one comparison; one of the table is a
+    comparison.
 
     Args:
         runs: store of ``paci bench convergence``; empty for times alone.
@@ -116,17 +117,19 @@ class TimeToAccuracy(Question):
         emulated = [Path(name) for name in self.emulated.split()]
         paces = Paces(self.workers, emulated, self.latency_ms / self.compute_ms)
         rows: list[Row] = []
-        for m, method in itertools.product(
-            numbers("micro_batches", self.micro_batches), self.methods.split()
-        ):
-            found = needed_updates(sweep, method, self.flushes.split(), self.workers, m)
-            said = f"compared {len(found)} times" if found else "loss unknown"
-            say(f"{m} micro-batches, {method}: {said}")
-            if found:
-                for ours, theirs in found:
+        for m in numbers("micro_batches", self.micro_batches):
+            found = {
+                method: needed_updates(sweep, method, self.flushes.split(), self.workers, m)
+                for method in self.methods.split()
+            }
+            any_known = any(found.values())
+            for method, pairs in found.items():
+                said = f"compared {len(pairs)} times" if pairs else "loss unknown"
+                say(f"{m} micro-batches, {method}: {said}")
+                for ours, theirs in pairs:
                     rows += self._rows(paces, m, method, ours.batch_size, (ours, theirs))
-            else:
-                rows += self._rows(paces, m, method, self.batch_size, None)
+                if not any_known:
+                    rows += self._rows(paces, m, method, self.batch_size, None)
         return rows
 
     def _rows(

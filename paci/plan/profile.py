@@ -38,6 +38,7 @@ class LayerProfile(_Part):
         backward_input_s: seconds of its input backward alone; None if not known.
         update_s: seconds of its optimizer update.
         trial_s: seconds of a trial update, for a weight policy that looks ahead.
+        copy_s: seconds in which its weights are copied once.
         weight_bytes: bytes of one copy of its weights, in the dtype that it computes with.
         master_bytes: bytes of its master weights if they have another dtype, else 0.
         gradient_bytes: bytes of its weight gradients.
@@ -52,6 +53,7 @@ class LayerProfile(_Part):
     backward_input_s: Duration | None = None
     update_s: Duration = 0.0
     trial_s: Duration = 0.0
+    copy_s: Duration = 0.0
     weight_bytes: Size = 0
     master_bytes: Size = 0
     gradient_bytes: Size = 0

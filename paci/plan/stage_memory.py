@@ -35,6 +35,7 @@ class PolicyCost(NamedTuple):
         trials: mean number of trial steps of the optimizer before a forward.
         tried: positions within an update, from 0, of the forwards that make them; if empty, all
             make equal shares of them.
+        passes: over the stage's weights at every update, each as long as a copy of them.
     """
 
     num_working: int = 1
@@ -42,6 +43,7 @@ class PolicyCost(NamedTuple):
     separate: bool = False
     trials: float = 0.0
     tried: tuple[int, ...] = ()
+    passes: int = 0
 
     def weight_bytes(self, working: int, full: int) -> int:
         """Return the bytes of all copies, without masters that are kept besides them.

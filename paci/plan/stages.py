@@ -78,7 +78,9 @@ class Layout:
         """Return the costs of ``stage`` if it holds layers ``start`` to ``end - 1``."""
         layers = self.profile.layers[start:end]
         slowdown = self.profile.device(self.schedule.worker_of(stage)).slowdown
-        trials_s = self._policy(stage).trials * sum(layer.trial_s for layer in layers) * slowdown
+        policy = self._policy(stage)
+        trials_s = policy.trials * sum(layer.trial_s for layer in layers) * slowdown
+        update_s = sum(layer.update_s + policy.passes * layer.copy_s for layer in layers)
         forward_s = sum(layer.forward_s for layer in layers) * slowdown
         backward_s = sum(layer.backward_s for layer in layers) * slowdown
         parts = [layer.backward_input_s for layer in layers]
@@ -91,11 +93,11 @@ class Layout:
             forward_s,
             backward_s,
             backward_input_s=input_s,
-            update_s=sum(layer.update_s for layer in layers) * slowdown,
+            update_s=update_s * slowdown,
             activation_bytes=self._boundary_bytes(end) if end < len(self.profile.layers) else 0,
             gradient_bytes=self._boundary_bytes(start) if start else 0,
             trial_s=trials_s,
-            tried=self._policy(stage).tried,
+            tried=policy.tried,
         )
 
     def costs(self, cut: tuple[range, ...], seed: int = 0) -> Costs:

@@ -3,8 +3,8 @@
 Only a few layers are in memory at once, so a model that fits no device can be profiled on one. They
 are measured as they run within a stage: forwards through all of them in order, backwards in reverse
 order, gradients added up. The planner needs the seconds of a forward, a backward, a backward to the
-input alone, an update and a trial step, and the bytes of weights, gradients, optimizer state and
-activations kept for the backward.
+input alone, an update, a trial step and a copy of the weights, and the bytes of weights, gradients,
+optimizer state and activations kept for the backward.
 """
 
 from __future__ import annotations
@@ -212,6 +212,10 @@ class _Bench:
             self._try(self._optimizer)
         with self._timed("update"):
             self._optimizer.step()
+        weights = [each.detach() for each in self._parameters]
+        copies = [torch.empty_like(each) for each in weights]
+        with self._timed("copy"):
+            torch._foreach_copy_(copies, weights)
 
     def end(self, is_timed: bool) -> None:
         """Forget what a pass has made; keep its times if they count."""
@@ -232,6 +236,7 @@ class _Bench:
             backward_input_s=input_s,
             update_s=times.get("update", 0.0),
             trial_s=times.get("trial", 0.0),
+            copy_s=times.get("copy", 0.0),
             weight_bytes=_num_bytes((*self._layer.parameters(), *self._layer.buffers())),
             gradient_bytes=_num_bytes(self._parameters),
             optimizer_bytes=sum(

@@ -101,6 +101,7 @@ class Lookahead(WeightPolicy):
     name: ClassVar[str] = "lookahead"
     summary: ClassVar[str] = "ahead of the newest weights by the known delay, one working copy"
     separate: ClassVar[bool] = True
+    passes: ClassVar[int] = 3  # keeps the masters, takes the difference, repeats it
     tries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ class WeightPolicy(abc.ABC):
         name: the policy's name in the registry and on the command line.
         summary: one line for tables and ``--help``.
         separate: whether working weights are kept apart from the masters even in the same dtype.
+        passes: times that it goes over all weights at an update, to keep or to write them.
         consistent: whether a backward sees the weights of its forward, whatever updates came since.
         keeps_graph: whether a forward keeps its graph; if not, the backward computes it again.
         exchanges: whether one weight has several working copies, which take turns in the parameter;
@@ -42,6 +43,7 @@ class WeightPolicy(abc.ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     separate: ClassVar[bool] = False
+    passes: ClassVar[int] = 0
     consistent: ClassVar[bool] = False
     keeps_graph: ClassVar[bool] = True
     exchanges: ClassVar[bool] = False
@@ -97,7 +99,8 @@ class WeightPolicy(abc.ABC):
         num_versions = peak_versions(schedule, stage, updates_to_settle(schedule))
         tried = self.tried(schedule, stage)
         trials = len(tried) / schedule.accumulation
-        return PolicyCost(*self.num_copies(num_versions), self.separate, trials, tried)
+        copies = self.num_copies(num_versions)
+        return PolicyCost(*copies, self.separate, trials, tried, self.passes)
 
     def attach(
         self, weights: StageWeights, optimizer: Optimizer | None, rule: GradientRule
