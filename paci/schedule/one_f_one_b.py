@@ -9,12 +9,8 @@ Four stages, four micro-batches; ``*`` marks the backward that is followed by th
 
 The gaps are the bubble: of ``m + N - 1`` slots each stage works in ``m``.
 
-``slack`` deepens the warm-up, for links whose latency is long beside a slot. With ``slack=1``::
-
-    stage 0   F0  F1  F2  F3                  B0      B1      B2      B3* F4 ...
-    stage 1       F0  F1  F2  F3          B0      B1      B2      B3*     ...
-    stage 2           F0  F1  F2      B0  F3  B1      B2      B3*         ...
-    stage 3               F0  B0  F1  B1  F2  B2  F3  B3*                 ...
+``slack`` deepens the warm-up, for links whose latency is long beside a slot: with ``slack=1`` the
+third of these stages does ``F0 F1 F2`` before ``B0``, and the first two do all forwards.
 """
 
 from __future__ import annotations
