@@ -40,18 +40,8 @@ def words(**options: Any) -> list[str]:
     return [f"--{key.replace('_', '-')}={value}" for key, value in {**SMALL, **options}.items()]
 
 
-@pytest.fixture
-def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PACI_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for k in range(12):
-        (folder / f"{k}.txt").write_text(f"{k} plus {k} is {2 * k}.\n" * 40)
-    return folder
-
-
 def test_a_row_for_each_schedule(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["bench", "plan", *words(data=text, out=tmp_path)]) == 0
+    assert main(["bench", "plan", *words(data=text, out=tmp_path, schedules="paci 1f1b")]) == 0
     told = capsys.readouterr()
     assert "| paci | lookahead | 2 | 3+3 |" in told.out
     assert "turn 2 of 2: paci " in told.err

@@ -44,16 +44,6 @@ def words(options: dict[str, Any]) -> list[str]:
     return [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
 
 
-@pytest.fixture
-def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PACI_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for k in range(12):
-        (folder / f"{k}.txt").write_text(f"{k} plus {k} is {2 * k}.\n" * 40)
-    return folder
-
-
 def trained(
     text: Path, folder: Path, capsys: pytest.CaptureFixture[str], **own: Any
 ) -> list[float]:
@@ -189,6 +179,9 @@ def test_a_racer_that_diverges_is_left_behind(text: Path, monkeypatch: pytest.Mo
         (["time-to-accuracy", "--methods", "nothing"], "a method must be one of"),
         (["time-to-accuracy", "--flushes", ""], "flushes must name one"),
         (["time-to-accuracy", "--methods", ""], "methods must name one"),
+        (["time-to-accuracy", "--methods", "flush"], "methods must name methods that never empty"),
+        (["time-to-accuracy", "--flushes", "paci"], "flushes must name methods that flush"),
+        (["time-to-accuracy", "--emulated", "x", "--latency-ms", "1"], "emulated must be left out"),
         (["time-to-accuracy", "--compute-ms", "0"], "compute_ms must be above 0"),
         (["time-to-accuracy", "--latency-ms", "-1"], "latency_ms must be a time of at least 0"),
         (["time-to-accuracy", "--workers", "1"], "workers must be a whole number of at least 2"),

@@ -59,7 +59,7 @@ class TimeToAccuracy(Question):
         micro_batches: numbers of them in an update, separated by commas.
         batch_size: sequences of an update, where there are no runs that say it.
         latency_ms: of every message between workers, one way; 0 leaves links out. Rivals are
-            then GPipe and a 1F1B with a deeper warm-up (slack) too.
+            then GPipe too, and a 1F1B with a deeper warm-up (slack of 1 to 4).
         compute_ms: that a worker computes in an update, however its batch is cut.
     """
 
@@ -105,11 +105,23 @@ class TimeToAccuracy(Question):
         for what in ("methods", "flushes"):
             if not getattr(self, what).split():
                 raise ConfigError(f"{what} must name one method or more, got none; name one")
-        for name in (*self.methods.split(), *self.flushes.split()):
-            if find_method(name).every_micro_batch:
-                raise ConfigError(
-                    f"a method must update once a batch to be compared, got {name}; choose another"
-                )
+        if self.emulated and self.latency_ms:
+            raise ConfigError(
+                f"emulated must be left out with latency_ms, as its times have a latency of their "
+                f"own, got {self.emulated}; leave one of them out"
+            )
+        for what, flushes in (("methods", False), ("flushes", True)):
+            for name in getattr(self, what).split():
+                if find_method(name).every_micro_batch:
+                    raise ConfigError(
+                        f"a method must update once a batch to be compared, got {name}; choose "
+                        f"another"
+                    )
+                if (_schedule_of(name) == "1f1b") != flushes:
+                    raise ConfigError(
+                        f"{what} must name methods that {'flush' if flushes else 'never empty'}, "
+                        f"got {name}; choose another"
+                    )
 
     def answer(self, say: Say) -> list[Row]:
         """Rows of PACI and its rivals, for each number of micro-batches and each sweep."""
@@ -142,7 +154,7 @@ class TimeToAccuracy(Question):
     ) -> Iterator[Row]:
         """PACI's row, then those of its rivals."""
         ours, theirs = needed or (None, None)
-        schedule = str(find_method(method).options.get("schedule", "paci"))
+        schedule = _schedule_of(method)
         own = paces.of(schedule, m)
         if ours is not None:
             share, flushing = ours.share_flushed, schedule.replace("paci", "1f1b")
@@ -165,15 +177,17 @@ class TimeToAccuracy(Question):
 
     def _rivals(self, paces: Paces, m: int, cuts: Sequence[int]) -> Iterator[tuple[str, int, str]]:
         """Schedule, number of micro-batches and choice of each."""
-        deep = [f"1f1b:slack={k}" for k in range(1, _MOST_SLACK + 1)] if self.latency_ms else []
-        own = ["gpipe"] if self.latency_ms else []
+        one_f_one_b, others = ["1f1b"], [*_ZERO_BUBBLE]
         yield "1f1b", m, ""
-        if deep:
+        if self.latency_ms:
+            deep = [f"1f1b:slack={k}" for k in range(1, _MOST_SLACK + 1)]
+            one_f_one_b += deep
+            others.append("gpipe")
             yield (*paces.fastest(deep, [m]), _DEEPEST)
-        yield from ((name, m, "") for name in own)
-        yield (*paces.fastest(("1f1b", *deep), cuts), _FASTEST_1F1B)
+            yield "gpipe", m, ""
+        yield (*paces.fastest(one_f_one_b, cuts), _FASTEST_1F1B)
         yield from ((name, m, "") for name in _ZERO_BUBBLE)
-        yield (*paces.fastest(("1f1b", *deep, *own, *_ZERO_BUBBLE), cuts), _FASTEST)
+        yield (*paces.fastest([*one_f_one_b, *others], cuts), _FASTEST)
 
     def _flush(self, needed: Needed | None) -> str:
         return needed.method if needed else self.flushes.split()[0]
@@ -236,6 +250,10 @@ class TimeToAccuracy(Question):
         if drawn:
             accuracy_picture(drawn, path)
         return bool(drawn)
+
+
+def _schedule_of(method: str) -> str:
+    return str(find_method(method).options.get("schedule", "paci"))
 
 
 def _with_trials(pace: Pace, needed: Needed | None) -> Pace:

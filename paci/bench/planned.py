@@ -53,7 +53,7 @@ class Planned(Timing):
     data: str = "stdlib"
     optimizer: str = "muon"
     learning_rate: float = 0.008
-    schedules: str = "paci 1f1b"
+    schedules: str = "paci:slack=1 1f1b"
     repeats: int = 5
 
     name: ClassVar[str] = "plan"

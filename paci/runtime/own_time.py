@@ -19,14 +19,15 @@ _NUM_TURNS = 5
 _UPDATES_PER_TURN = 4
 
 
-class _Addition(nn.Module):
-    """Computes ``x + weight``, with one weight."""
+class Addition(nn.Module):
+    """Computes next to nothing: ``x + weight``, with one weight."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + weight``."""
         return x + self.weight
 
 
@@ -46,7 +47,7 @@ def measure_overhead(message_bytes: int, timeout_s: float = 600.0) -> float:
         The median of a few turns, the mean of all ranks; the same on every rank.
     """
     size = dist.get_world_size() if dist.is_initialized() else 1
-    module, width = _Addition(), max(1, message_bytes // 4)
+    module, width = Addition(), max(1, message_bytes // 4)
     batch = torch.zeros(_ACCUMULATION, width), torch.zeros(_ACCUMULATION, 1)
     pipeline = Pipeline(
         module,
