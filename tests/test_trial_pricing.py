@@ -72,6 +72,13 @@ def test_trials_take_their_time_where_they_are_made(jitter: float):
     )
 
 
+def test_forwards_of_no_time_may_make_trials():
+    costs = Costs((StageCost(0.0, 1.0, trial_s=0.5, tried=(1,)), StageCost(0.0, 1.0)))
+    events = simulate(PACI(2, 2), costs, 1).events
+    tried = [event.trial_s for event in events if event.stage == 0 and event.kind is Kind.FORWARD]
+    assert tried == [0.0, 1.0]
+
+
 def test_lookahead_tries_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch):
     tried: list[float] = []
     monkeypatch.setattr(lookahead, "trial_batches", lambda *_: tried.append(0) or iter(()))

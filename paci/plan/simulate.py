@@ -45,7 +45,8 @@ def simulate(schedule: Schedule, costs: Costs, num_updates: int) -> Trace:
         trial_s = 0.0
         if kind is Kind.FORWARD and costs.stages[stage].trial_s:
             own_s = costs.stages[stage].trial_before_s(j, schedule.accumulation)
-            trial_s = (end_s - start_s) * own_s / (own_s + costs.stages[stage].forward_s)
+            whole_s = own_s + costs.stages[stage].forward_s
+            trial_s = (end_s - start_s) * own_s / whole_s if own_s else 0.0
         worker, version = worker_of[stage], versions[stage]
         events.append(Event(worker, stage, j, kind, start_s, end_s, version, trial_s))
         versions[stage] += kind is Kind.UPDATE
