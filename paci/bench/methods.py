@@ -34,12 +34,15 @@ METHODS: dict[str, Method] = {
         "ahead by the known delay, after a tenth of flushes (ours)",
         {"weights": "lookahead", "flush_first": 0.1},
     ),
+    "lookahead-twentieth": Method(
+        "the same after a twentieth of flushes", {"weights": "lookahead", "flush_first": 0.05}
+    ),
     "lookahead-slack-1": Method(
-        "the same with a spare micro-batch a hop, for slow links",
+        "lookahead with a spare micro-batch a hop, for slow links",
         {"schedule": "paci:slack=1", "weights": "lookahead", "flush_first": 0.1},
     ),
     "lookahead-slack-2": Method(
-        "the same with two of them",
+        "lookahead with two of them",
         {"schedule": "paci:slack=2", "weights": "lookahead", "flush_first": 0.1},
     ),
     "lookahead-only": Method("ahead by the known delay from the start", {"weights": "lookahead"}),
