@@ -98,7 +98,7 @@ def _prediction_figure(found: dict[str, Result]) -> tuple[str, str]:
 def _loss_figure(found: dict[str, Result]) -> tuple[str, str]:
     muon = BY_NAME["convergence"].summarize(found["convergence-long"]["rows"])
     adamw = BY_NAME["convergence"].summarize(found["convergence-adamw-long"]["rows"])
-    without_trials = {row["accumulation"]: row for row in muon if _refreshes_late(row)}
+    without_trials = {row["accumulation"]: row for row in muon if _is_without_trials(row)}
     (ours,) = (row for row in adamw if row["method"] == "lookahead")
     told = ", ".join(_share_and_seeds(without_trials[a]) for a in (8, 4))
     return (
@@ -113,9 +113,10 @@ def _share_and_seeds(row: Result) -> str:
     return f"{row['against_flush']:+.1%} ({seeds} seed{'s' * (seeds > 1)})"
 
 
-def _refreshes_late(row: Result) -> bool:
-    """Whether a step is tried anew only when the next update is due: never in a full pipeline."""
-    return str(row["weights"]) == f"lookahead:refresh={row['accumulation']}"
+def _is_without_trials(row: Result) -> bool:
+    """Whether it is the default but for trials: a step is predicted anew only when the next update
+    is due, so never in a full pipeline."""
+    return str(row["method"]) == f"lookahead:lookahead:refresh={row['accumulation']}"
 
 
 def _accuracy_figure(found: dict[str, Result]) -> tuple[str, str]:

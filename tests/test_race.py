@@ -290,6 +290,23 @@ def test_time_to_accuracy_of_made_up_runs(tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "time-to-accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_schedule_without_training_stands_there_once(tmp_path: Path):
+    store = write_runs(tmp_path / "runs.jsonl", RUNS)
+    methods = "lookahead:lookahead:beyond=0 lookahead lookahead-slack-1 lookahead-slack-1:current"
+    rows = TimeToAccuracy(runs=store, workers=2, micro_batches="2,4", methods=methods).answer(quiet)
+    ours = [
+        (row["num_micro_batches"], row["method"], "updates" in row)
+        for row in rows
+        if row["schedule"].startswith("paci")
+    ]
+    assert ours == [
+        (2, "lookahead", True),
+        (2, "lookahead-slack-1", False),
+        (4, "lookahead:lookahead:beyond=0", False),
+        (4, "lookahead-slack-1", False),
+    ]
+
+
 def test_where_flush_ends_is_the_target_if_all_come_that_far(tmp_path: Path):
     better = [run_of("lookahead", seed, 0.4, 3.0, 2.0, 1.0) for seed in (0, 1)]
     equal = [run_of("flush", seed, 0.4, 4.0, 3.0, 1.5) for seed in (0, 1)]

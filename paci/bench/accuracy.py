@@ -45,9 +45,9 @@ class TimeToAccuracy(Question):
     time. The trials of a method that looks ahead are priced as they were measured in its training
     runs, beside the time of forwards, backwards and updates.
 
-    Where no method of PACI's was trained with as many micro-batches, all stand there with the time
-    of an update alone. A row that is kept is one schedule in one comparison; one of the table is a
-    comparison.
+    Where no method with a schedule was trained with as many micro-batches, the first that has it
+    stands there with the time of an update alone. A row that is kept is one schedule in one
+    comparison; one of the table is a comparison.
 
     Args:
         runs: store of ``paci bench convergence``; empty for times alone.
@@ -134,13 +134,14 @@ class TimeToAccuracy(Question):
                 method: needed_updates(sweep, method, self.flushes.split(), self.workers, m)
                 for method in self.methods.split()
             }
-            any_known = any(found.values())
+            shown = {_schedule_of(method) for method, pairs in found.items() if pairs}
             for method, pairs in found.items():
                 said = f"compared {len(pairs)} times" if pairs else "loss unknown"
                 say(f"{m} micro-batches, {method}: {said}")
                 for ours, theirs in pairs:
                     rows += self._rows(paces, m, method, ours.batch_size, (ours, theirs))
-                if not any_known:
+                if _schedule_of(method) not in shown:
+                    shown.add(_schedule_of(method))
                     rows += self._rows(paces, m, method, self.batch_size, None)
         return rows
 
