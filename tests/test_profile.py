@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import statistics
 import weakref
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from paci.plan.profile import LayerProfile, Profile, load_profile
 from paci.plan.simulate import simulate
 from paci.plan.steady_state import steady_state
 from paci.plan.torch_schedules import TORCH_SCHEDULES, torch_schedule
+from paci.runtime.observation import layer_times
 from paci.runtime.observation.layer_times import profile_layers
 from paci.schedule.check import check
 from paci.schedule.one_f_one_b import OneFOneBFlush
@@ -78,24 +81,49 @@ def test_several_tensors_and_integers_flow():
     assert profile.layers[0].output_bytes == 5 * 3 * 4 + 5 * 8
 
 
-def test_one_layer_at_a_time_and_one_of_a_kind():
+@pytest.mark.parametrize(
+    ("num_together", "windows"),
+    [
+        (1, [[0], [1], [6]]),
+        (2, [[0, 1], [5, 6]]),
+        (4, [[0, 1, 2, 3], [3, 4, 5, 6]]),
+        (9, [[0, 1, 2, 3, 4, 5, 6]]),
+    ],
+)
+def test_neighbours_are_measured_together_until_there_is_one_of_each_kind(
+    num_together: int, windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """A layer costs the mean of what those of its kind took: here, what their places say."""
     built: list[int] = []
 
     def build(place: int) -> nn.Module:
         built.append(place)
-        return nn.Linear(4, 4)
+        layer = nn.Linear(4 if place < 1 else 5, 6 if place > 5 else 5)
+        layer.place = place  # type: ignore[assignment]
+        return layer
 
+    profiled = layer_times._Bench.profile
+
+    def told(bench: Any) -> LayerProfile:
+        place = float(bench._layer.place)
+        return profiled(bench).model_copy(update={"forward_s": place, "backward_s": place + 1})
+
+    monkeypatch.setattr(layer_times._Bench, "profile", told)
+    kinds = ["x", *"yyyyy", "z"]
     profile = profile_layers(
-        [partial(build, place) for place in range(5)],
+        [partial(build, place) for place in range(7)],
         torch.randn(2, 4),
         micro_batch_size=2,
-        names=list("abcde"),
-        kinds=["x", "y", "y", "y", "z"],
+        names=list("abcdefg"),
+        kinds=kinds,
         num_repeats=1,
+        num_together=num_together,
     )
-    assert built == [0, 1, 4]
-    assert [layer.name for layer in profile.layers] == list("abcde")
-    assert profile.layers[1].forward_s == profile.layers[3].forward_s
+    assert built == [place for window in windows for place in window]
+    assert [layer.name for layer in profile.layers] == list("abcdefg")
+    for layer, kind in zip(profile.layers, kinds, strict=True):
+        own = [place for place in built if kinds[place] == kind]
+        assert layer.forward_s == layer.backward_s - 1 == statistics.fmean(own)
 
 
 @pytest.mark.parametrize("num_together", [1, 2, 3])
@@ -135,7 +163,7 @@ def test_layers_in_memory_at_once_are_as_few_as_asked(num_together: int):
         num_together=num_together,
     )
     assert len(profile.layers) == 3
-    assert "".join(told).endswith({1: "cC" * 4, 2: "cC" * 4, 3: "abcCBA" * 4}[num_together])
+    assert "".join(told).endswith({1: "cC" * 4, 2: "bcCB" * 4, 3: "abcCBA" * 4}[num_together])
     assert ("abBA" * 4 in "".join(told)) == (num_together == 2)
 
 

@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="most layers in memory at once; 1 if two do not fit (4)",
     )
-    parser.add_argument("--every", action="store_true", help="measure each block, not only one")
+    parser.add_argument("--every", action="store_true", help="measure each block, not only a few")
     parser.add_argument(
         "--workers",
         type=int,

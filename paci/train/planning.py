@@ -44,7 +44,7 @@ def profile_gpt(
         device: to measure on.
         num_repeats: number of timed runs, of which the median is taken.
         num_together: most layers in memory at once.
-        every: measure each block; if False one stands for all.
+        every: measure each block; if False a few stand for all.
     """
     micro_batch_size = config.batch_size // config.accumulation
     tokens = torch.randint(model.vocab_size, (micro_batch_size, config.context), device=device)

@@ -1,10 +1,10 @@
 """Measure what each layer of a model costs on a device, a few layers at a time.
 
 Only a few layers are in memory at once, so a model that fits no device can be profiled on one. They
-are measured as they run within a stage: forwards through all of them in order, backwards in reverse
-order, gradients added up. The planner needs the seconds of a forward, a backward, a backward to the
-input alone, an update, a trial step and a copy of the weights, and the bytes of weights, gradients,
-optimizer state and activations kept for the backward.
+are neighbours in the model, and measured as they run within a stage: forwards through all of them
+in order, backwards in reverse order, gradients added up. The planner needs the seconds of a
+forward, a backward, a backward to the input alone, an update, a trial step and a copy of the
+weights, and the bytes of weights, gradients, optimizer state and activations kept for the backward.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def profile_layers(
     num_repeats: int = 5,
     num_together: int = 4,
 ) -> Profile:
-    """Measure layers; the outputs of one are the inputs of the next that is measured.
+    """Measure layers, neighbours together; the outputs of one are the inputs of the next.
 
     Args:
         layers: functions that each make one layer, on the device to be measured. An
@@ -61,14 +61,14 @@ def profile_layers(
         make_optimizer: makes the optimizer of one layer, over its trainable parameters.
         loss_fn: maps the last layer's output to a scalar; its cost counts as that layer's.
         names: the name of each layer; by default ``layer 0``, ``layer 1`` and so on.
-        kinds: the kind of each layer; only the first layer of each kind is measured, the others are
-            taken to be like it. By default each layer is a kind of its own.
+        kinds: the kind of each layer; of each kind some are measured, and all are taken to cost
+            what these do on average. By default each layer is a kind of its own.
         num_repeats: number of repeats, of which the median is taken; each is the mean of three
             passes. Means are what adds up to the time of an update: on a busy machine a median
             leaves out what delays only some passes.
-        num_together: most layers in memory at once. One that runs alone finds its weights and
-            inputs in the caches, in which a small model's times are too short; pass 1 if two do
-            not fit.
+        num_together: most layers in memory at once, measured together. One that runs alone finds
+            its weights and inputs in the caches, in which a small model's times are too short; pass
+            1 if two do not fit.
 
     Raises:
         ConfigError: there is no layer, or a layer cannot take the outputs of the one before it.
@@ -82,16 +82,24 @@ def profile_layers(
     places = range(len(layers))
     kind_of = list(kinds) if kinds else [str(place) for place in places]
     name_of = list(names) if names else [f"layer {place}" for place in places]
-    measured = [place for place in places if kind_of.index(kind_of[place]) == place]
-    known: dict[str, LayerProfile] = {}
-    for first in range(0, len(measured), num_together):
-        few = measured[first : first + num_together]
+    windows = list(_windows(kind_of, num_together))
+    measured: defaultdict[str, list[LayerProfile]] = defaultdict(list)
+    outputs: dict[str, Tensors] = {}  # of a layer of each kind that windows to come begin after
+    for number, window in enumerate(windows):
+        if window.start:
+            flowing = outputs[kind_of[window.start - 1]]
         made = (
             _Bench(layers[k](), loss_fn if k == places[-1] else None, name_of[k], make_optimizer)
-            for k in few
+            for k in window
         )
-        profiles, flowing = _measure(made, flowing, num_repeats)
-        known |= zip((kind_of[place] for place in few), profiles, strict=True)
+        profiles, made_by = _measure(made, flowing, num_repeats)
+        kinds_of_window = [kind_of[k] for k in window]
+        for kind, profile in zip(kinds_of_window, profiles, strict=True):
+            measured[kind].append(profile)
+        outputs |= zip(kinds_of_window, made_by, strict=True)
+        wanted = {kind_of[later.start - 1] for later in windows[number + 1 :]}
+        outputs = {kind: outputs[kind] for kind in outputs.keys() & wanted}
+    known = {kind: _average(profiles) for kind, profiles in measured.items()}
     found = (known[kind].model_copy(update={"name": name_of[k]}) for k, kind in enumerate(kind_of))
     return Profile(
         layers=tuple(found),
@@ -101,23 +109,44 @@ def profile_layers(
     )
 
 
+def _windows(kinds: Sequence[str], num_together: int) -> Iterator[range]:
+    """Yield the places of neighbours to measure together, until there is one of each kind."""
+    known: set[str] = set()
+    for place, kind in enumerate(kinds):
+        if kind not in known:
+            start = max(0, min(place, len(kinds) - num_together))
+            window = range(start, min(start + num_together, len(kinds)))
+            known.update(kinds[k] for k in window)
+            yield window
+
+
+def _average(profiles: Sequence[LayerProfile]) -> LayerProfile:
+    """The first of ``profiles``, with the mean of each time."""
+    times: dict[str, float | None] = {}
+    for name in LayerProfile.model_fields:
+        if name.endswith("_s"):
+            values = [getattr(profile, name) for profile in profiles]
+            times[name] = None if None in values else statistics.fmean(values)
+    return profiles[0].model_copy(update=times)
+
+
 def _measure(
     made: Iterable[_Bench], inputs: Tensors, num_repeats: int
-) -> tuple[list[LayerProfile], Tensors]:
+) -> tuple[list[LayerProfile], list[Tensors]]:
     """Measure consecutive layers, which are made here and forgotten at the end.
 
     Returns:
-        The costs of each, and the outputs of the last.
+        The costs and the outputs of each.
     """
     benches: list[_Bench] = []
-    flowing = inputs
+    outputs: list[Tensors] = []
     for bench in made:
-        flowing = bench.look(flowing)
+        outputs.append(bench.look(outputs[-1] if outputs else inputs))
         benches.append(bench)
     for number in range(_NUM_WARM_UP + num_repeats * _PASSES):
         for to_input in (True, False):
             _pass(benches, inputs, to_input=to_input, is_timed=number >= _NUM_WARM_UP)
-    return [bench.profile() for bench in benches], flowing
+    return [bench.profile() for bench in benches], outputs
 
 
 def _pass(benches: Sequence[_Bench], inputs: Tensors, *, to_input: bool, is_timed: bool) -> None:
