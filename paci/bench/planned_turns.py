@@ -15,7 +15,7 @@ from paci.bench.workers import Report
 from paci.data import Sampler
 from paci.data.store import open_corpus
 from paci.plan.profile import Profile
-from paci.train.planning import gather_devices, profile_gpt, profile_runtime
+from paci.train.planning import profile_gpt, profile_runtime
 from paci.train.setup import make_plan
 
 _CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ class Turn(NamedTuple):
     """What one turn found.
 
     Attributes:
-        profile: of the model's layers, the workers and the links, measured in this turn.
+        profile: of the model's layers and the links, measured in this turn.
         updates_s: seconds of an update of each racer.
     """
 
@@ -75,7 +75,6 @@ def take_planned_turns(
         changed = profile_runtime(config, model, _CPU)
         dist.barrier()
         profile = profile_gpt(config, model, _CPU, num_repeats=num_repeats)
-        changed["devices"] = gather_devices(profile)
         batches = [tensors(sampler.batch(done + k)) for k in range(_NUM_FILL + num_timed)]
         done += len(batches)
         updates_s = tuple(_update_s(one, batches) for one in running)

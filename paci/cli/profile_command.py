@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import socket
 import typing
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from paci.models import GPTConfig
     from paci.plan.profile import Profile
 
-_LONGEST = datetime.timedelta(hours=2)  # that one worker measures longer than another
-
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
@@ -29,8 +26,8 @@ def add_parser(commands: Any) -> None:
         help="measure layers and links for `paci plan`",
         description="Measure every layer of a GPT on this device, a few at a time, so that the "
         "whole model need not fit, and what an action takes of the runtime itself; with --workers "
-        "also how fast each of that many processes is, and the links between them (under torchrun, "
-        "between hosts). Writes a small JSON file for `paci plan`.",
+        "also the links between that many processes (under torchrun, between hosts). Writes a "
+        "small JSON file for `paci plan`.",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the profile")
     parser.add_argument("--size", default="tiny", metavar="NAME", help="preset, as in train (tiny)")
@@ -53,7 +50,7 @@ def add_parser(commands: Any) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="processes whose speeds and links are measured too (1: neither)",
+        help="processes whose links are measured too (1: none)",
     )
     field = TrainConfig.model_fields["optimizer"]
     parser.add_argument(
@@ -108,7 +105,7 @@ def _measured(options: argparse.Namespace) -> Profile | None:
     import torch.distributed as dist
 
     from paci.train.launch import end_with_launcher
-    from paci.train.planning import gather_devices, profile_gpt, profile_runtime
+    from paci.train.planning import profile_gpt, profile_runtime
     from paci.train.run import connect
     from paci.train.setup import choose_device
 
@@ -131,12 +128,9 @@ def _measured(options: argparse.Namespace) -> Profile | None:
     changed, rank = profile_runtime(config, model, device), dist.get_rank()
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
-    # Measuring may take long, and longer on a slow device than on a fast one.
-    patient = dist.new_group(backend="gloo", timeout=_LONGEST)
+    dist.destroy_process_group()  # nobody waits for another: it may take long
     # All at once, as they will compute: workers of one host share its caches and its memory.
     profile = measure()
-    changed["devices"] = gather_devices(profile, patient)
-    dist.destroy_process_group()
     if rank > 0:
         return None
     if len(set(hosts)) > 1:
@@ -159,9 +153,6 @@ def _table(profile: Profile) -> str:
         shown = numbers
     if profile.overhead_s:
         lines.append(f"the runtime's own: {profile.overhead_s * 1e6:.0f} us an action")
-    if len(profile.devices) > 1:
-        times = ", ".join(f"{each.slowdown:.2f}" for each in profile.devices)
-        lines.append(f"time of each worker against the first: {times}")
     for place, link in enumerate(profile.links):
         lines.append(
             f"link {place} to {place + 1}: {link.latency_s * 1e6:.1f} us, "

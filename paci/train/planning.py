@@ -15,7 +15,7 @@ from paci.data.tokenizer import tokenizer_spec
 from paci.models import GPTConfig
 from paci.models.gpt import build_layer
 from paci.plan.given import GivenSchedule
-from paci.plan.profile import DeviceProfile, Profile
+from paci.plan.profile import Profile
 from paci.plan.search import Weights
 from paci.runtime.observation.layer_times import profile_layers
 from paci.runtime.observation.links import measure_links
@@ -97,27 +97,6 @@ def profile_runtime(config: TrainConfig, model: GPTConfig, device: torch.device)
         rows = config.batch_size // config.accumulation * config.context
         found["overhead_s"] = measure_overhead(4 * rows * model.width, config.timeout)
     return found
-
-
-def gather_devices(
-    profile: Profile, group: dist.ProcessGroup | None = None
-) -> tuple[DeviceProfile, ...]:
-    """Compare what each rank measured: how much longer its device takes than that of rank 0.
-
-    All ranks of the group must call it, each with what it has measured of the same layers.
-
-    Args:
-        profile: what this rank measured.
-        group: to talk through; None for all ranks.
-
-    Returns:
-        The devices of ranks 0, 1, ...; the same on every rank. A slowdown is the ratio of the
-        seconds of a forward, a backward and an update of all layers.
-    """
-    own_s = sum(each.forward_s + each.backward_s + each.update_s for each in profile.layers)
-    found: list[float] = [0.0] * dist.get_world_size(group)
-    dist.all_gather_object(found, own_s, group=group)
-    return tuple(DeviceProfile(slowdown=round(time_s / found[0], 4)) for time_s in found)
 
 
 def planned_weights(asked: str | None, schedule: Schedule, recompute: bool) -> Weights:
