@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +109,22 @@ def test_what_was_measured_is_kept(
     assert len(ours["samples_s"]) == len(flush["samples_s"]) == 1
     assert end["problem"] == said
     assert f"did not run: {said}" in capsys.readouterr().out
+
+
+def test_a_benchmark_that_is_told_to_end_keeps_what_it_measured(text: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "paci", "bench", "plan"]
+    command += words(data=text, out=tmp_path, turns=100_000)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as bench:
+        assert bench.stderr
+        for line in bench.stderr:
+            if line.startswith("turn 1 "):
+                bench.terminate()
+                break
+        told = bench.stderr.read()
+    assert bench.returncode == 128 + signal.SIGTERM, told
+    ours, flush, end = json.loads((tmp_path / "plan.json").read_text())["rows"]
+    assert len(ours["samples_s"]) == len(flush["samples_s"]) >= 1
+    assert end["problem"] == "interrupted"
 
 
 def test_without_a_turn_there_is_nothing_to_say(

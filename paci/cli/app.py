@@ -49,7 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 1 (failed), 2 (bad request), 130 (interrupted)."""
+    """Run one command; return the exit code: 0, 1 (failed), 2 (bad request), 130 (interrupted), 143
+    (a benchmark ended by SIGTERM)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def add_parser(commands: Any) -> None:
@@ -42,13 +45,14 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Measure, print, save."""
+    """Measure, print, save; interrupted or told to end, what there is by then."""
     from paci.bench.question import is_interrupted
     from paci.bench.record import record, save, table
 
     fields = dataclasses.fields(options.question)
     question = options.question(**{field.name: getattr(options, field.name) for field in fields})
-    rows = question.answer(lambda line: print(line, file=sys.stderr, flush=True))
+    with _ended_as_interrupted() as signals:
+        rows = question.answer(lambda line: print(line, file=sys.stderr, flush=True))
     command = shlex.join(["paci", *arguments])
     result = record(question.name, command, dataclasses.asdict(question), rows)
     path = save(result, Path(options.out))
@@ -56,4 +60,25 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     picture = path.with_suffix(".png")
     drawn = f" and {picture}" if question.draw(rows, picture) else ""
     print(f"written to {path}{drawn}", file=sys.stderr)
-    return 130 if is_interrupted(rows) else 0
+    return 128 + signals[0] if is_interrupted(rows) else 0
+
+
+@contextlib.contextmanager
+def _ended_as_interrupted() -> Iterator[list[int]]:
+    """Let SIGTERM (of ``timeout``, of a job's end) raise what SIGINT raises.
+
+    Yields:
+        The signals that came, and at the end SIGINT.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        came.append(signal.SIGINT)
