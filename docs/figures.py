@@ -90,9 +90,10 @@ _ALL = """
 """
 
 
-# Benchmarks whose tables stand in convergence.md.
-_SWEEPS_DRAWN = ("convergence-long", "convergence-adamw")
+# Benchmarks whose tables stand in these pages, each in one of them.
 _OF_LEARNING = ("convergence", "time-to-accuracy", "race")
+_PAGES_OF_LEARNING = ("convergence.md", "rivals.md")
+_SWEEPS_DRAWN = ("convergence-long", "convergence-adamw")
 
 
 def page(folder: Path) -> None:
@@ -246,18 +247,19 @@ def _memory_table(found: dict[str, Result]) -> list[str]:
 def _methods_table() -> list[str]:
     lines = ["| method | what it is | options of `paci train` |", "|---|---|---|"]
     for name, method in METHODS.items():
-        options = [f"--{key.replace('_', '-')} {value}" for key, value in method.options.items()]
+        known = {**method.options, **({"accumulation": 1} if method.every_micro_batch else {})}
+        options = [f"--{key.replace('_', '-')} {value}" for key, value in known.items()]
         lines.append(f"| `{name}` | {method.summary} | `{' '.join(options)}` |")
     return lines
 
 
 def readme(path: Path) -> None:
     """Write the README to ``path``, with what stands between its markers made anew."""
-    _fill(ROOT / "README.md", path, {"figures": key_figures(results())})
+    _fill({ROOT / "README.md": path}, {"figures": key_figures(results())})
 
 
-def convergence(folder: Path) -> None:
-    """Write ``convergence.md`` and the pictures of the sweeps in it likewise."""
+def learning(folder: Path) -> None:
+    """Write the pages of what is learned, and the pictures of the sweeps in them, likewise."""
     tables: dict[str, list[str]] = {"methods": _methods_table()}
     for name, result in results().items():
         if result["bench"] in _OF_LEARNING:
@@ -266,15 +268,27 @@ def convergence(folder: Path) -> None:
             tables[name] = ["```bash", result["command"], "```", "", shown]
         if name in _SWEEPS_DRAWN:
             Convergence.draw(result["rows"], folder / "images" / f"{name}.svg")
-    _fill(ROOT / "docs" / "convergence.md", folder / "convergence.md", tables)
+    _fill({ROOT / "docs" / name: folder / name for name in _PAGES_OF_LEARNING}, tables)
 
 
-def _fill(source: Path, target: Path, tables: Mapping[str, Sequence[str]]) -> None:
-    """Copy a page, with each table between its markers made anew."""
-    text = source.read_text(encoding="utf-8")
+def _fill(pages: Mapping[Path, Path], tables: Mapping[str, Sequence[str]]) -> None:
+    """Copy pages, with each table made anew between its markers, which one of them has.
+
+    Args:
+        pages: where each is to be written.
+        tables: lines of each, by name.
+    """
+    texts = {source: source.read_text(encoding="utf-8") for source in pages}
     for name, lines in tables.items():
         between = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         made = "\n".join(lines)
-        text, num = between.subn(lambda m, made=made: f"{m[1]}\n{made}\n\n{m[2]}", text)
-        assert num == 1, f"{source.name} must have one pair of markers for the table {name}"
-    target.write_text(text, encoding="utf-8")
+        found = 0
+        for source, text in texts.items():
+            texts[source], num = between.subn(
+                lambda m, made=made: f"{m[1]}\n{made}\n\n{m[2]}", text
+            )
+            found += num
+        told = " or ".join(source.name for source in pages)
+        assert found == 1, f"{told} must have one pair of markers for the table {name}"
+    for source, target in pages.items():
+        target.write_text(texts[source], encoding="utf-8")

@@ -71,5 +71,5 @@ if __name__ == "__main__":
     tables(target)
     figures.page(target)
     figures.pictures(target)
-    figures.convergence(target)
+    figures.learning(target)
     figures.readme(target.parent / "README.md")

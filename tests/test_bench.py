@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from paci.bench import footprint, turns
 from paci.bench.arms import Arm
 from paci.bench.convergence import Convergence
 from paci.bench.forecasts import without_waits
-from paci.bench.overhead import bare_s
+from paci.bench.overhead import Overhead, bare_s
 from paci.bench.question import compared
 from paci.bench.questions import QUESTIONS
 from paci.bench.record import table
@@ -183,8 +185,14 @@ def test_an_interruption_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_an_interruption_ends_all_of_it(
-    options: list[str], module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str],
+    module: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
+    earlier = tmp_path / f"{options[0]}.json"
+    earlier.write_text("of an earlier run")
     sizes = []
 
     def interrupted(num_workers: int, *args: Any, **rest: Any) -> Any:
@@ -195,8 +203,23 @@ def test_an_interruption_ends_all_of_it(
     monkeypatch.setattr(module, "run_workers", interrupted)
     assert main(["bench", *options, "--out", str(tmp_path)]) == 130
     assert sizes == [2]
-    rows = json.loads((tmp_path / f"{options[0]}.json").read_text())["rows"]
-    assert {row["problem"] for row in rows} == {"interrupted"}
+    assert "nothing was measured, so nothing is written" in capsys.readouterr().err
+    assert earlier.read_text() == "of an earlier run"
+
+
+def test_a_benchmark_told_to_end_before_it_measured_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def ended(question: Overhead, say: Any) -> Any:
+        for _ in range(2):  # `timeout` tells a process twice: itself, and its group
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(Overhead, "answer", ended)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["bench", "overhead", "--out", str(tmp_path)]) == 143
+    assert capsys.readouterr().err == "paci: ended by a signal before anything was measured\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def silent(rank: int, report: Any) -> None:

@@ -128,7 +128,10 @@ def test_a_benchmark_that_is_told_to_end_keeps_what_it_measured(text: Path, tmp_
 
 
 def test_without_a_turn_there_is_nothing_to_say(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     def stopped(error: BaseException) -> Any:
         def run(*args: Any, **options: Any) -> Any:
@@ -139,8 +142,8 @@ def test_without_a_turn_there_is_nothing_to_say(
 
     monkeypatch.setattr(workers, "run_workers", stopped(KeyboardInterrupt()))
     assert main(["bench", "plan", *words(data=text, out=tmp_path)]) == 130
-    rows = json.loads((tmp_path / "plan.json").read_text())["rows"]
-    assert rows == [{"problem": "interrupted", "interrupted": True}]
+    assert "nothing was measured, so nothing is written" in capsys.readouterr().err
+    assert not (tmp_path / "plan.json").exists()
     monkeypatch.setattr(workers, "run_workers", stopped(WorkerError("it broke")))
     with pytest.raises(WorkerError, match="it broke"):
         Planned(**{**SMALL, "data": str(text)}).answer(quiet)

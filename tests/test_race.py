@@ -282,17 +282,18 @@ def test_time_to_accuracy_of_made_up_runs(tmp_path: Path, capsys: pytest.Capture
     assert "| 8 ± 0 |" in out or "| 8 ± 1 |" in out  # half a one, to the even one
     assert f"| {same['time_ratio']:.2f} | {fastest['time_ratio']:.2f} (4 micro-batches) |" in out
     unknown = [row for row in rows if row["num_micro_batches"] == 4]
-    assert unknown[1]["update_ratio"] == pytest.approx(5 / 4)
-    assert unknown[2]["update_ratio"] == pytest.approx(33 / 32)  # of 32 sequences by default
+    mean = 0.9 + 0.1 * 5 / 4  # of an update, a tenth being flushed
+    assert unknown[1]["update_ratio"] == pytest.approx(5 / 4 / mean)
+    assert unknown[2]["update_ratio"] == pytest.approx(33 / 32 / mean)  # 32 sequences by default
     assert not any("time_ratio" in row for row in unknown)
     assert out.count("| an update alone |") == 1
-    assert "| 1.25 | 1.03 (32 micro-batches) |" in out
+    assert "| 1.22 | 1.01 (32 micro-batches) |" in out
     assert (tmp_path / "time-to-accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_schedule_without_training_stands_there_once(tmp_path: Path):
     store = write_runs(tmp_path / "runs.jsonl", RUNS)
-    methods = "lookahead:lookahead:beyond=0 lookahead lookahead-slack-1 lookahead-slack-1:current"
+    methods = "lookahead:lookahead:beyond=0 lookahead lookahead-slack-1:current lookahead-slack-1"
     rows = TimeToAccuracy(runs=store, workers=2, micro_batches="2,4", methods=methods).answer(quiet)
     ours = [
         (row["num_micro_batches"], row["method"], "updates" in row)
@@ -302,7 +303,7 @@ def test_a_schedule_without_training_stands_there_once(tmp_path: Path):
     assert ours == [
         (2, "lookahead", True),
         (2, "lookahead-slack-1", False),
-        (4, "lookahead:lookahead:beyond=0", False),
+        (4, "lookahead", False),
         (4, "lookahead-slack-1", False),
     ]
 
@@ -421,9 +422,15 @@ def test_measured_times_take_the_place_of_simulated_ones(tmp_path: Path):
     }
     path = tmp_path / "emulate.json"
     path.write_text(json.dumps(result))
-    rows = TimeToAccuracy(
-        runs="", emulated=str(path), workers=2, micro_batches="2", batch_size=4
-    ).answer(quiet)
+    asked = TimeToAccuracy(
+        runs="",
+        emulated=str(path),
+        methods="lookahead-only",
+        workers=2,
+        micro_batches="2",
+        batch_size=4,
+    )
+    rows = asked.answer(quiet)
     found = {(row["choice"] or row["schedule"]): row for row in rows if "source" in row}
     assert found["paci"]["over_ideal"] == pytest.approx(1.1)
     assert found["1f1b"]["update_ratio"] == pytest.approx(1.5)

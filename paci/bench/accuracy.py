@@ -45,15 +45,16 @@ class TimeToAccuracy(Question):
     time. The trials of a method that looks ahead are priced as they were measured in its training
     runs, beside the time of forwards, backwards and updates.
 
-    Where no method with a schedule was trained with as many micro-batches, the first that has it
-    stands there with the time of an update alone. A row that is kept is one schedule in one
+    Where no method with a schedule was trained with as many micro-batches, the first of ``methods``
+    with that schedule stands there with the mean time of an update, those that flush among them,
+    and without trials. A row that is kept is one schedule in one
     comparison; one of the table is a comparison.
 
     Args:
         runs: store of ``paci bench convergence``; empty for times alone.
         emulated: JSON files of ``paci bench emulate``, separated by spaces, whose times are taken
             instead of simulated ones.
-        methods: PACI's, names out of docs/convergence.md separated by spaces.
+        methods: PACI's, names out of docs/rivals.md separated by spaces.
         flushes: methods without delay, separated by spaces, each compared with.
         workers: that every schedule has.
         micro_batches: numbers of them in an update, separated by commas.
@@ -156,12 +157,12 @@ class TimeToAccuracy(Question):
         """PACI's row, then those of its rivals."""
         ours, theirs = needed or (None, None)
         schedule = _schedule_of(method)
-        own = paces.of(schedule, m)
-        if ours is not None:
-            share, flushing = ours.share_flushed, schedule.replace("paci", "1f1b")
-            mean = share * paces.of(flushing, m).over_ideal + (1 - share) * own.over_ideal
-            own = _with_trials(own._replace(over_ideal=mean), ours)
-        yield {**self._row(m, schedule, m, own, own, ours, ours), "method": method}
+        own, flushing = paces.of(schedule, m), paces.of(schedule.replace("paci", "1f1b"), m)
+        share = ours.share_flushed if ours else _share_flushed(method)
+        mean = share * flushing.over_ideal + (1 - share) * own.over_ideal
+        own = _with_trials(own._replace(over_ideal=mean), ours)
+        shown = method if ours else method.partition(":")[0]
+        yield {**self._row(m, schedule, m, own, own, ours, ours), "method": shown}
         for name, size, choice in self._rivals(paces, m, list(_cuts(m, batch_size))):
             try:
                 pace = paces.of(name, size)
@@ -216,6 +217,7 @@ class TimeToAccuracy(Question):
         if needed is None or ours is None:
             return row
         row |= needed.figures
+        row["paci_seeds"] = len(ours.updates)
         row["time_ratio"] = row["update_ratio"] * needed.mean_updates / ours.mean_updates
         return row
 
@@ -255,6 +257,10 @@ class TimeToAccuracy(Question):
 
 def _schedule_of(method: str) -> str:
     return str(find_method(method).options.get("schedule", "paci"))
+
+
+def _share_flushed(method: str) -> float:
+    return float(find_method(method).options.get("flush_first", 0.0))
 
 
 def _with_trials(pace: Pace, needed: Needed | None) -> Pace:

@@ -41,7 +41,7 @@ class Convergence(Question):
     """A sweep; its fields are the options of the command line.
 
     Args:
-        methods: names out of docs/convergence.md, separated by spaces.
+        methods: names out of docs/rivals.md, separated by spaces.
         optimizers: of ``paci train``, separated by spaces.
         learning_rates: at their peak, separated by commas.
         seeds: of weights and data, separated by commas.

@@ -139,7 +139,8 @@ def _work(
     args: tuple[Any, ...],
 ) -> None:
     """Run one worker from its start to its last message."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the process that asks decides
     if core is not None and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[core % len(cores)]})

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+_INTERRUPTED = 130
+
 
 def add_parser(commands: Any) -> None:
     """Add the command, a verb a question, an option a field of it."""
@@ -45,14 +47,31 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Measure, print, save; interrupted or told to end, what there is by then."""
+    """Measure, print, save; when interrupted or told to end, what there is by then."""
+    came: list[int] = []
+    with _ended_as_interrupted(came):
+        try:
+            code = _answer(options, arguments)
+        except KeyboardInterrupt:
+            if not came:
+                raise
+            print("paci: ended by a signal before anything was measured", file=sys.stderr)
+            code = _INTERRUPTED
+    return 128 + came[0] if came and code == _INTERRUPTED else code
+
+
+def _answer(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Answer the question; return the exit code."""
     from paci.bench.question import is_interrupted
     from paci.bench.record import record, save, table
 
     fields = dataclasses.fields(options.question)
     question = options.question(**{field.name: getattr(options, field.name) for field in fields})
-    with _ended_as_interrupted() as signals:
-        rows = question.answer(lambda line: print(line, file=sys.stderr, flush=True))
+    rows = question.answer(lambda line: print(line, file=sys.stderr, flush=True))
+    code = _INTERRUPTED if is_interrupted(rows) else 0
+    if code and all("problem" in row for row in rows):
+        print("nothing was measured, so nothing is written", file=sys.stderr)
+        return code
     command = shlex.join(["paci", *arguments])
     result = record(question.name, command, dataclasses.asdict(question), rows)
     path = save(result, Path(options.out))
@@ -60,25 +79,26 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     picture = path.with_suffix(".png")
     drawn = f" and {picture}" if question.draw(rows, picture) else ""
     print(f"written to {path}{drawn}", file=sys.stderr)
-    return 128 + signals[0] if is_interrupted(rows) else 0
+    return code
 
 
 @contextlib.contextmanager
-def _ended_as_interrupted() -> Iterator[list[int]]:
-    """Let SIGTERM (of ``timeout``, of a job's end) raise what SIGINT raises.
+def _ended_as_interrupted(came: list[int]) -> Iterator[None]:
+    """Let SIGTERM (of ``timeout``, of a job's end) raise what SIGINT does, once.
 
-    Yields:
-        The signals that came, and at the end SIGINT.
+    A second one changes nothing: what was measured is being written then.
+
+    Args:
+        came: where the signal is noted.
     """
-    came: list[int] = []
 
     def interrupt(number: int, frame: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)
         came.append(number)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield came
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        came.append(signal.SIGINT)

@@ -80,11 +80,13 @@ def profile_layers(
         raise ConfigError("a model must have at least one layer, got none; pass a list of them")
     flowing = as_tensors(inputs, "the inputs of the first layer")
     places = range(len(layers))
-    kind_of = list(kinds) if kinds else [str(place) for place in places]
+    kind_of: list[Any] = list(kinds) if kinds else list(places)
+    if loss_fn:
+        kind_of[-1] = (kind_of[-1], "with the loss")  # nobody else has it
     name_of = list(names) if names else [f"layer {place}" for place in places]
     windows = list(_windows(kind_of, num_together))
-    measured: defaultdict[str, list[LayerProfile]] = defaultdict(list)
-    outputs: dict[str, Tensors] = {}  # of a layer of each kind that windows to come begin after
+    measured: defaultdict[Any, list[LayerProfile]] = defaultdict(list)
+    outputs: dict[Any, Tensors] = {}  # of a layer of each kind that windows to come begin after
     for number, window in enumerate(windows):
         if window.start:
             flowing = outputs[kind_of[window.start - 1]]
@@ -92,13 +94,12 @@ def profile_layers(
             _Bench(layers[k](), loss_fn if k == places[-1] else None, name_of[k], make_optimizer)
             for k in window
         )
-        profiles, made_by = _measure(made, flowing, num_repeats)
-        kinds_of_window = [kind_of[k] for k in window]
-        for kind, profile in zip(kinds_of_window, profiles, strict=True):
-            measured[kind].append(profile)
-        outputs |= zip(kinds_of_window, made_by, strict=True)
         wanted = {kind_of[later.start - 1] for later in windows[number + 1 :]}
         outputs = {kind: outputs[kind] for kind in outputs.keys() & wanted}
+        for k, (profile, made_by) in zip(window, _measure(made, flowing, num_repeats), strict=True):
+            measured[kind_of[k]].append(profile)
+            if kind_of[k] in wanted:
+                outputs[kind_of[k]] = made_by
     known = {kind: _average(profiles) for kind, profiles in measured.items()}
     found = (known[kind].model_copy(update={"name": name_of[k]}) for k, kind in enumerate(kind_of))
     return Profile(
@@ -109,9 +110,9 @@ def profile_layers(
     )
 
 
-def _windows(kinds: Sequence[str], num_together: int) -> Iterator[range]:
+def _windows(kinds: Sequence[Any], num_together: int) -> Iterator[range]:
     """Yield the places of neighbours to measure together, until there is one of each kind."""
-    known: set[str] = set()
+    known: set[Any] = set()
     for place, kind in enumerate(kinds):
         if kind not in known:
             start = max(0, min(place, len(kinds) - num_together))
@@ -132,7 +133,7 @@ def _average(profiles: Sequence[LayerProfile]) -> LayerProfile:
 
 def _measure(
     made: Iterable[_Bench], inputs: Tensors, num_repeats: int
-) -> tuple[list[LayerProfile], list[Tensors]]:
+) -> list[tuple[LayerProfile, Tensors]]:
     """Measure consecutive layers, which are made here and forgotten at the end.
 
     Returns:
@@ -146,7 +147,7 @@ def _measure(
     for number in range(_NUM_WARM_UP + num_repeats * _PASSES):
         for to_input in (True, False):
             _pass(benches, inputs, to_input=to_input, is_timed=number >= _NUM_WARM_UP)
-    return [bench.profile() for bench in benches], outputs
+    return [(bench.profile(), made_by) for bench, made_by in zip(benches, outputs, strict=True)]
 
 
 def _pass(benches: Sequence[_Bench], inputs: Tensors, *, to_input: bool, is_timed: bool) -> None:
