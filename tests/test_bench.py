@@ -218,7 +218,7 @@ def test_a_benchmark_told_to_end_before_it_measured_says_so(
     monkeypatch.setattr(Overhead, "answer", ended)
     before = signal.getsignal(signal.SIGTERM)
     assert main(["bench", "overhead", "--out", str(tmp_path)]) == 143
-    assert capsys.readouterr().err == "paci: ended by a signal before anything was measured\n"
+    assert capsys.readouterr().err == "paci: ended by SIGTERM, and nothing is written\n"
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from paci.bench.trials import Trials
 from paci.cli.app import main
 
 SMALL = ["--widths", "16,32", "--layers", "1", "--turns", "2", "--steps", "1"]
@@ -33,6 +35,24 @@ def test_a_row_for_each_optimizer_width_and_number_of_threads(
         for name in ("trial", "prediction", "repeat"):
             assert row[f"{name}_ms"] > 0
             assert row[f"{name}_ratio"] > 0
+
+
+def test_an_interruption_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    measured = Trials._row
+
+    def interrupted(question: Trials, optimizer: str, *rest: Any) -> Any:
+        if optimizer == "muon":
+            raise KeyboardInterrupt
+        return measured(question, optimizer, *rest)
+
+    monkeypatch.setattr(Trials, "_row", interrupted)
+    assert main(["bench", "trials", *SMALL, "--out", str(tmp_path)]) == 130
+    first, end = json.loads((tmp_path / "trials.json").read_text())["rows"]
+    assert first["optimizer"] == "adamw"
+    assert end["problem"] == "interrupted"
+    assert "did not run: interrupted" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

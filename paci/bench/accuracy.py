@@ -47,8 +47,8 @@ class TimeToAccuracy(Question):
 
     Where no method with a schedule was trained with as many micro-batches, the first of ``methods``
     with that schedule stands there with the mean time of an update, those that flush among them,
-    and without trials. A row that is kept is one schedule in one
-    comparison; one of the table is a comparison.
+    and without trials. A row that is kept is one schedule in one comparison; one of the table is a
+    comparison.
 
     Args:
         runs: store of ``paci bench convergence``; empty for times alone.

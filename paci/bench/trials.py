@@ -63,7 +63,8 @@ class Trials(Question):
             require_count(name, getattr(self, name))
 
     def answer(self, say: Say) -> list[Row]:
-        """A row for each optimizer, width and number of threads."""
+        """A row for each optimizer, width and number of threads; interrupted, of those that there
+        are, and one that says so."""
         import torch
 
         from paci.train.config import load_config
@@ -79,6 +80,9 @@ class Trials(Question):
                     for optimizer in self.optimizers.split():
                         rows.append(self._row(optimizer, width, threads, device))
                         say("{optimizer}, width {width}: {trial_ratio:.2f}".format(**rows[-1]))
+        except KeyboardInterrupt:
+            say("interrupted: what was measured is kept")
+            rows.append({"problem": "interrupted", "interrupted": True})
         finally:
             torch.set_num_threads(before)
         return rows

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         except KeyboardInterrupt:
             if not came:
                 raise
-            print("paci: ended by a signal before anything was measured", file=sys.stderr)
+            print("paci: ended by SIGTERM, and nothing is written", file=sys.stderr)
             code = _INTERRUPTED
     return 128 + came[0] if came and code == _INTERRUPTED else code
 
@@ -68,6 +68,7 @@ def _answer(options: argparse.Namespace, arguments: list[str]) -> int:
     fields = dataclasses.fields(options.question)
     question = options.question(**{field.name: getattr(options, field.name) for field in fields})
     rows = question.answer(lambda line: print(line, file=sys.stderr, flush=True))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until what was measured is written
     code = _INTERRUPTED if is_interrupted(rows) else 0
     if code and all("problem" in row for row in rows):
         print("nothing was measured, so nothing is written", file=sys.stderr)
@@ -86,7 +87,8 @@ def _answer(options: argparse.Namespace, arguments: list[str]) -> int:
 def _ended_as_interrupted(came: list[int]) -> Iterator[None]:
     """Let SIGTERM (of ``timeout``, of a job's end) raise what SIGINT does, once.
 
-    A second one changes nothing: what was measured is being written then.
+    A second one changes nothing: what was measured is being written then. At the end SIGTERM does
+    what it did before.
 
     Args:
         came: where the signal is noted.

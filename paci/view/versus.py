@@ -84,8 +84,8 @@ def accuracy_picture(rows: Sequence[Row], path: Path) -> None:
 
     Of the settings that were compared (optimizer, precision, length, flush) that with most numbers
     of micro-batches is drawn, the first of equals, and of several methods of PACI's with as many
-    the best of those with most seeds. Thin dashed lines are of the time of an update
-    alone, as if all methods took as many.
+    the best of those with most seeds. Thin dashed lines are of the time of an update alone, as if
+    all methods took as many.
 
     Args:
         rows: of ``paci bench time-to-accuracy``, each with an ``update_ratio``.
