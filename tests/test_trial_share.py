@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import paci
+from paci.cli.app import main
 from paci.schedule.action import Kind
+from paci.schedule.base import Schedule
+from paci.schedule.one_f_one_b import OneFOneBFlush
+from paci.train.summary import trials_told
 
 
 @pytest.mark.parametrize("weights", ["current", "lookahead", "lookahead:refresh=1"])
@@ -30,3 +35,34 @@ def test_trials_stand_apart(weights: str):
     assert all(event.trial_s <= event.end_s - event.start_s for event in tried)
     assert (trials > 0) == (weights != "current")
     assert 0 < busy < busy + trials <= 1 or not trials
+
+
+@pytest.mark.parametrize(
+    ("schedule", "trial_share", "told"),
+    [
+        (paci.PACI(3, 8), 0.2 * 0.9, "trials took 20.0% of the computing, more than the 20.0%"),
+        (paci.PACI(3, 8), 0.19 * 0.9, ""),
+        (paci.PACI(3, 8), 0.0, ""),
+        (paci.PACI(1, 8), 0.5, ""),
+        (OneFOneBFlush(3, 8), 0.5, ""),
+    ],
+)
+def test_a_run_says_so_if_trials_took_more_than_a_flush_would_wait(
+    schedule: Schedule, trial_share: float, told: str
+):
+    found = trials_told(schedule, 0.9 - trial_share + 1e-9 * bool(told), trial_share + 1e-9)
+    assert found.startswith(told)
+    assert bool(found) == bool(told)
+    assert not told or "--weights lookahead:refresh=8" in found
+
+
+def test_what_a_run_says_of_trials_is_in_its_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A trial before every forward of few tokens takes far longer than a bubble of 1.5 %."""
+    small = "--stages 2 --layers 2 --width 64 --heads 2 --context 8 --batch-size 64"
+    options = (
+        f"{small} --accumulation 64 --updates 3 --sample-tokens 0 --weights lookahead:refresh=1"
+    )
+    assert main(["train", *options.split(), "--out", str(tmp_path / "run")]) == 0
+    assert "--schedule 1f1b none" in capsys.readouterr().out

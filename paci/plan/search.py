@@ -22,7 +22,7 @@ from paci.schedule.registry import make_schedule
 from paci.schedule.versions import stage_versions
 
 # Times that differ by less than this share are equal: then less drift, then less memory wins.
-_SAME_TIME = 1e-3
+SAME_TIME = 1e-3
 MakeSchedule = Callable[[str, int, int], Schedule]
 # From a schedule, and whether backwards recompute their forward.
 ChooseWeights = Callable[[Schedule, bool], "Weights"]
@@ -189,7 +189,7 @@ def search(
     fastest = min(choice.steady.update_s for choice in choices) or 1.0
 
     def rank(choice: Choice) -> tuple[float, float, int, int]:
-        steps = round(choice.steady.update_s / fastest / _SAME_TIME)
+        steps = round(choice.steady.update_s / fastest / SAME_TIME)
         return steps, choice.mean_delay, choice.peak_bytes, choice.schedule.num_workers
 
     return Plan(tuple(sorted(choices, key=rank)), tuple(refused))

@@ -16,7 +16,8 @@ from paci.models import GPTConfig
 from paci.models.gpt import build_layer
 from paci.plan.given import GivenSchedule
 from paci.plan.profile import Profile
-from paci.plan.search import Weights
+from paci.plan.search import Choice, Weights, price
+from paci.plan.stages import Layout
 from paci.runtime.observation.layer_times import profile_layers
 from paci.runtime.observation.links import measure_links
 from paci.runtime.own_time import measure_overhead
@@ -114,3 +115,18 @@ def planned_weights(asked: str | None, schedule: Schedule, recompute: bool) -> W
     policies = prepare_weight_policies(spec, schedule)
     costs = (policy.cost(schedule, stage) for stage, policy in enumerate(policies))
     return Weights(spec, tuple(costs))
+
+
+def without_trials(choice: Choice) -> Choice | None:
+    """Return ``choice`` with a policy that tries no step in a full pipeline, and the same cut.
+
+    A step is then predicted anew only when the next update is due. None if it tries none anyway.
+    """
+    if not choice.steady.trial_share:
+        return None
+    name, _, options = choice.weights.partition(":")
+    kept = [each for each in options.split(",") if each.partition("=")[0].strip() != "refresh"]
+    options = ",".join([*filter(None, kept), f"refresh={choice.schedule.accumulation}"])
+    weights = planned_weights(f"{name}:{options}", choice.schedule, choice.recompute)
+    layout = Layout(choice.profile, choice.schedule, choice.recompute, weights.policies)
+    return price(layout, choice.spec, weights.spec, choice.cut)

@@ -25,6 +25,7 @@ from paci.train.summary import (
     drift_table,
     sample_text,
     summarize,
+    trials_told,
     write_report,
     write_text,
 )
@@ -173,6 +174,9 @@ def _report(trainer: Trainer) -> None:
     trainer.say(
         f"utilization {summary['utilization']:.1%}{trials} ({summary['utilization_clock']} clock)"
     )
+    told = trials_told(trainer.plan.schedule, summary["utilization"], summary["trial_share"])
+    if told:
+        trainer.say(told)
     trainer.say(f"weights sha256 {summary['weights_sha256']}")
     trainer.say(f"run folder {folder}: {SUMMARY_FILE}, {METRICS_FILE}, loss.png, timeline.svg")
 

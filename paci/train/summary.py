@@ -25,7 +25,7 @@ from paci.models import GPTConfig, build_stage, generate
 from paci.runtime.observation.drift import DriftReport
 from paci.runtime.stage.loss import CrossEntropy
 from paci.schedule.action import Kind
-from paci.schedule.base import require_count
+from paci.schedule.base import Schedule, require_count
 from paci.trace import Trace
 from paci.train import checkpoint
 from paci.train.loop import Trainer
@@ -191,6 +191,25 @@ def evaluate_text(folder: Path, spec: str, num_batches: int) -> tuple[float, int
             loss += criterion(model(torch.from_numpy(inputs)), wanted).double()
             count += int(criterion.num_tokens(wanted))
     return loss.item() / count, count
+
+
+def trials_told(schedule: Schedule, utilization: float, trial_share: float) -> str:
+    """Return a line that says so if trials took more time than a flush would wait; else "".
+
+    Args:
+        schedule: that of the run.
+        utilization: the share of the workers' time in actions, without trials.
+        trial_share: the share of it in trials.
+    """
+    workers, a = schedule.num_workers, schedule.accumulation
+    waits = (workers - 1) / (workers - 1 + a)
+    tried = trial_share / (utilization + trial_share) if trial_share else 0.0
+    if schedule.flushes or workers == 1 or tried <= waits:
+        return ""
+    return (
+        f"trials took {tried:.1%} of the computing, more than the {waits:.1%} of its time that "
+        f"1f1b would wait: --weights lookahead:refresh={a} makes few, --schedule 1f1b none"
+    )
 
 
 def drift_table(reports: Mapping[int, DriftReport]) -> str:
