@@ -19,7 +19,7 @@ from paci.plan.steady_state import SteadyState, steady_state
 from paci.schedule.action import Kind
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.registry import make_schedule
-from paci.schedule.versions import stage_versions
+from paci.schedule.versions import stage_versions, updates_to_settle
 
 # Times that differ by less than this share are equal: then less drift, then less memory wins.
 SAME_TIME = 1e-3
@@ -209,8 +209,9 @@ def price(layout: Layout, spec: str, weights: str, cut: tuple[range, ...] | None
     """
     cut, schedule = cut or layout.cut(), layout.schedule
     costs = layout.costs(cut)
-    met = list(itertools.islice(stage_versions(schedule, 0), _num_met(schedule)))
-    settled = met[len(met) // 2 :]
+    num_met = 2 * updates_to_settle(schedule) * schedule.accumulation
+    met = list(itertools.islice(stage_versions(schedule, 0), num_met))
+    settled = met[num_met // 2 :]
     return Choice(
         spec,
         schedule,
@@ -224,12 +225,6 @@ def price(layout: Layout, spec: str, weights: str, cut: tuple[range, ...] | None
         max(each.drift for each in met),
         sum(each.delay for each in settled) / len(settled),
     )
-
-
-def _num_met(schedule: Schedule) -> int:
-    """Return how many micro-batches to look at; their second half is in steady state."""
-    num_updates = 2 + 2 * schedule.channel_capacity // schedule.accumulation
-    return 2 * num_updates * schedule.accumulation
 
 
 def _schedule(

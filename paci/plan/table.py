@@ -55,7 +55,7 @@ class ActionTable:
         ]
         lengths = [row.shape[1] for row in rows]
         kind, stage, micro_batch = np.concatenate(rows, axis=1)
-        return ActionTable(kind, stage, micro_batch, np.cumsum([0, *lengths]))
+        return ActionTable(kind, stage, micro_batch, np.cumsum([0, *lengths], dtype=np.int32))
 
     @property
     def worker(self) -> Integers:
