@@ -64,6 +64,47 @@ class Counting(SGD):
         return super().step()
 
 
+class Preconditioned(SGD):
+    """Keeps a list of tensors for each parameter, and changes them in place, as SOAP does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["calls"] = group.get("calls", 0) + 1  # not there before the first step
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = p.grad.reshape(len(p), -1)
+                if "sides" not in self.state[p]:
+                    self.state[p]["sides"] = [g.new_zeros(n, n) for n in g.shape]
+                    self.state[p]["seen"] = {"last": torch.zeros_like(p)}
+                rows, columns = self.state[p]["sides"]
+                self.state[p]["seen"]["last"].copy_(p.grad)
+                rows.add_(g @ g.T)
+                columns.add_(g.T @ g)
+                scale = group["lr"] / group["calls"] ** 0.5
+                p.sub_(p.grad / (rows.norm() * columns.norm()) ** 0.5, alpha=scale)
+
+
+class CountingInOptions(SGD):
+    """Adds up what it did in a tensor of its options, in place."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group.setdefault("sum", torch.zeros(())).add_(1)
+        return super().step()
+
+
+class CountingOnItself(SGD):
+    """Adds up what it did in an attribute of its own, in place, so that trials would count too."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        vars(self).setdefault("sums", [torch.zeros(())])[0].add_(1)
+        return super().step()
+
+
 FORETOLD: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=0.1),
     "momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -81,6 +122,8 @@ FORETOLD: dict[str, Callable[[Any], Optimizer]] = {
     "adadelta": lambda p: Adadelta(p),
     "asgd": lambda p: ASGD(p),
     "rmsprop": lambda p: RMSprop(p),
+    "lists in its state": lambda p: Preconditioned(p, lr=0.1),
+    "tensor in its options": lambda p: CountingInOptions(p, lr=0.1),
 }
 if hasattr(torch.optim, "Muon"):  # PyTorch 2.9 and newer
     FORETOLD["muon with adamw"] = lambda p: paci.MuonWithAdamW(
@@ -91,6 +134,7 @@ REFUSED: dict[str, Callable[[Any], Optimizer]] = {
     "Lars": lambda p: Lars(p, lr=0.1),
     "Prodigy": lambda p: Prodigy(p, lr=0.1),
     "Counting": lambda p: Counting(p, lr=0.1),
+    "CountingOnItself": lambda p: CountingOnItself(p, lr=0.1),
 }
 
 
@@ -122,6 +166,26 @@ def test_what_it_does_not_is_refused_by_name(name: str):
     with pytest.raises(paci.ConfigError, match=f"got {name}"):
         paci.Pipeline(stages, paci.PACI(2, 2), optimizers, nn.MSELoss())
     paci.Pipeline(stages, paci.PACI(2, 2), optimizers, nn.MSELoss(), weights="current")
+
+
+@pytest.mark.parametrize("kind", [Preconditioned, CountingInOptions])
+def test_a_trial_changes_nothing_that_the_optimizer_keeps(kind: type[SGD]):
+    """Not in lists and dicts either: what follows is what would have followed without it."""
+    ends = []
+    for tries in (False, True):
+        torch.manual_seed(0)
+        (parameter,) = weights()
+        optimizer = kind([parameter], lr=0.1)
+        for _ in range(4):
+            parameter.grad = torch.randn(4, 3)
+            if tries:
+                list(trial_steps(optimizer))
+            optimizer.step()
+        kept = optimizer.state_dict()
+        counts = [kept["param_groups"][0].get(key, 0) for key in ("calls", "sum")]
+        ends.append((parameter.detach(), kept["state"], counts))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+    assert any(count == 4 for count in ends[0][2])
 
 
 def test_a_trial_can_be_told(monkeypatch: pytest.MonkeyPatch):

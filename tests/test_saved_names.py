@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import launching
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from runtime_helpers import same_bits
 from test_fsdp import A as ROWS_A
 from test_fsdp import batches as wide_batches
 from test_fsdp import needs_streams, part, sgd, stage
+from test_probe import Preconditioned
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
@@ -64,6 +66,7 @@ OPTIMIZERS: dict[str, Any] = {
     "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     "amsgrad": partial(torch.optim.AdamW, lr=0.05, amsgrad=True),
     "nadam": partial(torch.optim.NAdam, lr=0.05),
+    "lists in its state": partial(Preconditioned, lr=np.float64(0.05)),
     "muon": lambda parameters: paci.MuonWithAdamW(
         [{"params": [p for p in parameters if p.dim() > 1], "algorithm": "muon"},
          {"params": [p for p in parameters if p.dim() < 2], "algorithm": "adamw"}],
@@ -117,6 +120,58 @@ def test_states_of_optimizers_with_and_without_a_step(name: str, updates: int, t
             stepwise.drain()
         assert same_bits(values(saved), values(stepwise))
     assert undisturbed.num_micro_batches == saved.num_micro_batches
+
+
+def test_saving_before_the_first_update_leaves_a_rate_its_users():
+    rate = torch.tensor(0.1)
+    pipeline = trained(0, optimizer=partial(torch.optim.AdamW, lr=rate))
+    pipeline.state_dict()
+    assert pipeline.stages[0].optimizer.param_groups[0]["lr"] is rate
+    assert rate == torch.tensor(0.1)
+
+
+def test_a_scheduler_of_numpys_rates_goes_on(tmp_path: Path):
+    options = {"optimizer": partial(torch.optim.SGD, lr=np.float64(0.1)), "lr_scheduler": decay}
+    saved, fresh = trained(3, **options), trained(0, linears(seed=3), **options)
+    save(saved, tmp_path)
+    load(fresh, tmp_path)
+    for pipeline in (saved, fresh):
+        for batch in batches(3):
+            pipeline.step(batch)
+        pipeline.drain()
+    assert same_bits(values(saved), values(fresh))
+
+
+class Late(torch.optim.SGD):
+    """Keeps something of each parameter from its second step on."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "first" in self.state[p]:
+                    self.state[p]["second"] = p.clone()
+                self.state[p]["first"] = p.clone()
+        return super().step()
+
+
+def test_state_that_a_checkpoint_has_no_place_for_is_refused(tmp_path: Path):
+    options = {"optimizer": partial(Late, lr=0.1)}
+    save(trained(3, **options), tmp_path)
+    fresh, used = trained(0, linears(seed=3), **options), trained(3, linears(seed=3), **options)
+    with pytest.raises(paci.ConfigError, match=r"kept of .*, got none of 'second'; train until"):
+        load(fresh, tmp_path)
+    load(used, tmp_path)
+
+
+def test_options_that_could_not_be_loaded_are_refused_when_saved():
+    class Lock:
+        """Of no kind that a checkpoint may hold."""
+
+    pipeline = trained(1, optimizer=partial(torch.optim.SGD, lr=0.1))
+    pipeline.stages[0].optimizer.param_groups[0]["lock"] = Lock()
+    with pytest.raises(paci.ConfigError, match="must be numbers, text, tensors and containers"):
+        pipeline.state_dict()
 
 
 class Slice(nn.Module):

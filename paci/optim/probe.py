@@ -94,12 +94,15 @@ def _step_is_foretold(
 ) -> bool:
     for parameter in parameters:
         parameter.grad = _random(parameter.shape, generator, parameter.device)
+    kept = _values_of(probe)
     # One by one: a step that depends on other parameters is no step of each.
     foretold = {
         parameter: step
         for pair in trial_batches(probe, max_elements=1)
         for parameter, step in zip(*pair, strict=True)
     }
+    if not _are_same(kept, _values_of(probe)):
+        return False  # a trial would change what the optimizer goes on with
     is_muon = algorithm_of(probe, probe.param_groups[0]) == "muon"
     tolerance = _TOLERANCE_OF_MUON if is_muon else _TOLERANCE
     before = [parameter.detach().clone() for parameter in parameters]
@@ -111,6 +114,35 @@ def _step_is_foretold(
         if (change - told).norm() > tolerance * max(change.norm(), told.norm()):
             return False
     return True
+
+
+def _values_of(probe: Optimizer) -> list[Any]:
+    """Return the numbers of an optimizer, and copies of its tensors but parameters, in order."""
+    return _values([list(probe.state.values()), probe.param_groups, _of_its_own(probe)])
+
+
+def _of_its_own(probe: Optimizer) -> dict[str, Any]:
+    return {k: v for k, v in vars(probe).items() if k not in ("state", "param_groups")}
+
+
+def _values(held: Any) -> list[Any]:
+    if isinstance(held, dict):
+        held = list(held.values())
+    if isinstance(held, list | tuple):
+        return [value for each in held for value in _values(each)]
+    if isinstance(held, Tensor):
+        return [] if isinstance(held, nn.Parameter) else [held.detach().clone()]
+    return [held] if isinstance(held, bool | int | float | str) else []
+
+
+def _are_same(before: list[Any], after: list[Any]) -> bool:
+    return len(before) == len(after) and all(map(_is_same, before, after))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.allclose(one, other, 0.0, 0.0, equal_nan=True)
+    return type(one) is type(other) and (one == other or one != one)
 
 
 _OWN = ("params", "param_names", "trial")

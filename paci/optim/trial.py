@@ -143,12 +143,14 @@ def _steps_of(
         origin.grad = torch.zeros_like(parameter) if gradient is None else copied(gradient)
         if state:
             trial.state[origin] = {
-                k: copied(v) if isinstance(v, Tensor) else copy.copy(v) for k, v in state.items()
+                k: copied(v) if isinstance(v, Tensor) else copy.deepcopy(v)
+                for k, v in state.items()
             }
         origins.append(origin)
     if copies:
         torch._foreach_copy_([new for new, _ in copies], [old for _, old in copies])
-    trial.param_groups = [{**options, "params": origins}]
+    kept = {key: copy.deepcopy(v) for key, v in options.items() if key != "params"}
+    trial.param_groups = [{**kept, "params": origins}]
     bare_step(trial)
     return [origin.detach() for origin in origins]
 

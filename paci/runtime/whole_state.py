@@ -8,7 +8,7 @@ keeps its form.
     model               weights and buffers         {name: tensor}
     optimizer           state of each weight        {name: {key: value}}
     policy              the weight policies' own    {name: tensor}
-    stages              the rest, by stage          {"0": {version, param_groups, ...}}
+    stages              the rest, by stage          {"0": {version, optimizer: bytes, ...}}
     num_micro_batches   fed since the start of training
 
 Each name is on one process only, so the states of all processes together are one state.
@@ -17,9 +17,11 @@ Each name is on one process only, so the states of all processes together are on
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,8 +55,7 @@ def whole_state(
             "policy_name": state["policy_name"],
             "rule": state["rule"],
             "lr_scheduler": _packed(state["lr_scheduler"]),
-            "param_groups": _groups(optimizer["param_groups"], called),
-            "global": optimizer.get("global", {}),
+            "optimizer": _packed(_options(optimizer, called)),
             "blank": [called[name] for name in blank],
         }
     whole["num_micro_batches"] = num_micro_batches
@@ -96,8 +97,11 @@ def _of_stage(
     own = stage.state_dict()
     here = {whole: name for name, whole in called.items()}
     blank = set(rest["blank"])
-    held = [whole for group in rest["param_groups"] for whole in group["params"]]
+    options = _unpacked(rest["optimizer"])
+    held = [whole for group in options["param_groups"] for whole in group["params"]]
     optimizer = {whole: state["optimizer"].get(whole, {}) for whole in held if whole not in blank}
+    for whole, keys in options["keys"].items():
+        _require_keys(whole, keys, optimizer.get(whole, {}))
     policy = _taken(state.get("policy", {}), own["policy"], called, stage.index)
     return {
         part: _taken(state["model"], own[part], called, stage.index)
@@ -105,8 +109,8 @@ def _of_stage(
     } | {
         "optimizer": {
             "state": _renamed({k: v for k, v in optimizer.items() if v}, here),
-            "param_groups": _groups(rest["param_groups"], here),
-            "global": rest.get("global", {}),
+            "param_groups": _groups(options["param_groups"], here),
+            "global": options["global"],
         },
         "lr_scheduler": _unpacked(rest["lr_scheduler"]),
         "version": rest["version"],
@@ -117,6 +121,28 @@ def _of_stage(
         "policy_name": rest["policy_name"],
         "rule": rest.get("rule", {}),
     }
+
+
+def _options(optimizer: Mapping[str, Any], called: Names) -> dict[str, Any]:
+    """Return what an optimizer keeps beside the state of its weights, and the keys of that state.
+
+    An optimizer may add to it in its first step, so that a checkpoint would lack places for it.
+    """
+    return {
+        "param_groups": _groups(optimizer["param_groups"], called),
+        "global": optimizer.get("global", {}),
+        "keys": {called[name]: sorted(map(str, each)) for name, each in optimizer["state"].items()},
+    }
+
+
+def _require_keys(whole: str, keys: list[str], found: Mapping[str, Any]) -> None:
+    absent = sorted(set(keys) - set(map(str, found)))
+    if absent:
+        raise ConfigError(
+            f"the state must hold all that the optimizer kept of {whole}, got none of "
+            f"{absent[0]!r}; train until this optimizer keeps that too before "
+            f"torch.distributed.checkpoint loads, or save with torch.save"
+        )
 
 
 def _taken(
@@ -157,14 +183,36 @@ def _sharded(value: Tensor, stage: Stage, name: str) -> Tensor:
 def _packed(value: Any) -> bytes | None:
     """Return ``value`` serialized as bytes, or None for None.
 
-    A scheduler's state may have numbers as keys, which torch.distributed.checkpoint would take for
-    list indices.
+    torch.distributed.checkpoint replaces bytes as a whole: it would take a scheduler's numbers as
+    keys for list indices, and leave out keys that are not there yet.
+
+    Raises:
+        ConfigError: ``value`` could not be loaded again.
     """
     if value is None:
         return None
     file = io.BytesIO()
-    torch.save(value, file)
+    try:
+        torch.save(_plain(value), file)
+        _unpacked(file.getvalue())
+    except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"options of an optimizer and of a learning-rate scheduler must be numbers, text, "
+            f"tensors and containers of them to be saved, got: {str(error).splitlines()[0]}; keep "
+            f"other objects out of their state"
+        ) from error
     return file.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` with Python's numbers for numpy's, which ``torch.load`` would refuse."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: _plain(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(each) for each in value)
+    return value
 
 
 def _unpacked(value: Any) -> Any:

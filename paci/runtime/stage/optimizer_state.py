@@ -60,7 +60,7 @@ def blank_state(
     if not fresh:
         return {}
     groups = [
-        {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+        {key: (value, copy.deepcopy(value)) for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
     # Parameters without a gradient are left alone; what is of no parameter may change.
@@ -80,7 +80,11 @@ def blank_state(
         made = {id(p): dict(optimizer.state[p]) for p in fresh}
     finally:
         for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group.update(before)
+            for key in group.keys() - before.keys() - {"params"}:
+                del group[key]
+            for key, (value, kept) in before.items():
+                # A tensor stays the same object: its user may hold it.
+                group[key] = value.copy_(kept) if isinstance(value, Tensor) else kept
         optimizer.state.clear()
         optimizer.state.update(others)
         for p, gradient in zip(held, gradients, strict=True):
