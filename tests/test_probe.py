@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ import paci
 from paci.optim import trial
 from paci.optim.gradient_rule import GradientRule
 from paci.optim.probe import require_trial
+from paci.optim.stand_in import is_same, values_of
 from paci.optim.trial import register_trial, trial_steps
 
 
@@ -87,22 +90,62 @@ class Preconditioned(SGD):
 
 
 class CountingInOptions(SGD):
-    """Adds up what it did in a tensor of its options, in place."""
+    """Adds up what it did in a tensor of its options, in place, and steps by it."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["sum"] = torch.ones(())
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
-            group.setdefault("sum", torch.zeros(())).add_(1)
-        return super().step()
+            group["sum"].add_(1)
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad * group["sum"], alpha=group["lr"])
 
 
 class CountingOnItself(SGD):
-    """Adds up what it did in an attribute of its own, in place, so that trials would count too."""
+    """The same in attributes: a list of tensors, which has another name too, and an array."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr)
+        self.sums = [torch.ones(())]
+        self.same = self.sums
+        self.array = np.ones(1)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        vars(self).setdefault("sums", [torch.zeros(())])[0].add_(1)
-        return super().step()
+    def step(self, closure: Any = None) -> None:
+        self.sums[0].add_(1)
+        self.array += 1
+        assert self.sums is self.same
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad * self.same[0] * float(self.array[0]), alpha=group["lr"])
+
+
+class Later(SGD):
+    """Begins with its second step, as SOAP and ADOPT do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["begun"] = group.get("begun", 0) + 1
+        if self.param_groups[0]["begun"] > 1:
+            super().step()
+
+
+class Both(Optimizer):
+    """Lets another optimizer step, which knows only its own parameters."""
+
+    def __init__(self, params: Any) -> None:
+        self.other = SGD(params, lr=0.1)
+        super().__init__(self.other.param_groups, {})
+
+    def step(self, closure: Any = None) -> None:
+        self.other.step()
 
 
 FORETOLD: dict[str, Callable[[Any], Optimizer]] = {
@@ -124,6 +167,9 @@ FORETOLD: dict[str, Callable[[Any], Optimizer]] = {
     "rmsprop": lambda p: RMSprop(p),
     "lists in its state": lambda p: Preconditioned(p, lr=0.1),
     "tensor in its options": lambda p: CountingInOptions(p, lr=0.1),
+    "tensors of its own": lambda p: CountingOnItself(p, lr=0.1),
+    "a first step of nothing": lambda p: Later(p, lr=0.1),
+    "an object in its options": lambda p: SGD([{"params": p, "lock": threading.Lock()}], lr=0.1),
 }
 if hasattr(torch.optim, "Muon"):  # PyTorch 2.9 and newer
     FORETOLD["muon with adamw"] = lambda p: paci.MuonWithAdamW(
@@ -134,7 +180,7 @@ REFUSED: dict[str, Callable[[Any], Optimizer]] = {
     "Lars": lambda p: Lars(p, lr=0.1),
     "Prodigy": lambda p: Prodigy(p, lr=0.1),
     "Counting": lambda p: Counting(p, lr=0.1),
-    "CountingOnItself": lambda p: CountingOnItself(p, lr=0.1),
+    "Both": lambda p: Both(p),
 }
 
 
@@ -168,24 +214,24 @@ def test_what_it_does_not_is_refused_by_name(name: str):
     paci.Pipeline(stages, paci.PACI(2, 2), optimizers, nn.MSELoss(), weights="current")
 
 
-@pytest.mark.parametrize("kind", [Preconditioned, CountingInOptions])
+@pytest.mark.parametrize("kind", [Preconditioned, CountingInOptions, CountingOnItself])
 def test_a_trial_changes_nothing_that_the_optimizer_keeps(kind: type[SGD]):
     """Not in lists and dicts either: what follows is what would have followed without it."""
     ends = []
     for tries in (False, True):
         torch.manual_seed(0)
         (parameter,) = weights()
-        optimizer = kind([parameter], lr=0.1)
+        optimizer: Any = kind([parameter], lr=0.1)
+        if tries:
+            require_trial(optimizer)
         for _ in range(4):
             parameter.grad = torch.randn(4, 3)
             if tries:
                 list(trial_steps(optimizer))
             optimizer.step()
-        kept = optimizer.state_dict()
-        counts = [kept["param_groups"][0].get(key, 0) for key in ("calls", "sum")]
-        ends.append((parameter.detach(), kept["state"], counts))
-    torch.testing.assert_close(*ends, rtol=0, atol=0)
-    assert any(count == 4 for count in ends[0][2])
+        ends.append((parameter.detach(), list(values_of(vars(optimizer)))))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert all(map(is_same, ends[0][1], ends[1][1]))
 
 
 def test_a_trial_can_be_told(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import warnings
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from runtime_helpers import same_bits
 from test_fsdp import A as ROWS_A
 from test_fsdp import batches as wide_batches
 from test_fsdp import needs_streams, part, sgd, stage
-from test_probe import Preconditioned
+from test_probe import CountingOnItself, Preconditioned
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
@@ -122,16 +124,28 @@ def test_states_of_optimizers_with_and_without_a_step(name: str, updates: int, t
     assert undisturbed.num_micro_batches == saved.num_micro_batches
 
 
-def test_saving_before_the_first_update_leaves_a_rate_its_users():
+def test_saving_before_the_first_update_leaves_an_optimizers_own_alone():
+    """What it counts in options, in attributes, in a list of two names; a rate its user holds."""
     rate = torch.tensor(0.1)
-    pipeline = trained(0, optimizer=partial(torch.optim.AdamW, lr=rate))
-    pipeline.state_dict()
-    assert pipeline.stages[0].optimizer.param_groups[0]["lr"] is rate
-    assert rate == torch.tensor(0.1)
+    ends = []
+    for saves in (False, True):
+        pipeline = trained(0, optimizer=partial(CountingOnItself, lr=rate))
+        optimizers = [stage.optimizer for stage in pipeline.stages.values()]
+        if saves:
+            pipeline.state_dict()
+        assert all(o.param_groups[0]["lr"] is rate for o in optimizers)
+        for batch in batches(3):
+            pipeline.step(batch)
+        pipeline.drain()
+        ends.append(values(pipeline))
+        assert all(o.sums is o.same for o in optimizers)
+    assert same_bits(*ends)
 
 
-def test_a_scheduler_of_numpys_rates_goes_on(tmp_path: Path):
-    options = {"optimizer": partial(torch.optim.SGD, lr=np.float64(0.1)), "lr_scheduler": decay}
+def test_schedulers_and_options_of_numpys_numbers_go_on(tmp_path: Path):
+    milestones = list(np.array([2, 4]))
+    numpys = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=milestones)
+    options = {"optimizer": partial(torch.optim.SGD, lr=np.float64(0.1)), "lr_scheduler": numpys}
     saved, fresh = trained(3, **options), trained(0, linears(seed=3), **options)
     save(saved, tmp_path)
     load(fresh, tmp_path)
@@ -143,35 +157,70 @@ def test_a_scheduler_of_numpys_rates_goes_on(tmp_path: Path):
 
 
 class Late(torch.optim.SGD):
-    """Keeps something of each parameter from its second step on."""
+    """Keeps something more of each parameter with every step, and steps by it."""
+
+    def __init__(self, params: Any, lr: float, nested: bool) -> None:
+        super().__init__(params, lr)
+        self.nested = nested
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if "first" in self.state[p]:
-                    self.state[p]["second"] = p.clone()
-                self.state[p]["first"] = p.clone()
-        return super().step()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            kept = state.setdefault("kept", []) if self.nested else list(state.values())
+            for each in kept:
+                p.add_(each, alpha=0.1)
+            if self.nested:
+                kept.append(p.clone())
+            else:
+                state[f"step {len(kept)}"] = p.clone()
+        super().step()
 
 
-def test_state_that_a_checkpoint_has_no_place_for_is_refused(tmp_path: Path):
-    options = {"optimizer": partial(Late, lr=0.1)}
-    save(trained(3, **options), tmp_path)
+@pytest.mark.parametrize("nested", [False, True])
+def test_state_that_a_checkpoint_has_no_place_for_is_refused(nested: bool, tmp_path: Path):
+    options = {"optimizer": partial(Late, lr=0.1, nested=nested)}
+    saved = trained(3, **options)
+    save(saved, tmp_path)
     fresh, used = trained(0, linears(seed=3), **options), trained(3, linears(seed=3), **options)
-    with pytest.raises(paci.ConfigError, match=r"kept of .*, got none of 'second'; train until"):
+    place = "kept/1" if nested else "step 1"
+    with pytest.raises(paci.ConfigError, match=f"kept of .*, got none of '{place}'; train until"):
         load(fresh, tmp_path)
     load(used, tmp_path)
+    for pipeline in (saved, used):
+        for batch in batches(3):
+            pipeline.step(batch)
+        pipeline.drain()
+    assert same_bits(values(saved), values(used))
 
 
-def test_options_that_could_not_be_loaded_are_refused_when_saved():
-    class Lock:
-        """Of no kind that a checkpoint may hold."""
+class OwnKind:
+    """Of no kind that a checkpoint may hold, though it can be pickled."""
 
+
+def test_what_could_not_be_loaded_is_refused_when_saved():
     pipeline = trained(1, optimizer=partial(torch.optim.SGD, lr=0.1))
-    pipeline.stages[0].optimizer.param_groups[0]["lock"] = Lock()
-    with pytest.raises(paci.ConfigError, match="must be numbers, text, tensors and containers"):
+    pipeline.stages[1].optimizer.param_groups[0]["mine"] = [OwnKind()]
+    told = (
+        "^options of the optimizer of stage 1, param_groups, mine must be numbers, text, tensors "
+        "and containers of them to be saved, got a OwnKind; keep it elsewhere$"
+    )
+    with pytest.raises(paci.ConfigError, match=told):
         pipeline.state_dict()
+
+
+def test_states_of_before_options_were_packed_can_be_loaded():
+    saved, fresh = trained(3), trained(0, linears(seed=3))
+    state = copy.deepcopy(saved.state_dict())
+    for rest in state["stages"].values():
+        options = torch.load(io.BytesIO(rest.pop("optimizer")), weights_only=True)
+        rest |= {"param_groups": options["param_groups"]}
+    fresh.load_state_dict(state)
+    for pipeline in (saved, fresh):
+        for batch in batches(3):
+            pipeline.step(batch)
+        pipeline.drain()
+    assert same_bits(values(saved), values(fresh))
 
 
 class Slice(nn.Module):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections import defaultdict
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paci.errors import ConfigError
+from paci.optim.stand_in import Copier, is_same, stand_in, values_of
 from paci.optim.trial import algorithm_of, bare_step, has_trial, trial_batches
 
 _SHAPES = ((4, 3), (5, 2))
@@ -44,7 +43,7 @@ def require_trial(optimizer: Optimizer) -> None:
 
 
 def _is_foretold(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    options = {key: copy.copy(value) for key, value in group.items() if key not in _OWN}
+    options = {key: value for key, value in group.items() if key not in _OWN}
     options |= {key: _without_decay(value) for key, value in options.items() if key in _DECAYS}
     if not options.get("lr", 1.0):
         options["lr"] = torch.ones(()) if isinstance(options["lr"], Tensor) else 1e-2
@@ -56,7 +55,12 @@ def _is_foretold(optimizer: Optimizer, group: dict[str, Any]) -> bool:
         ]
         try:
             probe = make(optimizer, parameters, options)
-            return all(_step_is_foretold(probe, parameters, generator) for _ in range(_NUM_STEPS))
+            before = [parameter.detach().clone() for parameter in parameters]
+            foretold = all(
+                _step_is_foretold(probe, parameters, generator) for _ in range(_NUM_STEPS)
+            )
+            # Else others step in its place, and perhaps parameters of the user's.
+            return foretold and not any(map(torch.equal, before, parameters))
         except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError):
             continue  # perhaps only the constructor makes its state: try the next way
     return False
@@ -65,12 +69,9 @@ def _is_foretold(optimizer: Optimizer, group: dict[str, Any]) -> bool:
 def _another(
     optimizer: Optimizer, parameters: list[nn.Parameter], options: dict[str, Any]
 ) -> Optimizer:
-    """Return a copy of an optimizer that shares all attributes but groups and state."""
-    probe: Any = object.__new__(type(optimizer))
-    probe.__dict__.update(optimizer.__dict__)
-    probe.param_groups = [{**options, "params": parameters}]
-    probe.state = defaultdict(dict)
-    return cast(Optimizer, probe)
+    """Return an instance like an optimizer, with other groups, and no state of parameters."""
+    others = {**options, "params": parameters}
+    return stand_in(optimizer, [others], [(parameter, parameter) for parameter in parameters])
 
 
 def _constructed(
@@ -78,7 +79,9 @@ def _constructed(
 ) -> Optimizer:
     """Return a new optimizer of the same class, made by its constructor."""
     known = inspect.signature(type(optimizer)).parameters
-    given = {key: value for key, value in options.items() if key in known}
+    copied = Copier()
+    given = {key: copied(value) for key, value in options.items() if key in known}
+    copied.fill()
     make: Any = type(optimizer)
     made: Optimizer = make(parameters, **given)
     return made
@@ -94,14 +97,17 @@ def _step_is_foretold(
 ) -> bool:
     for parameter in parameters:
         parameter.grad = _random(parameter.shape, generator, parameter.device)
-    kept = _values_of(probe)
+    copied = Copier()
+    kept = [copied(value) for value in values_of(vars(probe))]
+    copied.fill()
     # One by one: a step that depends on other parameters is no step of each.
     foretold = {
         parameter: step
         for pair in trial_batches(probe, max_elements=1)
         for parameter, step in zip(*pair, strict=True)
     }
-    if not _are_same(kept, _values_of(probe)):
+    left = list(values_of(vars(probe)))
+    if len(left) != len(kept) or not all(map(is_same, left, kept)):
         return False  # a trial would change what the optimizer goes on with
     is_muon = algorithm_of(probe, probe.param_groups[0]) == "muon"
     tolerance = _TOLERANCE_OF_MUON if is_muon else _TOLERANCE
@@ -114,35 +120,6 @@ def _step_is_foretold(
         if (change - told).norm() > tolerance * max(change.norm(), told.norm()):
             return False
     return True
-
-
-def _values_of(probe: Optimizer) -> list[Any]:
-    """Return the numbers of an optimizer, and copies of its tensors but parameters, in order."""
-    return _values([list(probe.state.values()), probe.param_groups, _of_its_own(probe)])
-
-
-def _of_its_own(probe: Optimizer) -> dict[str, Any]:
-    return {k: v for k, v in vars(probe).items() if k not in ("state", "param_groups")}
-
-
-def _values(held: Any) -> list[Any]:
-    if isinstance(held, dict):
-        held = list(held.values())
-    if isinstance(held, list | tuple):
-        return [value for each in held for value in _values(each)]
-    if isinstance(held, Tensor):
-        return [] if isinstance(held, nn.Parameter) else [held.detach().clone()]
-    return [held] if isinstance(held, bool | int | float | str) else []
-
-
-def _are_same(before: list[Any], after: list[Any]) -> bool:
-    return len(before) == len(after) and all(map(_is_same, before, after))
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.allclose(one, other, 0.0, 0.0, equal_nan=True)
-    return type(one) is type(other) and (one == other or one != one)
 
 
 _OWN = ("params", "param_names", "trial")

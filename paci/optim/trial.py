@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paci.optim.batched_trial import Tried, rule_for
+from paci.optim.stand_in import stand_in
 
 Batch = tuple[list[nn.Parameter], list[Tensor]]
 
@@ -125,34 +124,14 @@ def _or_zero(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor:
 def _steps_of(
     optimizer: Optimizer, options: dict[str, Any], batch: Sequence[Tried]
 ) -> list[Tensor]:
-    origins: list[nn.Parameter] = []
-    # Another instance that shares all the rest (copy.copy would take part of it only).
-    trial = object.__new__(type(optimizer))
-    trial.__dict__.update(optimizer.__dict__)
-    trial.state = defaultdict(dict)
-    copies: list[tuple[Tensor, Tensor]] = []  # of a tensor to another, made all at once
-
-    def copied(value: Tensor) -> Tensor:
-        if type(value) is not Tensor or value.layout is not torch.strided:  # sparse, or sharded
-            return value.clone()
-        copies.append((torch.empty_like(value), value))
-        return copies[-1][0]
-
-    for parameter, gradient, state in batch:
+    pairs: list[tuple[Tensor, nn.Parameter]] = []
+    for parameter, gradient, _ in batch:
         origin = nn.Parameter(torch.zeros_like(parameter))
-        origin.grad = torch.zeros_like(parameter) if gradient is None else copied(gradient)
-        if state:
-            trial.state[origin] = {
-                k: copied(v) if isinstance(v, Tensor) else copy.deepcopy(v)
-                for k, v in state.items()
-            }
-        origins.append(origin)
-    if copies:
-        torch._foreach_copy_([new for new, _ in copies], [old for _, old in copies])
-    kept = {key: copy.deepcopy(v) for key, v in options.items() if key != "params"}
-    trial.param_groups = [{**kept, "params": origins}]
-    bare_step(trial)
-    return [origin.detach() for origin in origins]
+        origin.grad = _or_zero(parameter, gradient)
+        pairs.append((parameter, origin))
+    group = {**options, "params": [tried.parameter for tried in batch]}
+    bare_step(stand_in(optimizer, [group], pairs))
+    return [origin.detach() for _, origin in pairs]
 
 
 def bare_step(optimizer: Optimizer) -> None:

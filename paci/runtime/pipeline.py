@@ -326,10 +326,11 @@ class Pipeline:
 
         With ``load_state_dict`` it makes a pipeline a ``Stateful`` of torch.distributed.checkpoint:
         ``dcp.save({"pipeline": pipeline}, checkpoint_id=folder)`` on all processes, and
-        ``dcp.load`` likewise. Layout: ``paci.runtime.whole_state``. Tensors are not copied.
+        ``dcp.load`` likewise. Layout: ``paci.runtime.whole_state``. Tensors are not copied, but
+        for those in options of optimizers and in the state of schedulers.
 
         Raises:
-            ConfigError: micro-batches are in flight.
+            ConfigError: micro-batches are in flight, or such an option or state cannot be saved.
         """
         self._require_drained("state_dict")
         return whole_state(self.stages, self._names, self._num_done)

@@ -17,8 +17,8 @@ Each name is on one process only, so the states of all processes together are on
 from __future__ import annotations
 
 import io
-import pickle
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,8 +54,12 @@ def whole_state(
             "version": state["version"],
             "policy_name": state["policy_name"],
             "rule": state["rule"],
-            "lr_scheduler": _packed(state["lr_scheduler"]),
-            "optimizer": _packed(_options(optimizer, called)),
+            "lr_scheduler": _packed(
+                state["lr_scheduler"], f"state of the learning-rate scheduler of stage {index}"
+            ),
+            "optimizer": _packed(
+                _options(optimizer, called), f"options of the optimizer of stage {index}"
+            ),
             "blank": [called[name] for name in blank],
         }
     whole["num_micro_batches"] = num_micro_batches
@@ -91,17 +95,21 @@ def state_by_stage(
     }
 
 
+# What states lack that were saved before options were packed.
+_OF_BEFORE: dict[str, Any] = {"global": {}, "places": {}}
+
+
 def _of_stage(
     state: Mapping[str, Any], rest: Mapping[str, Any], stage: Stage, called: Names
 ) -> dict[str, Any]:
     own = stage.state_dict()
     here = {whole: name for name, whole in called.items()}
     blank = set(rest["blank"])
-    options = _unpacked(rest["optimizer"])
+    options = _unpacked(rest["optimizer"]) if "optimizer" in rest else {**_OF_BEFORE, **rest}
     held = [whole for group in options["param_groups"] for whole in group["params"]]
     optimizer = {whole: state["optimizer"].get(whole, {}) for whole in held if whole not in blank}
-    for whole, keys in options["keys"].items():
-        _require_keys(whole, keys, optimizer.get(whole, {}))
+    for whole, places in options["places"].items():
+        _require_places(whole, places, optimizer.get(whole, {}))
     policy = _taken(state.get("policy", {}), own["policy"], called, stage.index)
     return {
         part: _taken(state["model"], own[part], called, stage.index)
@@ -109,7 +117,9 @@ def _of_stage(
     } | {
         "optimizer": {
             "state": _renamed({k: v for k, v in optimizer.items() if v}, here),
-            "param_groups": _groups(options["param_groups"], here),
+            "param_groups": _like(
+                _groups(options["param_groups"], here), own["optimizer"]["param_groups"]
+            ),
             "global": options["global"],
         },
         "lr_scheduler": _unpacked(rest["lr_scheduler"]),
@@ -124,23 +134,36 @@ def _of_stage(
 
 
 def _options(optimizer: Mapping[str, Any], called: Names) -> dict[str, Any]:
-    """Return what an optimizer keeps beside the state of its weights, and the keys of that state.
+    """Return what an optimizer keeps beside the state of its weights, and the places of that state.
 
-    An optimizer may add to it in its first step, so that a checkpoint would lack places for it.
+    An optimizer may add to it in any step, so that a checkpoint would find no place for it.
     """
+    places = {name: [*_places(each)] for name, each in optimizer["state"].items()}
     return {
         "param_groups": _groups(optimizer["param_groups"], called),
         "global": optimizer.get("global", {}),
-        "keys": {called[name]: sorted(map(str, each)) for name, each in optimizer["state"].items()},
+        "places": _renamed(places, called),
     }
 
 
-def _require_keys(whole: str, keys: list[str], found: Mapping[str, Any]) -> None:
-    absent = sorted(set(keys) - set(map(str, found)))
+def _places(held: Any, above: str = "") -> Iterator[str]:
+    """Yield where values lie in nested containers."""
+    if isinstance(held, Mapping):
+        for key, each in held.items():
+            yield from _places(each, f"{above}/{key}")
+    elif isinstance(held, list | tuple):
+        for place, each in enumerate(held):
+            yield from _places(each, f"{above}/{place}")
+    else:
+        yield above
+
+
+def _require_places(whole: str, places: list[str], found: Mapping[str, Any]) -> None:
+    absent = sorted(set(places) - set(_places(found)))
     if absent:
         raise ConfigError(
             f"the state must hold all that the optimizer kept of {whole}, got none of "
-            f"{absent[0]!r}; train until this optimizer keeps that too before "
+            f"{absent[0][1:]!r}; train until this optimizer keeps that too before "
             f"torch.distributed.checkpoint loads, or save with torch.save"
         )
 
@@ -180,42 +203,61 @@ def _sharded(value: Tensor, stage: Stage, name: str) -> Tensor:
     return DTensor.from_local(value, mesh, placements, shape=shape, stride=stride)
 
 
-def _packed(value: Any) -> bytes | None:
+def _packed(value: Any, what: str) -> bytes | None:
     """Return ``value`` serialized as bytes, or None for None.
 
     torch.distributed.checkpoint replaces bytes as a whole: it would take a scheduler's numbers as
     keys for list indices, and leave out keys that are not there yet.
 
     Raises:
-        ConfigError: ``value`` could not be loaded again.
+        ConfigError: ``what`` holds something that ``torch.load`` would refuse.
     """
     if value is None:
         return None
     file = io.BytesIO()
-    try:
-        torch.save(_plain(value), file)
-        _unpacked(file.getvalue())
-    except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"options of an optimizer and of a learning-rate scheduler must be numbers, text, "
-            f"tensors and containers of them to be saved, got: {str(error).splitlines()[0]}; keep "
-            f"other objects out of their state"
-        ) from error
+    torch.save(_plain(value, what), file)
     return file.getvalue()
 
 
-def _plain(value: Any) -> Any:
-    """Return ``value`` with Python's numbers for numpy's, which ``torch.load`` would refuse."""
+_KEPT = (type(None), bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device)
+_SERIES = (list, tuple, set, torch.Size)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Return ``value`` of types that ``torch.load`` takes; numpy's numbers become Python's."""
     if isinstance(value, np.generic):
         return value.item()
-    if type(value) is dict:
-        return {key: _plain(each) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_plain(each) for each in value)
-    return value
+    if isinstance(value, Mapping):
+        pairs = {_plain(key, where): _plain(each, f"{where}, {key}") for key, each in value.items()}
+        kinds: dict[type, Any] = {Counter: Counter, OrderedDict: OrderedDict}
+        return kinds.get(type(value), dict)(pairs)
+    if isinstance(value, _SERIES):
+        parts = (_plain(each, where) for each in value)
+        return type(value)(parts) if type(value) in _SERIES else tuple(parts)
+    if isinstance(value, _KEPT):
+        return value
+    raise ConfigError(
+        f"{where} must be numbers, text, tensors and containers of them to be saved, got a "
+        f"{type(value).__name__}; keep it elsewhere"
+    )
 
 
 def _unpacked(value: Any) -> Any:
+    """Return what ``_packed`` was given; its tensors on the CPU."""
     if value is None:
         return None
-    return torch.load(io.BytesIO(value), weights_only=True)
+    return torch.load(io.BytesIO(value), map_location="cpu", weights_only=True)
+
+
+def _like(groups: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return ``groups`` with each tensor on the device of the tensor of ``own`` in its place."""
+
+    def moved(value: Any, mine: Any) -> Any:
+        both = isinstance(value, Tensor) and isinstance(mine, Tensor)
+        return value.to(mine.device) if both else value
+
+    present = [*own, *({} for _ in groups)]
+    return [
+        {key: moved(value, mine.get(key)) for key, value in group.items()}
+        for group, mine in zip(groups, present, strict=False)
+    ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from paci.optim.stand_in import stand_in
 from paci.optim.trial import bare_step
 
 
@@ -59,38 +59,20 @@ def blank_state(
     fresh = [p for p in held if p.requires_grad and not optimizer.state.get(p)]
     if not fresh:
         return {}
-    groups = [
-        {key: (value, copy.deepcopy(value)) for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    # Parameters without a gradient are left alone; what is of no parameter may change.
-    others = {
-        key: value if isinstance(key, Tensor) else copy.deepcopy(value)
-        for key, value in optimizer.state.items()
-        if not isinstance(key, Tensor) or value
-    }
+    pairs = [(p, nn.Parameter(p.detach().clone(), p.requires_grad)) for p in fresh]
+    for _, new in pairs:
+        new.grad = torch.zeros_like(new)
     gradients = [p.grad for p in held]
-    values = [p.detach().clone() for p in fresh]
     try:
+        # Should the step reach the user's parameters after all, it leaves those alone.
         for p in held:
             p.grad = None
-        for p in fresh:
-            p.grad = torch.zeros_like(p)
-        bare_step(optimizer)
-        made = {id(p): dict(optimizer.state[p]) for p in fresh}
+        other = stand_in(optimizer, optimizer.param_groups, pairs)
+        bare_step(other)
     finally:
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            for key in group.keys() - before.keys() - {"params"}:
-                del group[key]
-            for key, (value, kept) in before.items():
-                # A tensor stays the same object: its user may hold it.
-                group[key] = value.copy_(kept) if isinstance(value, Tensor) else kept
-        optimizer.state.clear()
-        optimizer.state.update(others)
         for p, gradient in zip(held, gradients, strict=True):
             p.grad = gradient
-        for p, value in zip(fresh, values, strict=True):
-            p.detach().copy_(value)
+    made = {id(p): dict(other.state[new]) for p, new in pairs if other.state.get(new)}
     return {name: made[id(p)] for name, p in masters.items() if id(p) in made}
 
 
