@@ -95,6 +95,13 @@ def read_options(member: type, kind: str, text: str, num_fixed: int = 0) -> dict
     return options
 
 
+def with_option(spec: str, option: str, value: object) -> str:
+    """Return ``NAME:OPTION=VALUE,...`` with one option set to ``value``, the others as they are."""
+    name, _, options = spec.partition(":")
+    others = (each for each in options.split(",") if each and each.partition("=")[0] != option)
+    return f"{name}:{','.join([*others, f'{option}={value}'])}"
+
+
 _READERS: dict[str, Callable[[str], object]] = {
     "bool": {"true": True, "True": True, "false": False, "False": False}.__getitem__,
     "int": int,

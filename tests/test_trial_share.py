@@ -50,10 +50,14 @@ def test_trials_stand_apart(weights: str):
 def test_a_run_says_so_if_trials_took_more_than_a_flush_would_wait(
     schedule: Schedule, trial_share: float, told: str
 ):
-    found = trials_told(schedule, 0.9 - trial_share + 1e-9 * bool(told), trial_share + 1e-9)
+    shares = (0.9 - trial_share, trial_share + 1e-9)
+    found = trials_told(schedule, "lookahead:refresh=2,beyond=0.7", *shares)
     assert found.startswith(told)
     assert bool(found) == bool(told)
-    assert not told or "--weights lookahead:refresh=8" in found
+    if told:
+        assert "--weights lookahead:beyond=0.7,refresh=8 makes fewer, --schedule 1f1b" in found
+        few = trials_told(schedule, "lookahead:refresh=8", *shares)
+        assert few.endswith("would wait: --schedule 1f1b --weights current none")
 
 
 def test_what_a_run_says_of_trials_is_in_its_output(
@@ -65,4 +69,4 @@ def test_what_a_run_says_of_trials_is_in_its_output(
         f"{small} --accumulation 64 --updates 3 --sample-tokens 0 --weights lookahead:refresh=1"
     )
     assert main(["train", *options.split(), "--out", str(tmp_path / "run")]) == 0
-    assert "--schedule 1f1b none" in capsys.readouterr().out
+    assert "--weights lookahead:refresh=64 makes fewer" in capsys.readouterr().out

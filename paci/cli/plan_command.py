@@ -221,24 +221,28 @@ def _numbers(what: str, text: str) -> list[int]:
 
 
 def _trials_told(plan: Plan) -> list[str]:
-    """A line on what trials take in the best choice that makes any, and how to leave them out."""
-    from paci.train.planning import without_trials
+    """A line on what trials take in the best choice that makes any, and how to make fewer."""
+    from paci.train.planning import with_few_trials, with_free_trials
 
     choice = next((each for each in plan.choices if each.steady.trial_share), None)
-    other = None if choice is None else without_trials(choice)
-    if choice is None or other is None:
+    if choice is None:
         return []
     told = (
         f"Trials take {choice.steady.trial_share:.1%} of the workers' time under {choice.spec} "
-        f"with {choice.weights}"
+        f"with {choice.schedule.accumulation} micro-batches and {choice.weights}"
     )
-    saved = 1.0 - other.steady.update_s / choice.steady.update_s
-    if saved < SAME_TIME:
+    free, few = with_free_trials(choice), with_few_trials(choice)
+    lost = choice.steady.update_s / free.steady.update_s - 1.0
+    if lost < SAME_TIME:
         return [f"{told}, all of it while they would wait anyway."]
+    told += f", and lengthen an update by {lost:.1%}."
+    saved = 1.0 - few.steady.update_s / choice.steady.update_s
+    if saved < SAME_TIME:
+        return [told]
+    made = "fewer" if few.steady.trial_share else "none in a full pipeline"
     return [
-        f"{told}. --weights {other.weights} makes none in a full pipeline: {saved:.1%} less time "
-        f"per update, and a loss as low in long runs with Muon, but higher with AdamW "
-        f"(docs/convergence.md)."
+        f"{told} --weights {few.weights} makes {made} and takes {saved:.1%} less time; the loss is "
+        f"as low in long runs with Muon, and higher with AdamW (docs/convergence.md)."
     ]
 
 

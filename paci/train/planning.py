@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from paci.data.tokenizer import tokenizer_spec
+from paci.families import with_option
 from paci.models import GPTConfig
 from paci.models.gpt import build_layer
 from paci.plan.given import GivenSchedule
@@ -117,16 +118,19 @@ def planned_weights(asked: str | None, schedule: Schedule, recompute: bool) -> W
     return Weights(spec, tuple(costs))
 
 
-def without_trials(choice: Choice) -> Choice | None:
-    """Return ``choice`` with a policy that tries no step in a full pipeline, and the same cut.
+def with_few_trials(choice: Choice) -> Choice:
+    """Return ``choice`` with a step predicted anew only when the next update is due."""
+    spec = with_option(choice.weights, "refresh", choice.schedule.accumulation)
+    return _again(choice, planned_weights(spec, choice.schedule, choice.recompute))
 
-    A step is then predicted anew only when the next update is due. None if it tries none anyway.
-    """
-    if not choice.steady.trial_share:
-        return None
-    name, _, options = choice.weights.partition(":")
-    kept = [each for each in options.split(",") if each.partition("=")[0].strip() != "refresh"]
-    options = ",".join([*filter(None, kept), f"refresh={choice.schedule.accumulation}"])
-    weights = planned_weights(f"{name}:{options}", choice.schedule, choice.recompute)
+
+def with_free_trials(choice: Choice) -> Choice:
+    """Return ``choice`` as it would be if its trials took no time."""
+    weights = planned_weights(choice.weights, choice.schedule, choice.recompute)
+    free = tuple(each._replace(trials=0.0, tried=()) for each in weights.policies)
+    return _again(choice, Weights(weights.spec, free))
+
+
+def _again(choice: Choice, weights: Weights) -> Choice:
     layout = Layout(choice.profile, choice.schedule, choice.recompute, weights.policies)
     return price(layout, choice.spec, weights.spec, choice.cut)

@@ -19,7 +19,7 @@ from paci.train.alone import heard, wait_until_done
 from paci.train.config import TrainConfig, keep_options
 from paci.train.loop import Trainer, describe, find_checkpoint
 from paci.train.metrics import METRICS_FILE, require_tensorboard
-from paci.train.setup import choose_device, make_plan
+from paci.train.setup import choose_device, choose_weights, make_plan
 from paci.train.summary import (
     SUMMARY_FILE,
     drift_table,
@@ -174,7 +174,9 @@ def _report(trainer: Trainer) -> None:
     trainer.say(
         f"utilization {summary['utilization']:.1%}{trials} ({summary['utilization_clock']} clock)"
     )
-    told = trials_told(trainer.plan.schedule, summary["utilization"], summary["trial_share"])
+    schedule = trainer.plan.schedule
+    weights = choose_weights(trainer.config, schedule)
+    told = trials_told(schedule, weights, summary["utilization"], summary["trial_share"])
     if told:
         trainer.say(told)
     trainer.say(f"weights sha256 {summary['weights_sha256']}")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from paci import __version__
 from paci.data import Tokenizer, documents, load_tokenizer, validation_batches
 from paci.errors import CheckpointError, ConfigError
+from paci.families import with_option
 from paci.models import GPTConfig, build_stage, generate
 from paci.runtime.observation.drift import DriftReport
 from paci.runtime.stage.loss import CrossEntropy
@@ -193,11 +194,12 @@ def evaluate_text(folder: Path, spec: str, num_batches: int) -> tuple[float, int
     return loss.item() / count, count
 
 
-def trials_told(schedule: Schedule, utilization: float, trial_share: float) -> str:
+def trials_told(schedule: Schedule, weights: str, utilization: float, trial_share: float) -> str:
     """Return a line that says so if trials took more time than a flush would wait; else "".
 
     Args:
         schedule: that of the run.
+        weights: its weight policy, with options.
         utilization: the share of the workers' time in actions, without trials.
         trial_share: the share of it in trials.
     """
@@ -206,9 +208,11 @@ def trials_told(schedule: Schedule, utilization: float, trial_share: float) -> s
     tried = trial_share / (utilization + trial_share) if trial_share else 0.0
     if schedule.flushes or workers == 1 or tried <= waits:
         return ""
+    fewer = with_option(weights, "refresh", a)
+    advice = "" if fewer == weights else f"--weights {fewer} makes fewer, "
     return (
         f"trials took {tried:.1%} of the computing, more than the {waits:.1%} of its time that "
-        f"1f1b would wait: --weights lookahead:refresh={a} makes few, --schedule 1f1b none"
+        f"1f1b would wait: {advice}--schedule 1f1b --weights current none"
     )
 
 
