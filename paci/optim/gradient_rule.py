@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from paci.errors import ConfigError
 
@@ -69,17 +70,17 @@ class GradientRule:
         return {"factor": torch.ones(()) if self._factor is None else self._factor}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self._factor = state.get("factor")
+        """Restore what ``state_dict`` returned; without a maximum norm there is no factor."""
+        self._factor = None if self.max_grad_norm is None else state.get("factor")
 
 
 def gradients_seen(optimizer: Optimizer) -> list[tuple[int, int]]:
     """Return each gradient's identity and version, to detect that a hook changes gradients.
 
     If the values before and after a step of ``optimizer`` differ, a hook has changed gradients:
-    PyTorch's optimizers do not. The list is empty if the optimizer has no hook before its step.
+    PyTorch's optimizers do not. The list is empty if no hook comes before the step.
     """
-    if not optimizer._optimizer_step_pre_hooks:
+    if not (optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks):
         return []
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     return [(id(p.grad), p.grad._version) for p in parameters if p.grad is not None]

@@ -44,29 +44,42 @@ class MuonWithAdamW(Optimizer):
         weight_decay: float = 0.1,
         trial_ns_steps: int = 2,
     ) -> None:
-        kinds = {"muon": _muon(), "adamw": AdamW}
-        given = [dict(group) for group in groups]
-        for group in given:
-            if group.get("algorithm") not in kinds:
-                raise ConfigError(
-                    f"each group must have an algorithm of {', '.join(kinds)}, got "
-                    f"{group.get('algorithm')!r}; set group['algorithm']"
-                )
-            group.setdefault("lr", lr)
-            group.setdefault("weight_decay", weight_decay)
-            if group["algorithm"] == "muon":
-                group.setdefault("trial", {"ns_steps": trial_ns_steps})
-        own: dict[str, dict[str, Any]] = {
+        self._parts: dict[str, Optimizer] = {}
+        self._given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        self._of_trials = {"ns_steps": trial_ns_steps}
+        self._options: dict[str, dict[str, Any]] = {
             "muon": {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"},
             "adamw": {"betas": betas},
         }
-        self._parts = {
-            name: kind([{**g} for g in given if g["algorithm"] == name], **own[name])
-            for name, kind in kinds.items()
-            if any(g["algorithm"] == name for g in given)
-        }
-        whole = [group for part in self._parts.values() for group in part.param_groups]
-        super().__init__(whole, {})
+        _muon()  # both are needed, or neither is of use
+        # Muon's groups come first, whatever the order.
+        ordered = sorted(groups, key=lambda group: group.get("algorithm") != "muon")
+        super().__init__(ordered, {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with an ``algorithm`` as the others; what it leaves out is as in those.
+
+        Raises:
+            ConfigError: it names no known algorithm.
+        """
+        group = {**self._given, **param_group}
+        algorithm = str(group.get("algorithm"))
+        kinds: dict[Any, Any] = {"muon": _muon(), "adamw": AdamW}
+        if algorithm not in kinds:
+            raise ConfigError(
+                f"each group must have an algorithm of {', '.join(kinds)}, got "
+                f"{group.get('algorithm')!r}; set "
+                f"group['algorithm']"
+            )
+        if algorithm == "muon":
+            group.setdefault("trial", dict(self._of_trials))
+        part = kinds[algorithm]([group], **self._options[algorithm])
+        self._parts.setdefault(algorithm, part)
+        super().add_param_group(part.param_groups[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all attributes, so that a copy steps too."""
+        return vars(self).copy()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

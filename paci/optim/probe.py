@@ -14,7 +14,10 @@ from paci.optim.stand_in import Copier, is_same, stand_in, values_of
 from paci.optim.trial import algorithm_of, bare_step, has_trial, trial_batches
 
 _SHAPES = ((4, 3), (5, 2))
-_NUM_STEPS = 3
+_VECTOR = (3,)  # where the optimizer has such parameters: some treat them in another way
+_LARGER = 100.0  # so much larger is each parameter than the one before
+_NUM_STEPS = 12  # of which the last have the parameter for a gradient
+_NUM_RANDOM = 8
 _TOLERANCE = 1e-3
 _TOLERANCE_OF_MUON = 2e-2  # it computes in bfloat16, where the order of products shows
 
@@ -33,7 +36,9 @@ def require_trial(optimizer: Optimizer) -> None:
         optimizer: the optimizer of a stage.
     """
     for group in optimizer.param_groups:
-        if not has_trial(type(optimizer)) and not _is_foretold(optimizer, group):
+        with torch.random.fork_rng([]):
+            is_foretold = has_trial(type(optimizer)) or _is_foretold(optimizer, group)
+        if not is_foretold:
             raise ConfigError(
                 f"looking ahead needs an optimizer whose step follows from gradient and state "
                 f"alone, got {type(optimizer).__name__}, whose trial is not its step; take AdamW, "
@@ -50,14 +55,17 @@ def _is_foretold(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     device = next((p.device for p in group["params"]), torch.device("cpu"))
     for make in (_another, _constructed):
         generator = torch.Generator().manual_seed(0)
+        has_vectors = any(p.dim() == 1 for p in group["params"])
         parameters = [
-            nn.Parameter(_random(torch.Size(shape), generator, device)) for shape in _SHAPES
+            nn.Parameter(_random(torch.Size(shape), generator, device) * _LARGER**k)
+            for k, shape in enumerate((*_SHAPES, _VECTOR) if has_vectors else _SHAPES)
         ]
         try:
             probe = make(optimizer, parameters, options)
             before = [parameter.detach().clone() for parameter in parameters]
             foretold = all(
-                _step_is_foretold(probe, parameters, generator) for _ in range(_NUM_STEPS)
+                _step_is_foretold(probe, parameters, generator if k < _NUM_RANDOM else None)
+                for k in range(_NUM_STEPS)
             )
             # Else others step in its place, and perhaps parameters of the user's.
             return foretold and not any(map(torch.equal, before, parameters))
@@ -93,10 +101,14 @@ def _random(size: torch.Size, generator: torch.Generator, device: torch.device) 
 
 
 def _step_is_foretold(
-    probe: Optimizer, parameters: list[nn.Parameter], generator: torch.Generator
+    probe: Optimizer, parameters: list[nn.Parameter], generator: torch.Generator | None
 ) -> bool:
     for parameter in parameters:
-        parameter.grad = _random(parameter.shape, generator, parameter.device)
+        if generator is None:
+            parameter.grad = parameter.detach().clone()
+        else:
+            parameter.grad = _random(parameter.shape, generator, parameter.device)
+    drawn = torch.random.get_rng_state()
     copied = Copier()
     kept = [copied(value) for value in values_of(vars(probe))]
     copied.fill()
@@ -106,6 +118,8 @@ def _step_is_foretold(
         for pair in trial_batches(probe, max_elements=1)
         for parameter, step in zip(*pair, strict=True)
     }
+    if not torch.equal(torch.random.get_rng_state(), drawn):
+        return False  # a trial would draw random numbers that the user's code is to have
     left = list(values_of(vars(probe)))
     if len(left) != len(kept) or not all(map(is_same, left, kept)):
         return False  # a trial would change what the optimizer goes on with
@@ -123,7 +137,7 @@ def _step_is_foretold(
 
 
 _OWN = ("params", "param_names", "trial")
-_DECAYS = ("weight_decay",)
+_DECAYS = ("weight_decay", "lambd")  # the second is ASGD's
 
 
 def _without_decay(value: Any) -> Any:

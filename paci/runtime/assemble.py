@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
+from paci.optim.stand_in import Copier
 from paci.runtime.stage.checks import check_loss, check_module
 from paci.runtime.stage.loss import Loss
 from paci.runtime.stage.stage import Stage
@@ -119,8 +120,12 @@ def build_stages(
         if _makes(optimizer, Optimizer):
             own = [p for p in module.parameters() if owners[id(p)] == index]
             optimizer = optimizer(own) if own else None
+            _require_made(index, optimizer, Optimizer, "optimizer", not own)
+            if lr_scheduler is not None and optimizer is not None:
+                _own_options(optimizer)
         if _makes(lr_scheduler, LRScheduler):
             lr_scheduler = None if optimizer is None else lr_scheduler(optimizer)
+            _require_made(index, lr_scheduler, LRScheduler, "scheduler", optimizer is None)
         shared = (id(p) for p in module.parameters() if owners[id(p)] != index)
         stages[index] = Stage(
             index,
@@ -138,6 +143,27 @@ def build_stages(
             lenders={parameter: stages[owners[parameter]] for parameter in shared},
         )
     return stages
+
+
+def _require_made(index: int, made: Any, kind: type, word: str, may_be_none: bool) -> None:
+    if not isinstance(made, kind) and not (made is None and may_be_none):
+        raise ConfigError(
+            f"a function that makes the {word} of a stage must return a {kind.__name__}, got "
+            f"{'None' if made is None else 'a ' + type(made).__name__} for stage {index}; return "
+            f"what it made"
+        )
+
+
+def _own_options(optimizer: Optimizer) -> None:
+    """Give an optimizer tensors of its own as options (a learning rate).
+
+    One function makes the optimizers of all stages, so they may share them, and each stage's
+    scheduler would change the one of all.
+    """
+    for group in optimizer.param_groups:
+        copied = Copier()
+        group.update({key: copied(value) for key, value in group.items() if key != "params"})
+        copied.fill()
 
 
 def _owners(

@@ -80,6 +80,11 @@ def state_by_stage(
     Raises:
         ConfigError: ``state`` lacks a stage, or something that a stage holds.
     """
+    if not isinstance(state.get("stages"), Mapping):
+        raise ConfigError(
+            f"the state must be one that state_dict() of a pipeline returned, got the keys "
+            f"{sorted(map(str, state))[:5]}; load a model's own into the stages' modules"
+        )
     by_index = {int(index): value for index, value in state["stages"].items()}
     missing = sorted(stages.keys() - by_index.keys())
     if missing:
@@ -96,7 +101,8 @@ def state_by_stage(
 
 
 # What states lack that were saved before options were packed.
-_OF_BEFORE: dict[str, Any] = {"global": {}, "places": {}}
+_OF_BEFORE: dict[str, Any] = {"global": {}, "extra": {}, "places": {}}
+_OF_OPTIMIZERS = ("state", "param_groups", "global")
 
 
 def _of_stage(
@@ -121,6 +127,7 @@ def _of_stage(
                 _groups(options["param_groups"], here), own["optimizer"]["param_groups"]
             ),
             "global": options["global"],
+            **options["extra"],
         },
         "lr_scheduler": _unpacked(rest["lr_scheduler"]),
         "version": rest["version"],
@@ -142,6 +149,7 @@ def _options(optimizer: Mapping[str, Any], called: Names) -> dict[str, Any]:
     return {
         "param_groups": _groups(optimizer["param_groups"], called),
         "global": optimizer.get("global", {}),
+        "extra": {key: each for key, each in optimizer.items() if key not in _OF_OPTIMIZERS},
         "places": _renamed(places, called),
     }
 

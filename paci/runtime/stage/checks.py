@@ -47,6 +47,17 @@ def check_optimizer(
         optimizer: the stage's optimizer; None if it has nothing to train.
         borrowed: ``id`` of each parameter that an earlier stage updates.
     """
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"the optimizer of stage {index} must be a torch.optim.Optimizer or a function that "
+            f"makes one, got {optimizer!r:.80}; pass partial(torch.optim.AdamW, lr=1e-3) for one"
+        )
+    if optimizer is not None and not {"state", "param_groups"} <= optimizer.state_dict().keys():
+        raise ConfigError(
+            f"the optimizer of stage {index} must keep state and param_groups in its state_dict, "
+            f"or no checkpoint would hold them, got {type(optimizer).__name__}, which has "
+            f"{', '.join(map(str, optimizer.state_dict()))}; take one that wraps no other"
+        )
     if optimizer is not None and _needs_closure(optimizer):
         raise ConfigError(
             f"the optimizer of stage {index} must step without a closure, got "

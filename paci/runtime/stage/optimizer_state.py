@@ -18,14 +18,15 @@ def optimizer_state(optimizer: Optimizer | None, masters: Mapping[str, Tensor]) 
 
     Returns:
         ``{"state": {name: {key: value}}, "param_groups": [{..., "params": [names]}]}``; with
-            ``"global"``, if the optimizer keeps state that belongs to no parameter.
+            ``"global"``, if the optimizer keeps state that belongs to no parameter, and whatever
+            else its own ``state_dict`` holds.
     """
     if optimizer is None:
         return {"state": {}, "param_groups": []}
     saved = optimizer.state_dict()
     shared = {key: value for key, value in saved["state"].items() if isinstance(key, str)}
     saved["state"] = {key: value for key, value in saved["state"].items() if key not in shared}
-    named = _rename(saved, _names(optimizer, masters))
+    named = {**saved, **_rename(saved, _names(optimizer, masters))}
     return {**named, "global": shared} if shared else named
 
 
@@ -36,7 +37,8 @@ def load_optimizer_state(
     if optimizer is None:
         return
     positions = {name: position for position, name in _names(optimizer, masters).items()}
-    renamed = _rename(state, positions)
+    rest = {key: value for key, value in state.items() if key != "global"}
+    renamed = {**rest, **_rename(state, positions)}
     renamed["state"] |= state.get("global", {})
     optimizer.load_state_dict(renamed)
 
@@ -48,7 +50,8 @@ def blank_state(
     """Return placeholder state of the form that ``optimizer`` will make in its first step.
 
     It covers those of ``masters`` that the optimizer trains and has no state of yet. Its values
-    mean nothing. The optimizer and the weights are left as they were.
+    mean nothing. Optimizer, weights and random numbers are left as they were. It is empty for an
+    optimizer that cannot make a step without the user's training.
 
     Returns:
         ``{name: {key: value}}``.
@@ -67,8 +70,11 @@ def blank_state(
         # Should the step reach the user's parameters after all, it leaves those alone.
         for p in held:
             p.grad = None
-        other = stand_in(optimizer, optimizer.param_groups, pairs)
-        bare_step(other)
+        with torch.random.fork_rng(sorted({p.device.index or 0 for p in held if p.is_cuda})):
+            other = stand_in(optimizer, optimizer.param_groups, pairs)
+            bare_step(other)
+    except Exception:  # of the user's own code: sparse gradients alone, a closure, a wrapper
+        return {}
     finally:
         for p, gradient in zip(held, gradients, strict=True):
             p.grad = gradient

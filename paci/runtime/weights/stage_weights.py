@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from paci.errors import ConfigError
+from paci.runtime.weights.gradient_sums import Adder
 from paci.runtime.weights.shards import described, is_sharded, local, unnoticed
 
 Values = dict[str, Tensor]  # by the name of the weight
@@ -102,6 +103,7 @@ class StageWeights:
         self._used: Values = {}  # working weights that are in the parameters when inside
         self.is_inside = False
         self._seen: dict[str, _Seen] = {}
+        self._half_summed: list[str] = []  # whose gradient the user holds and must leave there
         self._outside = contextlib.ExitStack()
         self._hand_back()
 
@@ -183,6 +185,7 @@ class StageWeights:
         """
         if is_drained:
             self._require_same_parameters()
+        self._require_sums()
         touched = {name for name, p in self.masters.items() if self._look(p) != self._seen[name]}
         for name in touched:
             self._require_like(name)
@@ -200,7 +203,7 @@ class StageWeights:
             if name in self._adders:
                 self._adders.pop(name).remove()
             if self.masters[name].requires_grad:
-                adder = _Adder(self, name)
+                adder = Adder(name, self._like[name][0], self._gradients, self._set_aside)
                 self._adders[name] = self.masters[name].register_post_accumulate_grad_hook(adder)
         self.is_inside = True
         return touched
@@ -210,6 +213,7 @@ class StageWeights:
         if self.is_inside:
             self._exchange_for_masters()
             self.is_inside = False
+            self._half_summed = [n for n, p in self.masters.items() if p.grad is not None]
             self._hand_back()
 
     def close(self) -> None:
@@ -414,6 +418,15 @@ class StageWeights:
                 f"without assign=True, or build a new pipeline"
             )
 
+    def _require_sums(self) -> None:
+        lost = [name for name in self._half_summed if self.masters[name].grad is None]
+        if lost:
+            raise ConfigError(
+                f"the gradients of an update under way must stay between steps, got none of "
+                f"{lost[0]} at stage {self._index}; leave zero_grad() out, as each update ends "
+                f"with it, or drain() first"
+            )
+
     def _require_like(self, name: str) -> None:
         parameter = self.masters[name]
         now = (parameter.dtype, parameter.device, parameter.shape)
@@ -424,27 +437,3 @@ class StageWeights:
                 f"while the pipeline is open, got {described(*now)} after {described(*was)}; "
                 f"convert the module before the pipeline is built, or close() it first"
             )
-
-
-class _Adder:
-    """Adds a gradient in the working dtype to the sum in the master's dtype.
-
-    Args:
-        weights: the weights of the stage.
-        name: the name of the weight.
-    """
-
-    def __init__(self, weights: StageWeights, name: str) -> None:
-        self._weights, self._name = weights, name
-
-    def __call__(self, parameter: Tensor) -> None:
-        weights, name = self._weights, self._name
-        if name not in weights._set_aside:  # a backward of the user's own, on the masters
-            return
-        assert parameter.grad is not None
-        total = weights._gradients.get(name)
-        if total is None:
-            weights._gradients[name] = parameter.grad.to(weights._like[name][0])
-        else:
-            total.add_(parameter.grad)
-        parameter.grad = None
