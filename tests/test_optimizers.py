@@ -20,6 +20,7 @@ import paci
 from paci.errors import ConfigError
 from paci.optim.gradient_rule import GradientRule
 from paci.optim.probe import require_trial
+from paci.optim.trial import trial_steps
 from paci.schedule.one_f_one_b import OneFOneBFlush
 
 sgd = partial(SGD, lr=0.1)
@@ -87,6 +88,72 @@ class Drawing(SGD):
             for p in group["params"]:
                 self.state[p]["drawn"] = torch.rand(())
         super().step()
+
+
+@pytest.mark.parametrize("make", [partial(AdamW, lr=1e-12), partial(SGD, lr=1e-13)])
+def test_rates_that_begin_tiny_are_no_reason_to_refuse(make: Any):
+    require_trial(make([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))]))
+
+
+class Held:
+    """What Preconditioning keeps of a weight."""
+
+    def __init__(self) -> None:
+        self.sum = torch.zeros(())
+
+
+class Preconditioning(SGD):
+    """Keeps an object for each weight, changed in place, as Shampoo does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    held = self.state[p].setdefault("held", Held())
+                    held.sum.add_(p.grad.norm())
+                    p.sub_(p.grad / held.sum, alpha=group["lr"])
+
+
+def test_objects_in_an_optimizers_state_are_left_alone_by_trials():
+    weight = nn.Parameter(torch.ones(2, 2))
+    optimizer = Preconditioning([weight], lr=0.1)
+    require_trial(optimizer)
+    weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    ((_, step),) = trial_steps(optimizer)
+    assert optimizer.state[weight]["held"].sum == 2
+    torch.testing.assert_close(step, torch.full((2, 2), -0.1 / 4))
+
+
+class Delegating(SGD):
+    """Has the state and the groups of another, as accelerate's wrapper does."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        self.inner = SGD(params, lr, momentum=0.9)
+
+    state = property(lambda self: self.inner.state, lambda self, v: setattr(self.inner, "state", v))
+    param_groups = property(
+        lambda self: self.inner.param_groups, lambda self, v: setattr(self.inner, "param_groups", v)
+    )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+def test_an_optimizer_with_anothers_state_trains_after_it_was_saved():
+    delegating, plain = (
+        pipeline_of(partial(Delegating, lr=0.1)),
+        pipeline_of(partial(SGD, lr=0.1, momentum=0.9)),
+    )
+    delegating.state_dict()
+    assert same_bits(train(delegating, 3), train(plain, 3))
 
 
 @pytest.mark.parametrize("kind", [Merging, Projecting, OfVectors, Drawing])
@@ -210,7 +277,8 @@ def test_a_factor_of_clipping_is_forgotten_where_nothing_is_clipped():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gradients_of_an_update_under_way_must_stay(precision: str):
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_of_an_update_under_way_must_stay(precision: str, set_to_none: bool):
     """Under a flush there are none between steps, and the line of the plain loop is harmless."""
     batch = next(iter(batches(1)))
     flush = pipeline_of(sgd, OneFOneBFlush(2, 2), precision=precision)
@@ -218,10 +286,26 @@ def test_gradients_of_an_update_under_way_must_stay(precision: str):
     for pipeline in (flush, never_empty):
         pipeline.step(batch)
         for stage in pipeline.stages.values():
-            stage.optimizer.zero_grad()
+            stage.optimizer.zero_grad(set_to_none)
     flush.step(batch)
     with pytest.raises(ConfigError, match=r"must stay between steps, got none of .*zero_grad\(\)"):
         never_empty.step(batch)
+
+
+def test_gradients_that_no_update_sums_may_go():
+    """A frozen weight's of long ago, and those of before the pipeline."""
+    modules = linears()
+    modules[0].requires_grad_(False)
+    for module in modules:
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+    frozen = [None, partial(SGD, lr=0.1)(modules[1].parameters())]
+    pipeline = pipeline_of(frozen, OneFOneBFlush(2, 2), modules=modules)
+    batch = next(iter(batches(1)))
+    for _ in range(3):
+        for module in modules:
+            module.zero_grad()
+        pipeline.step(batch)
 
 
 def test_a_hook_of_all_optimizers_that_clips_is_refused_as_one_of_its_own():
@@ -247,6 +331,7 @@ def test_muon_takes_groups_later_and_can_be_copied():
     for p in module.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
+    StepLR(optimizer, 10)  # which puts a step of its own on the optimizer
     optimizer.add_param_group({"params": [module.bias], "algorithm": "adamw"})
     before = module.bias.detach().clone()
     optimizer.step()
@@ -259,6 +344,8 @@ def test_muon_takes_groups_later_and_can_be_copied():
     assert same_bits(list(module.parameters()), list(other.parameters()))
     with pytest.raises(ConfigError, match="an algorithm of muon, adamw, got None"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(ConfigError, match="must be dicts with params and an algorithm, got a Par"):
+        paci.MuonWithAdamW(module.parameters())
 
 
 def test_a_state_of_something_else_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import io
 import warnings
 from functools import partial
@@ -194,19 +195,26 @@ def test_state_that_a_checkpoint_has_no_place_for_is_refused(nested: bool, tmp_p
     assert same_bits(values(saved), values(used))
 
 
+class Color(enum.StrEnum):
+    """Text, but of a class of one's own."""
+
+    RED = "red"
+
+
 class OwnKind:
     """Of no kind that a checkpoint may hold, though it can be pickled."""
 
 
 def test_what_could_not_be_loaded_is_refused_when_saved():
     pipeline = trained(1, optimizer=partial(torch.optim.SGD, lr=0.1))
-    pipeline.stages[1].optimizer.param_groups[0]["mine"] = [OwnKind()]
     told = (
         "^options of the optimizer of stage 1, param_groups, mine must be numbers, text, tensors "
-        "and containers of them to be saved, got a OwnKind; keep it elsewhere$"
+        "and containers of them to be saved, got a {}; keep it elsewhere$"
     )
-    with pytest.raises(paci.ConfigError, match=told):
-        pipeline.state_dict()
+    for wrong in (OwnKind(), Color.RED):
+        pipeline.stages[1].optimizer.param_groups[0]["mine"] = [wrong]
+        with pytest.raises(paci.ConfigError, match=told.format(type(wrong).__name__)):
+            pipeline.state_dict()
 
 
 def test_states_of_before_options_were_packed_can_be_loaded():

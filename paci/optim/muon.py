@@ -53,7 +53,14 @@ class MuonWithAdamW(Optimizer):
         }
         _muon()  # both are needed, or neither is of use
         # Muon's groups come first, whatever the order.
-        ordered = sorted(groups, key=lambda group: group.get("algorithm") != "muon")
+        given = list(groups)
+        for group in given:
+            if not isinstance(group, dict):
+                raise ConfigError(
+                    f"groups must be dicts with params and an algorithm, got a "
+                    f"{type(group).__name__}; write {{'params': [...], 'algorithm': 'muon'}}"
+                )
+        ordered = sorted(given, key=lambda group: group.get("algorithm") != "muon")
         super().__init__(ordered, {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -78,8 +85,9 @@ class MuonWithAdamW(Optimizer):
         super().add_param_group(part.param_groups[0])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all attributes, so that a copy steps too."""
-        return vars(self).copy()
+        """Return what a copy needs to step too."""
+        own = ("_parts", "_given", "_of_trials", "_options")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -18,6 +18,7 @@ _VECTOR = (3,)  # where the optimizer has such parameters: some treat them in an
 _LARGER = 100.0  # so much larger is each parameter than the one before
 _NUM_STEPS = 12  # of which the last have the parameter for a gradient
 _NUM_RANDOM = 8
+_LEAST_RATE = 1e-6
 _TOLERANCE = 1e-3
 _TOLERANCE_OF_MUON = 2e-2  # it computes in bfloat16, where the order of products shows
 
@@ -50,7 +51,8 @@ def require_trial(optimizer: Optimizer) -> None:
 def _is_foretold(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     options = {key: value for key, value in group.items() if key not in _OWN}
     options |= {key: _without_decay(value) for key, value in options.items() if key in _DECAYS}
-    if not options.get("lr", 1.0):
+    rate = options.get("lr", 1.0)
+    if rate is None or rate < _LEAST_RATE:  # rounding would swallow the steps
         options["lr"] = torch.ones(()) if isinstance(options["lr"], Tensor) else 1e-2
     device = next((p.device for p in group["params"]), torch.device("cpu"))
     for make in (_another, _constructed):

@@ -27,11 +27,15 @@ class Copier:
 
     Args:
         instead: pairs of a tensor and what is to take its place.
+
+    Attributes:
+        copies_all: whether to copy all else too, as ``copy.deepcopy`` does.
     """
 
     def __init__(self, instead: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         # The original is kept too, so that nothing else gets its id meanwhile.
         self._made: dict[int, tuple[Any, Any]] = {id(old): (old, new) for old, new in instead}
+        self.copies_all = False
         self._unfilled: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, value: Any) -> Any:
@@ -62,6 +66,8 @@ class Copier:
         elif isinstance(value, tuple):
             parts = [self(each) for each in value]
             made = type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        elif self.copies_all:
+            made = copy.deepcopy(value)
         else:
             return value
         self._made[id(value)] = (value, made)
@@ -95,14 +101,21 @@ def stand_in(
         groups: its parameter groups, with any other options.
         parameters: pairs of a parameter and the one in its place. Groups hold those alone, and the
             state is theirs, or of no parameter.
+
+    Raises:
+        TypeError: its state or groups are another's, so that nothing can stand in for it.
     """
+    if any(hasattr(type(optimizer), name) for name in ("state", "param_groups")):
+        raise TypeError(f"{type(optimizer).__name__} keeps its state in another optimizer")
     copied = Copier(parameters)
+    copied.copies_all = True
     held = {id(old) for old, _ in parameters}
     state: dict[Any, Any] = {
         copied(key): copied(value)
         for key, value in optimizer.state.items()
         if id(key) in held or not isinstance(key, Tensor)
     }
+    copied.copies_all = False
     made: Any = object.__new__(type(optimizer))
     rest = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
     made.__dict__.update(copied(rest))

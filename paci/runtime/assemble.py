@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
 from paci.optim.stand_in import Copier
-from paci.runtime.stage.checks import check_loss, check_module
+from paci.runtime.stage.checks import check_loss, check_module, check_saved_form
 from paci.runtime.stage.loss import Loss
 from paci.runtime.stage.stage import Stage
 from paci.runtime.weights.policy import WeightPolicy
@@ -120,12 +120,15 @@ def build_stages(
         if _makes(optimizer, Optimizer):
             own = [p for p in module.parameters() if owners[id(p)] == index]
             optimizer = optimizer(own) if own else None
-            _require_made(index, optimizer, Optimizer, "optimizer", not own)
+            trains = any(p.requires_grad for p in own)
+            _require_made(index, optimizer, Optimizer, "optimizer", not trains)
             if lr_scheduler is not None and optimizer is not None:
                 _own_options(optimizer)
         if _makes(lr_scheduler, LRScheduler):
             lr_scheduler = None if optimizer is None else lr_scheduler(optimizer)
             _require_made(index, lr_scheduler, LRScheduler, "scheduler", optimizer is None)
+        if optimizer is not None:
+            check_saved_form(index, optimizer)
         shared = (id(p) for p in module.parameters() if owners[id(p)] != index)
         stages[index] = Stage(
             index,
@@ -146,7 +149,8 @@ def build_stages(
 
 
 def _require_made(index: int, made: Any, kind: type, word: str, may_be_none: bool) -> None:
-    if not isinstance(made, kind) and not (made is None and may_be_none):
+    fits = isinstance(made, kind) or (hasattr(made, "step") and hasattr(made, "state_dict"))
+    if not fits and not (made is None and may_be_none):
         raise ConfigError(
             f"a function that makes the {word} of a stage must return a {kind.__name__}, got "
             f"{'None' if made is None else 'a ' + type(made).__name__} for stage {index}; return "

@@ -111,7 +111,7 @@ def _of_stage(
     own = stage.state_dict()
     here = {whole: name for name, whole in called.items()}
     blank = set(rest["blank"])
-    options = _unpacked(rest["optimizer"]) if "optimizer" in rest else {**_OF_BEFORE, **rest}
+    options = {**_OF_BEFORE, **(_unpacked(rest["optimizer"]) if "optimizer" in rest else rest)}
     held = [whole for group in options["param_groups"] for whole in group["params"]]
     optimizer = {whole: state["optimizer"].get(whole, {}) for whole in held if whole not in blank}
     for whole, places in options["places"].items():
@@ -227,7 +227,7 @@ def _packed(value: Any, what: str) -> bytes | None:
     return file.getvalue()
 
 
-_KEPT = (type(None), bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device)
+_KEPT = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _SERIES = (list, tuple, set, torch.Size)
 
 
@@ -242,7 +242,7 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, _SERIES):
         parts = (_plain(each, where) for each in value)
         return type(value)(parts) if type(value) in _SERIES else tuple(parts)
-    if isinstance(value, _KEPT):
+    if type(value) in _KEPT or isinstance(value, Tensor):
         return value
     raise ConfigError(
         f"{where} must be numbers, text, tensors and containers of them to be saved, got a "

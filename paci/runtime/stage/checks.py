@@ -47,16 +47,10 @@ def check_optimizer(
         optimizer: the stage's optimizer; None if it has nothing to train.
         borrowed: ``id`` of each parameter that an earlier stage updates.
     """
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
+    if optimizer is not None and not all(hasattr(optimizer, name) for name in _OF_OPTIMIZERS):
         raise ConfigError(
             f"the optimizer of stage {index} must be a torch.optim.Optimizer or a function that "
             f"makes one, got {optimizer!r:.80}; pass partial(torch.optim.AdamW, lr=1e-3) for one"
-        )
-    if optimizer is not None and not {"state", "param_groups"} <= optimizer.state_dict().keys():
-        raise ConfigError(
-            f"the optimizer of stage {index} must keep state and param_groups in its state_dict, "
-            f"or no checkpoint would hold them, got {type(optimizer).__name__}, which has "
-            f"{', '.join(map(str, optimizer.state_dict()))}; take one that wraps no other"
         )
     if optimizer is not None and _needs_closure(optimizer):
         raise ConfigError(
@@ -80,6 +74,23 @@ def check_optimizer(
             f"{foreign} of other modules and none of {missing[:3]}; build it from this stage's "
             f"module.parameters(), without what it shares with an earlier stage, or freeze what it "
             f"must not train"
+        )
+
+
+_OF_OPTIMIZERS = ("param_groups", "state", "step", "zero_grad", "state_dict", "load_state_dict")
+
+
+def check_saved_form(index: int, optimizer: Optimizer) -> None:
+    """Raise ``ConfigError`` if a checkpoint would find no state in what the optimizer saves."""
+    try:
+        saved = optimizer.state_dict()
+    except Exception:  # one that needs something first may still train
+        return
+    if not {"state", "param_groups"} <= saved.keys():
+        raise ConfigError(
+            f"the optimizer of stage {index} must keep state and param_groups in its state_dict, "
+            f"or no checkpoint would hold them, got {type(optimizer).__name__}, which has "
+            f"{', '.join(map(str, saved))}; take one that wraps no other"
         )
 
 

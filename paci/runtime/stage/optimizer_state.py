@@ -73,6 +73,8 @@ def blank_state(
         with torch.random.fork_rng(sorted({p.device.index or 0 for p in held if p.is_cuda})):
             other = stand_in(optimizer, optimizer.param_groups, pairs)
             bare_step(other)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # of the user's own code: sparse gradients alone, a closure, a wrapper
         return {}
     finally:

@@ -103,7 +103,7 @@ class StageWeights:
         self._used: Values = {}  # working weights that are in the parameters when inside
         self.is_inside = False
         self._seen: dict[str, _Seen] = {}
-        self._half_summed: list[str] = []  # whose gradient the user holds and must leave there
+        self._half_summed: dict[str, int] = {}  # versions of gradients that the user holds
         self._outside = contextlib.ExitStack()
         self._hand_back()
 
@@ -185,7 +185,8 @@ class StageWeights:
         """
         if is_drained:
             self._require_same_parameters()
-        self._require_sums()
+        else:
+            self._require_sums()
         touched = {name for name, p in self.masters.items() if self._look(p) != self._seen[name]}
         for name in touched:
             self._require_like(name)
@@ -213,7 +214,8 @@ class StageWeights:
         if self.is_inside:
             self._exchange_for_masters()
             self.is_inside = False
-            self._half_summed = [n for n, p in self.masters.items() if p.grad is not None]
+            graded = ((n, p.grad) for n, p in self.masters.items() if p.requires_grad)
+            self._half_summed = {n: grad._version for n, grad in graded if grad is not None}
             self._hand_back()
 
     def close(self) -> None:
@@ -419,7 +421,11 @@ class StageWeights:
             )
 
     def _require_sums(self) -> None:
-        lost = [name for name in self._half_summed if self.masters[name].grad is None]
+        lost = []
+        for name, version in self._half_summed.items():
+            grad = self.masters[name].grad
+            if grad is None or (grad._version != version and not local(grad).any()):
+                lost.append(name)
         if lost:
             raise ConfigError(
                 f"the gradients of an update under way must stay between steps, got none of "
