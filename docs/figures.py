@@ -92,7 +92,7 @@ _ALL = """
 
 # Benchmarks whose tables stand in these pages, each in one of them.
 _OF_LEARNING = ("convergence", "time-to-accuracy", "race")
-_PAGES_OF_LEARNING = ("convergence.md", "rivals.md")
+_PAGES_OF_LEARNING = ("convergence.md", "time.md", "rivals.md")
 _SWEEPS_DRAWN = ("convergence-long", "convergence-adamw")
 
 

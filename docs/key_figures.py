@@ -103,8 +103,8 @@ def _loss_figure(found: dict[str, Result]) -> tuple[str, str]:
     told = ", ".join(_share_and_seeds(without_trials[a]) for a in (8, 4))
     return (
         f"**Muon: {told}; AdamW: {_share_and_seeds(ours)}**",
-        "8 stages; Muon with 8 and 4 micro-batches after 3,000 updates, without trials, both at "
-        "one rate; AdamW with 8 after 1,200, warm-up of a tenth",
+        "8 stages; Muon with 8 and 4 micro-batches after 3,000 updates, without trials; AdamW "
+        "with 8 after 1,200, warm-up of a tenth",
     )
 
 

@@ -116,12 +116,9 @@ def _of_muon(group: Mapping[str, Any], batch: Sequence[Tried]) -> list[Tensor]:
     for shape, places in by_shape.items():
         chosen = [batch[place] for place in places]
         buffers = [t.state["momentum_buffer"] for t in chosen]
-        gradients = _gradients(chosen)
-        if gradients:
-            buffers = list(torch._foreach_lerp(gradients, buffers, kept))
         dtype = _dtype(group, buffers[0])
         matrices = buffers[0].new_empty((len(buffers), *shape), dtype=dtype)
-        torch._foreach_copy_(list(matrices.unbind()), buffers)
+        _fill(list(matrices.unbind()), buffers, _gradients(chosen), kept)
         size = -group["lr"] * _ratio(group["adjust_lr_fn"], shape)
         found = _orthogonalized(matrices, group, size).to(buffers[0].dtype)
         steps.update(zip(places, found.unbind(), strict=True))
@@ -130,6 +127,20 @@ def _of_muon(group: Mapping[str, Any], batch: Sequence[Tried]) -> list[Tensor]:
 
 def _gradients(batch: Sequence[Tried]) -> list[Tensor]:
     return [t.gradient for t in batch if t.gradient is not None]
+
+
+def _fill(
+    matrices: list[Tensor], buffers: list[Tensor], gradients: list[Tensor], kept: float
+) -> None:
+    """Write momentum and, if there are any, gradients to ``matrices``, in the dtype of those."""
+    if not gradients:
+        torch._foreach_copy_(matrices, buffers)
+    elif buffers[0].is_cpu:  # one matrix at a time stays in the cache
+        sum_of_one = torch.empty_like(buffers[0])
+        for matrix, gradient, buffer in zip(matrices, gradients, buffers, strict=True):
+            matrix.copy_(torch.lerp(gradient, buffer, kept, out=sum_of_one))
+    else:  # few launches
+        torch._foreach_copy_(matrices, list(torch._foreach_lerp(gradients, buffers, kept)))
 
 
 def _orthogonalized(x: Tensor, group: Mapping[str, Any], size: float) -> Tensor:
