@@ -11,6 +11,7 @@ import pytest
 import torch
 from contract_helpers import batches, linears, mse
 from runtime_helpers import same_bits
+from test_probe import Both
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
@@ -208,18 +209,11 @@ def test_what_an_optimizer_saves_of_its_own_is_loaded_again():
     assert same_bits(train(saved, 3), train(fresh, 3))
 
 
-class Wrapper(Optimizer):
+class Wrapper(Both):
     """Saves what it wraps under a name of its own."""
 
-    def __init__(self, params: Any) -> None:
-        self.inner = SGD(params, lr=0.1)
-        super().__init__(self.inner.param_groups, {})
-
-    def step(self, closure: Any = None) -> None:
-        self.inner.step()
-
     def state_dict(self) -> dict[str, Any]:
-        return {"inner": self.inner.state_dict()}
+        return {"inner": self.other.state_dict()}
 
 
 class Sharing(SGD):

@@ -96,6 +96,14 @@ def values(pipeline: paci.Pipeline) -> list[Tensor]:
     return list(pipeline.model_state_dict().values())
 
 
+def go_on_alike(one: paci.Pipeline, other: paci.Pipeline) -> bool:
+    for pipeline in (one, other):
+        for batch in batches(3):
+            pipeline.step(batch)
+        pipeline.drain()
+    return same_bits(values(one), values(other))
+
+
 @pytest.mark.parametrize(
     "name",
     [name for name in OPTIMIZERS if name != "muon" or hasattr(torch.optim, "Muon")],
@@ -150,11 +158,7 @@ def test_schedulers_and_options_of_numpys_numbers_go_on(tmp_path: Path):
     saved, fresh = trained(3, **options), trained(0, linears(seed=3), **options)
     save(saved, tmp_path)
     load(fresh, tmp_path)
-    for pipeline in (saved, fresh):
-        for batch in batches(3):
-            pipeline.step(batch)
-        pipeline.drain()
-    assert same_bits(values(saved), values(fresh))
+    assert go_on_alike(saved, fresh)
 
 
 class Late(torch.optim.SGD):
@@ -188,11 +192,7 @@ def test_state_that_a_checkpoint_has_no_place_for_is_refused(nested: bool, tmp_p
     with pytest.raises(paci.ConfigError, match=f"kept of .*, got none of '{place}'; train until"):
         load(fresh, tmp_path)
     load(used, tmp_path)
-    for pipeline in (saved, used):
-        for batch in batches(3):
-            pipeline.step(batch)
-        pipeline.drain()
-    assert same_bits(values(saved), values(used))
+    assert go_on_alike(saved, used)
 
 
 class Color(enum.StrEnum):
@@ -224,11 +224,7 @@ def test_states_of_before_options_were_packed_can_be_loaded():
         options = torch.load(io.BytesIO(rest.pop("optimizer")), weights_only=True)
         rest |= {"param_groups": options["param_groups"]}
     fresh.load_state_dict(state)
-    for pipeline in (saved, fresh):
-        for batch in batches(3):
-            pipeline.step(batch)
-        pipeline.drain()
-    assert same_bits(values(saved), values(fresh))
+    assert go_on_alike(saved, fresh)
 
 
 class Slice(nn.Module):

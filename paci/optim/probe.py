@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paci.errors import ConfigError
-from paci.optim.stand_in import Copier, is_same, stand_in, values_of
+from paci.optim.stand_in import copy_of, is_same, stand_in, values_of
 from paci.optim.trial import algorithm_of, bare_step, has_trial, trial_batches
 
 _SHAPES = ((4, 3), (5, 2))
@@ -89,9 +89,7 @@ def _constructed(
 ) -> Optimizer:
     """Return a new optimizer of the same class, made by its constructor."""
     known = inspect.signature(type(optimizer)).parameters
-    copied = Copier()
-    given = {key: copied(value) for key, value in options.items() if key in known}
-    copied.fill()
+    given = copy_of({key: value for key, value in options.items() if key in known})
     make: Any = type(optimizer)
     made: Optimizer = make(parameters, **given)
     return made
@@ -111,9 +109,7 @@ def _step_is_foretold(
         else:
             parameter.grad = _random(parameter.shape, generator, parameter.device)
     drawn = torch.random.get_rng_state()
-    copied = Copier()
-    kept = [copied(value) for value in values_of(vars(probe))]
-    copied.fill()
+    kept = copy_of(list(values_of(vars(probe))))
     # One by one: a step that depends on other parameters is no step of each.
     foretold = {
         parameter: step

@@ -89,6 +89,14 @@ class Copier:
         return made
 
 
+def copy_of(value: Any) -> Any:
+    """Return a copy of ``value`` that shares no container, tensor or array with it."""
+    copied = Copier()
+    made = copied(value)
+    copied.fill()
+    return made
+
+
 def stand_in(
     optimizer: Optimizer,
     groups: Sequence[Mapping[str, Any]],

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
-from paci.optim.stand_in import Copier
+from paci.optim.stand_in import copy_of
 from paci.runtime.stage.checks import check_loss, check_module, check_saved_form
 from paci.runtime.stage.loss import Loss
 from paci.runtime.stage.stage import Stage
@@ -165,9 +165,7 @@ def _own_options(optimizer: Optimizer) -> None:
     scheduler would change the one of all.
     """
     for group in optimizer.param_groups:
-        copied = Copier()
-        group.update({key: copied(value) for key, value in group.items() if key != "params"})
-        copied.fill()
+        group.update(copy_of({key: value for key, value in group.items() if key != "params"}))
 
 
 def _owners(
