@@ -230,9 +230,9 @@ class Sharing(SGD):
     ("optimizer", "lr_scheduler", "told"),
     [
         ("sgd", None, "must be a torch.optim.Optimizer or a function that makes one, got 'sgd'"),
-        (lambda p: [SGD(p, lr=0.1)], None, "must return a Optimizer, got a list for stage 0"),
-        (lambda p: None, None, "must return a Optimizer, got None for stage 0; return what it"),
-        (sgd, lambda o: None, "must return a LRScheduler, got None for stage 0"),
+        (lambda p: [SGD(p, lr=0.1)], None, "must return an Optimizer, got a list for stage 0"),
+        (lambda p: None, None, "must return an Optimizer, got None for stage 0; return what it"),
+        (sgd, lambda o: None, "must return an LRScheduler, got None for stage 0"),
         (Wrapper, None, "must keep state and param_groups in its state_dict, .* which has inner"),
     ],
 )

@@ -209,7 +209,7 @@ def test_what_could_not_be_loaded_is_refused_when_saved():
     pipeline = trained(1, optimizer=partial(torch.optim.SGD, lr=0.1))
     told = (
         "^options of the optimizer of stage 1, param_groups, mine must be numbers, text, tensors "
-        "and containers of them to be saved, got a {}; keep it elsewhere$"
+        "and containers of them to be saved, got one of type {}; keep it elsewhere$"
     )
     for wrong in (OwnKind(), Color.RED):
         pipeline.stages[1].optimizer.param_groups[0]["mine"] = [wrong]

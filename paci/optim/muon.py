@@ -75,8 +75,7 @@ class MuonWithAdamW(Optimizer):
         if algorithm not in kinds:
             raise ConfigError(
                 f"each group must have an algorithm of {', '.join(kinds)}, got "
-                f"{group.get('algorithm')!r}; set "
-                f"group['algorithm']"
+                f"{group.get('algorithm')!r}; set group['algorithm']"
             )
         if algorithm == "muon":
             group.setdefault("trial", dict(self._of_trials))

@@ -152,7 +152,7 @@ def _require_made(index: int, made: Any, kind: type, word: str, may_be_none: boo
     fits = isinstance(made, kind) or (hasattr(made, "step") and hasattr(made, "state_dict"))
     if not fits and not (made is None and may_be_none):
         raise ConfigError(
-            f"a function that makes the {word} of a stage must return a {kind.__name__}, got "
+            f"a function that makes the {word} of a stage must return an {kind.__name__}, got "
             f"{'None' if made is None else 'a ' + type(made).__name__} for stage {index}; return "
             f"what it made"
         )

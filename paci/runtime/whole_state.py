@@ -245,8 +245,8 @@ def _plain(value: Any, where: str) -> Any:
     if type(value) in _KEPT or isinstance(value, Tensor):
         return value
     raise ConfigError(
-        f"{where} must be numbers, text, tensors and containers of them to be saved, got a "
-        f"{type(value).__name__}; keep it elsewhere"
+        f"{where} must be numbers, text, tensors and containers of them to be saved, got one "
+        f"of type {type(value).__name__}; keep it elsewhere"
     )
 
 

@@ -47,7 +47,7 @@ def check_optimizer(
         optimizer: the stage's optimizer; None if it has nothing to train.
         borrowed: ``id`` of each parameter that an earlier stage updates.
     """
-    if optimizer is not None and not all(hasattr(optimizer, name) for name in _OF_OPTIMIZERS):
+    if optimizer is not None and not all(hasattr(optimizer, name) for name in _EXPECTED):
         raise ConfigError(
             f"the optimizer of stage {index} must be a torch.optim.Optimizer or a function that "
             f"makes one, got {optimizer!r:.80}; pass partial(torch.optim.AdamW, lr=1e-3) for one"
@@ -77,7 +77,7 @@ def check_optimizer(
         )
 
 
-_OF_OPTIMIZERS = ("param_groups", "state", "step", "zero_grad", "state_dict", "load_state_dict")
+_EXPECTED = ("param_groups", "state", "step", "zero_grad", "state_dict", "load_state_dict")
 
 
 def check_saved_form(index: int, optimizer: Optimizer) -> None:
