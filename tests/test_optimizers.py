@@ -286,6 +286,28 @@ def test_gradients_of_an_update_under_way_must_stay(precision: str, set_to_none:
         never_empty.step(batch)
 
 
+def test_a_step_of_ones_own_with_an_update_under_way_is_refused():
+    """It would step by half a gradient; drained, closed, or under a flush it is as in torch."""
+    batch = next(iter(batches(1)))
+    pipeline, flush = pipeline_of(sgd), pipeline_of(sgd, OneFOneBFlush(2, 2))
+    for each in (pipeline, flush):
+        each.step(batch)
+    optimizer = pipeline.stages[0].optimizer
+    with pytest.raises(ConfigError, match=r"stepped by the pipeline, got a step of yours .* step"):
+        optimizer.step()
+    flush.stages[0].optimizer.step()
+    pipeline.drain()
+    for close in (lambda: None, pipeline.close):
+        close()
+        for p in pipeline.stages[0].module.parameters():
+            p.grad = torch.ones_like(p)
+        before = [p.detach().clone() for p in pipeline.stages[0].module.parameters()]
+        optimizer.step()
+        after = pipeline.stages[0].module.parameters()
+        torch.testing.assert_close([p + 0.1 for p in after], before)
+        optimizer.zero_grad()
+
+
 def test_gradients_that_no_update_sums_may_go():
     """A frozen weight's of long ago, and those of before the pipeline."""
     modules = linears()

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
 from paci.optim.stand_in import copy_of
-from paci.runtime.stage.checks import check_loss, check_module, check_saved_form
+from paci.runtime.stage.checks import check_loss, check_module, check_saved_form, watch_steps
 from paci.runtime.stage.loss import Loss
 from paci.runtime.stage.stage import Stage
 from paci.runtime.weights.policy import WeightPolicy
@@ -145,6 +145,8 @@ def build_stages(
             splits=schedule.splits_backward(index),
             lenders={parameter: stages[owners[parameter]] for parameter in shared},
         )
+        if optimizer is not None:
+            watch_steps(index, optimizer, stages[index].weights)
     return stages
 
 

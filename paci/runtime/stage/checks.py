@@ -94,6 +94,21 @@ def check_saved_form(index: int, optimizer: Optimizer) -> None:
         )
 
 
+def watch_steps(index: int, optimizer: Optimizer, weights: StageWeights) -> None:
+    """Let a step of the user's own on sums of an update under way raise ``ConfigError``."""
+
+    def refuse(*_: Any) -> None:
+        if weights.is_half_summed:
+            raise ConfigError(
+                f"the optimizer of stage {index} must be stepped by the pipeline, got a step of "
+                f"yours with an update under way; leave step() out, as each update makes it, or "
+                f"drain() first"
+            )
+
+    with contextlib.suppress(AttributeError):  # one that only looks like an optimizer of torch
+        optimizer.register_step_post_hook(refuse)
+
+
 def _needs_closure(optimizer: Optimizer) -> bool:
     if isinstance(optimizer, LBFGS):
         return True

@@ -124,6 +124,11 @@ class StageWeights:
         return bool(self._sharded)
 
     @property
+    def is_half_summed(self) -> bool:
+        """Whether the user's code runs with an update under way."""
+        return not self.is_inside and bool(self._half_summed)
+
+    @property
     def working(self) -> Values:
         """The tensors that the module computes with, by name."""
         return {name: self._used.get(name, p) for name, p in self.masters.items()}
@@ -224,7 +229,7 @@ class StageWeights:
         self._outside.close()
         for adder in self._adders.values():
             adder.remove()
-        self._adders = {}
+        self._adders, self._half_summed = {}, {}
         self._used = {}
 
     @contextlib.contextmanager
