@@ -49,10 +49,16 @@ def members(modules: Iterable[ModuleType], family: type[Family]) -> dict[str, ty
     return dict(sorted(found.items()))
 
 
+# Metadata of a dataclass field that takes one value or a tuple of several of one type. In text
+# they are separated by ``/``.
+SEVERAL = {"several": True}
+
+
 def read_options(member: type, kind: str, text: str, num_fixed: int = 0) -> dict[str, object]:
     """Parse ``OPTION=VALUE,...`` into keyword arguments of a dataclass.
 
-    Each value gets the type of its field's default. The numbers of a tuple are separated by ``/``.
+    Each value gets the type of its field's default. The numbers of a tuple are separated by ``/``,
+    and so are the values of a field whose metadata are ``SEVERAL``.
 
     Args:
         member: a dataclass with a class attribute ``name``.
@@ -83,10 +89,15 @@ def read_options(member: type, kind: str, text: str, num_fixed: int = 0) -> dict
             )
         default: Any = own[key].default
         word = type(default).__name__
+        takes_several = own[key].metadata == SEVERAL
         try:
-            options[key] = _READERS[word](value)
+            if takes_several and "/" in value:
+                options[key] = tuple(map(_READERS[word], value.split("/")))
+            else:
+                options[key] = _READERS[word](value)
         except (ValueError, KeyError):
             wanted = "numbers" if word == "tuple" else word
+            wanted += " or several with / between them" if takes_several else ""
             like = "/".join(map(str, default)) if word == "tuple" else default
             raise ConfigError(
                 f"option {key} of {kind} {name!r} must be {wanted}, got {value!r}; "

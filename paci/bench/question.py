@@ -19,6 +19,7 @@ from paci.schedule.base import require_count
 
 if TYPE_CHECKING:
     from paci.bench.arms import Arm
+    from paci.bench.hosts.bed import Place
     from paci.bench.turns import Outcome, Say
     from paci.bench.workloads import Work
 
@@ -96,6 +97,7 @@ class Timing(Question):
         num_updates: int,
         num_traced: int = 0,
         pin: bool = False,
+        place: Place | None = None,
     ) -> dict[Arm, Outcome]:
         """``take_turns`` with the options that all questions share."""
         from paci.bench.turns import take_turns
@@ -110,6 +112,7 @@ class Timing(Question):
             timeout_s=self.timeout,
             say=say,
             num_traced=num_traced,
+            place=place,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from paci.bench.accuracy import TimeToAccuracy
 from paci.bench.convergence import Convergence
 from paci.bench.emulate import Emulate
+from paci.bench.links import Links
 from paci.bench.memory import Memory
 from paci.bench.overhead import Overhead
 from paci.bench.planned import Planned
@@ -16,6 +17,7 @@ from paci.bench.trials import Trials
 QUESTIONS: tuple[type[Question], ...] = (
     Throughput,
     Emulate,
+    Links,
     Overhead,
     Memory,
     Planned,

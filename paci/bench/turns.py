@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from paci.bench.arms import Arm
+from paci.bench.hosts.bed import Place
 from paci.bench.workers import Report, run_workers
 from paci.bench.workloads import Work
 from paci.errors import WorkerError
@@ -108,6 +109,7 @@ def take_turns(
     timeout_s: float,
     say: Say,
     num_traced: int = 0,
+    place: Place | None = None,
 ) -> dict[Arm, Outcome]:
     """Measure ``arms``.
 
@@ -121,6 +123,7 @@ def take_turns(
         timeout_s: longest silence.
         say: told of progress.
         num_traced: updates of a run that is traced in the end; 0 for none.
+        place: where each worker becomes a host of its own.
 
     Returns:
         By arm. An interruption (Ctrl-C) ends it early: arms without samples say so.
@@ -141,6 +144,7 @@ def take_turns(
                 num_traced,
                 pin=pin,
                 timeout_s=timeout_s,
+                place=place,
             ):
                 if isinstance(told.value, _Traced):
                     outcomes[told.value.arm].trace = told.value.trace

@@ -3,9 +3,7 @@ that is given: all but arithmetic is real, so that many workers fit on a few cor
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from paci.bench.forecasts import HeldBack
+from paci.bench.punctual import be_punctual, occupy_until
 from paci.bench.workloads import Work
 from paci.plan.cost import Slow
 from paci.runtime.stage.split_backward import Ledger
-
-# The last part of a wait is spun: a sleeping process wakes up to this much late.
-_SPIN_S = 40e-6
-_PR_SET_TIMERSLACK = 29
 
 
 @dataclass(frozen=True)
@@ -239,18 +234,3 @@ def _backward_number() -> int:
     """Of the backward that runs: the two halves have one if they run as a whole."""
     number: int = torch._C._current_graph_task_id()
     return number
-
-
-def occupy_until(moment_s: float) -> None:
-    """Wait until ``moment_s`` on ``time.perf_counter``'s clock, to within some microseconds."""
-    rest_s = moment_s - _SPIN_S - time.perf_counter()
-    if rest_s > 0:
-        time.sleep(rest_s)
-    while time.perf_counter() < moment_s:
-        pass
-
-
-def be_punctual() -> None:
-    """Let this thread's sleeps end when they should, where the system can."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)

@@ -21,10 +21,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from paci.bench.hosts.bed import Place
+from paci.bench.hosts.host import address
 from paci.errors import WorkerError
 
 Report = Callable[[Any], None]
 _START_S = 120.0  # longest that a worker may take to begin
+_PORT_ON_HOST = 29500  # of the store on a host of its own, where no port is taken
 
 
 class Told(NamedTuple):
@@ -46,6 +49,7 @@ def run_workers(
     *args: Any,
     pin: bool,
     timeout_s: float,
+    place: Place | None = None,
 ) -> Iterator[Told]:
     """Run ``task(rank, report, *args)`` in ``num_workers`` processes; yield what they report.
 
@@ -58,12 +62,15 @@ def run_workers(
         args: picklable, the same for all.
         pin: whether each worker keeps to one core, rank by rank (where the system can).
         timeout_s: longest silence of all workers together.
+        place: where each worker becomes a host of its own, numbered by rank; by default all are on
+            this one.
 
     Raises:
         WorkerError: a worker failed, died or all of them fell silent.
     """
     context = _context()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    store = _store("127.0.0.1", 0, is_master=True) if place is None else None
+    port = _PORT_ON_HOST if store is None else store.port
     ends: dict[Any, int] = {}
     processes = []
     for rank in range(num_workers):
@@ -71,7 +78,17 @@ def run_workers(
         core = rank if pin else None
         process = context.Process(
             target=_work,
-            args=(rank, num_workers, store.port, core, timeout_s, theirs, task, args),
+            args=(
+                rank,
+                num_workers,
+                port,
+                place,
+                core,
+                timeout_s,
+                theirs,
+                task,
+                args,
+            ),
             daemon=True,
         )
         process.start()
@@ -117,6 +134,10 @@ def _listen(ends: dict[Any, int], timeout_s: float) -> Iterator[Told]:
                 )
 
 
+def _store(host: str, port: int, is_master: bool) -> Any:
+    return dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
 def _context() -> Any:
     """Processes that begin with torch imported, where the system can; a second each otherwise."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -132,6 +153,7 @@ def _work(
     rank: int,
     num_workers: int,
     port: int,
+    place: Place | None,
     core: int | None,
     timeout_s: float,
     end: Connection,
@@ -139,6 +161,8 @@ def _work(
     args: tuple[Any, ...],
 ) -> None:
     """Run one worker from its start to its last message."""
+    if place is not None:
+        place.enter(rank)  # while there is one thread
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the process that asks decides
     if core is not None and hasattr(os, "sched_setaffinity"):
@@ -150,7 +174,8 @@ def _work(
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     failure = ""
     try:
-        store = dist.TCPStore("127.0.0.1", port, num_workers, is_master=False)  # type: ignore[attr-defined]
+        host = "127.0.0.1" if place is None else address(0)
+        store = _store(host, port, is_master=place is not None and rank == 0)
         dist.init_process_group(
             "gloo",
             store=store,

@@ -17,38 +17,41 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+from paci.families import SEVERAL
 from paci.schedule.action import Action, Kind
-from paci.schedule.base import require_count
 from paci.schedule.flushing import FlushingSchedule
+from paci.schedule.slack import Slack, lag, require_slack
 
 
 @dataclass(frozen=True)
 class OneFOneBFlush(FlushingSchedule):
     """Warm up, alternate, cool down, update; and again.
 
-    The warm-up of stage ``s`` has ``min((1 + slack) (N - 1 - s), m)`` forwards.
+    The warm-up of stage ``s`` has ``min((1 + slack) (N - 1 - s), m)`` forwards; if each hop has its
+    own slack, the sum over the hops behind the stage instead.
 
     Args:
         num_stages: stages in the pipeline (``N``), one per worker.
         num_micro_batches: micro-batches of one update (``m``).
-        slack: spare micro-batches in flight for each hop between stages, as ``PACI`` has them. One
-            hides a link latency of up to half a slot, for more memory.
+        slack: spare micro-batches in flight for each hop between stages, as ``PACI`` has them, one
+            number for all hops or one for each (``0/0/3``). One hides a link latency of up to half
+            a slot, for more memory.
 
     Source: PipeDream-flush, arXiv 2006.09503, section 3.2; DAPPLE, arXiv 2007.01045, whose policy B
     is ``slack=1``.
     """
 
-    slack: int = 0
+    slack: Slack = field(default=0, metadata=SEVERAL)
 
     name: ClassVar[str] = "1f1b"
     summary: ClassVar[str] = "synchronous 1F1B, empties at every update"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count("slack", self.slack, least=0)
+        require_slack(self.slack, self.num_stages)
 
     def program(self, worker: int) -> Iterator[Action]:
         """Yield the actions of stage ``worker``, one flushed update after another."""
@@ -68,4 +71,4 @@ class OneFOneBFlush(FlushingSchedule):
         return min(self._warm_up(stage) + 1, self.num_micro_batches)
 
     def _warm_up(self, stage: int) -> int:
-        return min((1 + self.slack) * (self.num_stages - 1 - stage), self.num_micro_batches)
+        return min(lag(self.slack, self.num_stages, stage), self.num_micro_batches)

@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+from paci.families import SEVERAL
 from paci.schedule.action import Action, Kind
 from paci.schedule.base import Schedule, require_count, require_flag
+from paci.schedule.slack import Slack, lag, require_slack
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class PACI(Schedule):
 
     In slot ``i = 0, 1, 2, ...`` stage ``s`` does ``FORWARD(i)``; then, if ``i >= lag(s)``,
     ``BACKWARD(i - lag(s))``; then ``UPDATE`` if that was the ``a``-th backward since the last
-    update. With ``lag(s) = (1 + slack) (N - 1 - s)``:
+    update. With ``lag(s) = (1 + slack) (N - 1 - s)``, or the sum over the hops behind stage ``s``
+    if each has its own slack:
 
     - in flight at stage ``s``: at most ``lag(s) + 1``; without slack the same as 1F1B-flush;
     - version at the forward of micro-batch ``j``: ``max(0, j - lag(s)) // a``;
@@ -50,8 +53,9 @@ class PACI(Schedule):
     Args:
         num_stages: stages in the pipeline (``N``), one per worker.
         accumulation: micro-batches of one update (``a``).
-        slack: spare micro-batches in flight for each hop between stages. One hides a link
-            latency of up to half a slot, for more memory and more drift.
+        slack: spare micro-batches in flight for each hop between stages, one number for all hops or
+            one for each (``0/0/3``). One hides a link latency of up to half a slot, for more memory
+            and more drift; see ``paci.schedule.slack``.
         split_backward: send the input gradient on before the weight gradients are computed.
 
     Source: arXiv 2606.07881, sections 3 and 4; splitting the backward: arXiv 2401.10241; slack and
@@ -60,7 +64,7 @@ class PACI(Schedule):
 
     num_stages: int
     accumulation: int
-    slack: int = 0
+    slack: Slack = field(default=0, metadata=SEVERAL)
     split_backward: bool = False
 
     name: ClassVar[str] = "paci"
@@ -70,12 +74,12 @@ class PACI(Schedule):
     def __post_init__(self) -> None:
         require_count("num_stages", self.num_stages)
         require_count("accumulation", self.accumulation)
-        require_count("slack", self.slack, least=0)
+        require_slack(self.slack, self.num_stages)
         require_flag("split_backward", self.split_backward)
 
     def lag(self, stage: int) -> int:
         """Return the slots between a micro-batch's forward and its backward at ``stage``."""
-        return (1 + self.slack) * (self.num_stages - 1 - stage)
+        return lag(self.slack, self.num_stages, stage)
 
     def program(self, worker: int) -> Iterator[Action]:
         """Yield the actions of stage ``worker``, slot after slot."""

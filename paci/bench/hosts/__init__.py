@@ -1,0 +1,1 @@
+"""Hosts on one machine, joined by links that are as slow as one asks for."""
