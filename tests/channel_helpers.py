@@ -12,9 +12,13 @@ import torch.distributed as dist
 from distributed_helpers import make_channel
 from torch import Tensor
 
+import paci
+from paci.plan.stage_memory import KEPT_PER_RECEIVE, Hop, posted_bytes
+from paci.runtime.transport import gloo
 from paci.runtime.transport.boundary import flatten, unflatten
-from paci.runtime.transport.channel import Bundle, Receiver, Sender, Transport
-from paci.runtime.transport.distributed import Link, RemoteReceiver, RemoteSender
+from paci.runtime.transport.channel import Bundle, Ends, Receiver, Sender, Transport
+from paci.runtime.transport.gloo import GlooReceiver, GlooSender
+from paci.runtime.transport.meeting_point import MeetingPoint
 from paci.schedule.action import Message, Payload
 
 
@@ -109,11 +113,7 @@ def hand_over_all(rank: int, num_ranks: int, kind: str, capacity: int, seeds: li
     num_right = 0
     for seed in seeds:
         stretches = plan(seed)
-        sender, receiver = make_channel(rank, capacity, kind == "shared", store, str(seed))
-        for end in (sender, receiver):
-            if isinstance(end, RemoteSender | RemoteReceiver):
-                end._packs = kind == "packed"
-                end.open(Message(Payload.ACTIVATION, 1, 0))
+        sender, receiver = make_channel(rank, capacity, kind, store, str(seed))
         if sender is not None:
             hand_over(stretches, sender)
             num_right += sum(map(len, stretches))
@@ -126,17 +126,39 @@ def hand_over_all(rank: int, num_ranks: int, kind: str, capacity: int, seeds: li
 
 
 def count_operations(rank: int, num_ranks: int, num: int) -> list[int]:
-    """How many operations of a link a stretch of ``num`` messages alike takes; then how many one
-    takes in which every second message differs."""
+    """How many operations a stretch of ``num`` messages alike takes over gloo; then how many one
+    takes in which every second message differs, and one in which messages grow."""
     store = dist.distributed_c10d._get_default_store()
-    sender, receiver = make_channel(rank, 4, False, store, "count")
+    sender, receiver = make_channel(rank, 4, "gloo", store, "count")
     counts = []
-    for forms in ((0, 0), (0, 2)):
-        stretch = [[value_of(forms[j % 2], j) for j in range(num)]]
-        with mock.patch.object(Link, "_start", autospec=True, side_effect=Link._start) as start:
+    large = [[torch.zeros(50_000) for j in range(num)]]
+    few, many = ([[value_of(forms[j % 2], j) for j in range(num)]] for forms in ((0, 0), (0, 2)))
+    original = gloo._End._start
+    for stretch in (few, many, large):
+        with mock.patch.object(gloo._End, "_start", autospec=True, side_effect=original) as start:
             if sender is not None:
                 hand_over(stretch, sender)
             elif receiver is not None:
                 take_over(stretch, receiver)
             counts.append(start.call_count)
     return counts
+
+
+def keep_memory(rank: int, num_ranks: int, num_floats: int) -> tuple[int, int]:
+    """Send as PACI does over its first hop, with slack; return what both ends keep.
+
+    First the plan says it: of the receiver, or of the sender.
+    """
+    hop = Hop.of(paci.PACI(4, 2, slack=1), 0)
+    store = dist.distributed_c10d._get_default_store()
+    point = MeetingPoint(store, "memory", rank, 1 - rank, 60.0)
+    end = (GlooSender if rank == 0 else GlooReceiver)(
+        point, Ends(rank, 1 - rank, 60.0), hop.receives_ahead
+    )
+    values = [torch.zeros(num_floats)] * 60
+    planned = posted_bytes(hop, [4 * num_floats])
+    if isinstance(end, Sender):
+        hand_over([values], end)
+        return KEPT_PER_RECEIVE * planned, end.kept_bytes
+    take_over([values], end)
+    return planned, end.reserved_bytes

@@ -25,9 +25,11 @@ from v_schedules import OnAV
 
 import paci
 from paci.runtime import failures
-from paci.runtime.transport import distributed
+from paci.runtime.transport import gloo
 from paci.runtime.transport.channel import Ends, Receiver, Sender
-from paci.runtime.transport.distributed import Link, RemoteReceiver, RemoteSender
+from paci.runtime.transport.gloo import GlooReceiver, GlooSender
+from paci.runtime.transport.meeting_point import MeetingPoint
+from paci.runtime.transport.nccl import Link, NcclReceiver, NcclSender
 from paci.runtime.transport.shared_memory import Meeting, SharedReceiver, SharedSender, visit
 from paci.runtime.world import hosted_stages
 from paci.schedule.action import Action, Kind, Message, Payload
@@ -204,7 +206,7 @@ def train(
     run: Run, group: dist.ProcessGroup | None = None, share_memory: bool = True
 ) -> dict[str, Any]:
     """Do the plan; return all that can be compared."""
-    patch = mock.patch.object(distributed, "_MOST_TAGS", run.most_tags or distributed._MOST_TAGS)
+    patch = mock.patch.object(gloo, "_MOST_TAGS", run.most_tags or gloo._MOST_TAGS)
     with patch:
         pipeline = build(run, group, share_memory=share_memory)
         log: list[Any] = []
@@ -425,7 +427,7 @@ def hand_over_too_much(rank: int, num_ranks: int, run: Run, file: Path) -> None:
     build(run, dist.group.WORLD, modules)
 
 
-def outrun(rank: int, num_ranks: int, capacity: int, num_messages: int, shared: bool) -> list[int]:
+def outrun(rank: int, num_ranks: int, capacity: int, num_messages: int, kind: str) -> list[int]:
     """Rank 0 sends without pause, rank 1 receives when told to, and keeps what it got.
 
     Returns how many sends had returned when nothing had been received, and at the end; or what
@@ -433,7 +435,7 @@ def outrun(rank: int, num_ranks: int, capacity: int, num_messages: int, shared: 
     """
     store = dist.distributed_c10d._get_default_store()
     messages = [Message(Payload.ACTIVATION, 1, j) for j in range(num_messages)]
-    sender, receiver = make_channel(rank, capacity, shared, store)
+    sender, receiver = make_channel(rank, capacity, kind, store)
     if receiver is not None:
         store.wait(["go"])
         kept = [receiver.receive(message)[0] for message in messages]
@@ -462,13 +464,27 @@ def outrun(rank: int, num_ranks: int, capacity: int, num_messages: int, shared: 
 
 
 def make_channel(
-    rank: int, capacity: int, shared: bool, store: dist.Store, name: str = ""
+    rank: int, capacity: int, kind: str, store: dist.Store, name: str = ""
 ) -> tuple[Sender | None, Receiver | None]:
-    """The end of a channel from rank 0 to rank 1 that ``rank`` has."""
+    """The end of a channel from rank 0 to rank 1 that ``rank`` has.
+
+    Of kind ``nccl`` it takes the steps that it takes on CUDA, over gloo.
+    """
     ends = Ends(rank, 1 - rank, 60.0)
-    if not shared:
+    if kind == "nccl":
         link = Link(dist.new_group([0, 1]), ends, torch.device("cpu"))
-        return (RemoteSender(link, capacity), None) if rank == 0 else (None, RemoteReceiver(link))
+        if rank == 0:
+            sender = NcclSender(link, capacity)
+            sender.open(Message(Payload.ACTIVATION, 1, 0))
+            return sender, None
+        receiver = NcclReceiver(link)
+        receiver.open(Message(Payload.ACTIVATION, 1, 0))
+        return None, receiver
+    if kind == "gloo":
+        point = MeetingPoint(store, f"channel{name}", rank, 1 - rank, 60.0)
+        if rank == 0:
+            return GlooSender(point, ends, lambda _: capacity), None
+        return None, GlooReceiver(point, ends, lambda _: capacity)
     if rank == 0:
         meeting = Meeting()
         store.set(f"path{name}", meeting.path)

@@ -19,6 +19,7 @@ from launching import LAUNCH_S, Rank, end_session, is_alive, launch, values
 from launching import __file__ as launching_file
 
 import paci
+from paci.plan.stage_memory import KEPT_PER_RECEIVE
 from paci.runtime import failures
 from paci.runtime.failures import SOMEBODY, Complaint, first_failure
 from paci.runtime.weights.policy_registry import prepare_weight_policies, weight_policies
@@ -409,18 +410,18 @@ def test_a_channel_without_a_name_or_a_connection_goes_over_gloo_at_both_ends(tm
     run = Run(paci.PACI(2, 2), steps(3))
     first, second = values(launch(tmp_path, 2, ranks_of.meet_in_vain, run, tmp_path))
     # Rank 0 has no name to wait at; rank 1 has one, to which rank 0 came.
-    assert first[0] == {"activation": "RemoteSender", "gradient": "SharedReceiver"}
-    assert second[0] == {"activation": "RemoteReceiver", "gradient": "SharedSender"}
-    assert first[2] == {"activation": "SharedSender", "gradient": "RemoteReceiver"}
-    assert second[2] == {"activation": "SharedReceiver", "gradient": "RemoteSender"}
+    assert first[0] == {"activation": "GlooSender", "gradient": "SharedReceiver"}
+    assert second[0] == {"activation": "GlooReceiver", "gradient": "SharedSender"}
+    assert first[2] == {"activation": "SharedSender", "gradient": "GlooReceiver"}
+    assert second[2] == {"activation": "SharedReceiver", "gradient": "GlooSender"}
     for each in (1, 3):
         require_equal(run, train(run), [first[each], second[each]])
     assert first[4] == second[4] == []
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("kind", "times"), [("shared", 1), ("gloo", KEPT_PER_RECEIVE)])
 @pytest.mark.parametrize("capacity", [1, 3])
-def test_a_sender_is_held_at_its_capacity(tmp_path: Path, capacity: int, shared: bool):
-    sender, received = values(launch(tmp_path, 2, ranks_of.outrun, capacity, 12, shared))
-    assert sender == [capacity, 12]
+def test_a_sender_is_held_at_its_capacity(tmp_path: Path, capacity: int, kind: str, times: int):
+    sender, received = values(launch(tmp_path, 2, ranks_of.outrun, capacity, 12, kind))
+    assert sender == [times * capacity, 12]
     assert received == list(range(12))

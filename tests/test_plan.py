@@ -26,11 +26,11 @@ from paci.plan.profile import (
     save_profile,
 )
 from paci.plan.search import explain, search
-from paci.plan.stage_memory import channel_bytes
+from paci.plan.stage_memory import RECEIVES_AHEAD, ring_bytes
 from paci.plan.stages import Layout
 from paci.runtime.transport.boundary import Form, Spec, notice_of, specs_of
 from paci.runtime.transport.channel import Ends
-from paci.runtime.transport.distributed import Lane, RemoteReceiver
+from paci.runtime.transport.nccl import Lane, NcclReceiver
 from paci.runtime.transport.shared_memory import SharedReceiver, SharedSender
 from paci.schedule.action import Kind, Message, Payload
 from paci.schedule.base import Schedule
@@ -63,7 +63,14 @@ def drawn_profile(source: random.Random, num_layers: int, num_stages: int) -> Pr
         LinkProfile(bytes_per_s=source.choice([float("inf"), 5.0, 20.0]))
         for _ in range(max(num_stages - 1, 1))
     )
-    return Profile(layers=layers, micro_batch_size=2, input_bytes=3, devices=devices, links=links)
+    return Profile(
+        layers=layers,
+        micro_batch_size=2,
+        input_bytes=3,
+        devices=devices,
+        links=links,
+        transport="nccl",
+    )
 
 
 def bytes_by_hand(profile: Profile, layers: range, held: int, recompute: bool) -> int:
@@ -208,9 +215,9 @@ class Posted:
 def test_receivers_set_aside_what_the_plan_says(shapes: list[tuple[int, ...]]):
     tensors = tuple(torch.zeros(shape) for shape in shapes)
     sizes, message = [each.nbytes for each in tensors], Message(Payload.ACTIVATION, 1, 0)
-    posted = RemoteReceiver(Posted(specs_of(tensors)))
+    posted = NcclReceiver(Posted(specs_of(tensors)))
     posted.receive(message)
-    assert posted.reserved_bytes == channel_bytes("group", sizes, 3) == 2 * sum(sizes)
+    assert posted.reserved_bytes == RECEIVES_AHEAD * sum(sizes)
     ends = Ends(0, 1, 5.0)
     connections = socket.socketpair()
     sender, receiver = (
@@ -219,9 +226,9 @@ def test_receivers_set_aside_what_the_plan_says(shapes: list[tuple[int, ...]]):
     )
     sender.send(message, tensors)
     receiver.receive(message)
-    ring = channel_bytes("shared", sizes, 3)
+    ring = ring_bytes(sizes, 3)
     assert receiver.reserved_bytes == ring >= 6 * sum(sizes)
-    assert channel_bytes("shared", sizes, 3, num_held=2) == ring - 2 * sum(sizes)
+    assert ring_bytes(sizes, 3, num_held=2) == ring - 2 * sum(sizes)
     sender.close()
     receiver.close()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from paci.bench.accuracy import TimeToAccuracy
 from paci.bench.convergence import Convergence
 from paci.bench.emulate import Emulate
-from paci.bench.links import Links
 from paci.bench.memory import Memory
 from paci.bench.overhead import Overhead
 from paci.bench.planned import Planned
 from paci.bench.question import Question
 from paci.bench.race import Race
+from paci.bench.slow_links import Links
 from paci.bench.throughput import Throughput
 from paci.bench.trials import Trials
 

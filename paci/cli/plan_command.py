@@ -61,9 +61,9 @@ def add_parser(commands: Any) -> None:
     machine.add_argument("--jitter", type=float, metavar="X", help="variation of computing times")
     machine.add_argument(
         "--transport",
-        choices=("shared", "group"),
-        help="how messages go: shared memory of one host (CPU only), or a process group; default "
-        "the profile's, or group",
+        choices=("shared", "group", "nccl"),
+        help="how messages go: shared memory of one host, or a process group over gloo (CPU) or "
+        "NCCL; default the profile's, or group",
     )
     search_ = parser.add_argument_group("the search")
     search_.add_argument(

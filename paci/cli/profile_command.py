@@ -133,7 +133,7 @@ def _measured(options: argparse.Namespace) -> Profile | None:
     profile = measure()
     if rank > 0:
         return None
-    if len(set(hosts)) > 1:
+    if len(set(hosts)) > 1 and changed["transport"] == "shared":
         changed["transport"] = "group"
     return profile.model_copy(update=changed)
 

@@ -95,8 +95,8 @@ class Profile(_Part):
         links: links between workers 0 and 1, 1 and 2, and so on; the last one also stands for all
             later ones.
         devices: devices of workers 0, 1, ...; the last one also stands for all later ones.
-        transport: how messages go between workers: ``shared`` memory of one host (CPU only), or a
-            process ``group``.
+        transport: how messages go between workers: ``shared`` memory of one host (CPU only), a
+            process ``group`` over gloo (CPU only), or ``nccl``.
         train: the options of ``paci train`` with which the model has these costs.
         about: notes on where the numbers come from.
     """
@@ -108,7 +108,7 @@ class Profile(_Part):
     overhead_s: Duration = 0.0
     links: tuple[LinkProfile, ...] = ()
     devices: tuple[DeviceProfile, ...] = ()
-    transport: Literal["shared", "group"] = "group"
+    transport: Literal["shared", "group", "nccl"] = "group"
     train: dict[str, Any] = {}
     about: dict[str, Any] = {}
 

@@ -6,7 +6,10 @@ Memory of a channel, by transport::
 
     shared   a ring in memory that two processes of one host share: for each message that may be
              under way one slot for it, and one for a message that the receiver still holds
-    group    a process group of two: buffers of receives that are posted ahead
+    group    a process group of two over gloo, CPU tensors: buffers of receives that are posted
+             ahead, and what the sender keeps of messages that it may have to send again
+    nccl     a process group of two over NCCL, CUDA tensors: buffers of receives that are posted
+             ahead
     local    a queue within a process: nothing
 """
 
@@ -18,9 +21,12 @@ from typing import Literal, NamedTuple
 
 from paci.schedule.base import Schedule
 
-Transport = Literal["shared", "group", "local"]
+Transport = Literal["shared", "group", "nccl", "local"]
 
-RECEIVES_AHEAD = 2  # receives that a receiver in a process group keeps posted
+RECEIVES_AHEAD = 2  # receives that a receiver over NCCL keeps posted, and the fewest over gloo
+HEADER_BYTES = 64  # of a message over gloo, so that what follows is aligned
+KEPT_PER_RECEIVE = 2  # messages that a sender over gloo keeps, for each receive that is posted
+_AHEAD_BYTES = 1 << 24  # of receives over gloo that are posted for what only a start-up needs
 _SLOTS_PER_MESSAGE = 2  # one for a message under way, one for a message that the receiver holds
 _ALIGNMENT_BYTES = 64  # as torch's own allocator, so that kernels give the same bits
 
@@ -66,7 +72,7 @@ class PolicyCost(NamedTuple):
 
 @dataclass(frozen=True)
 class StageMemory:
-    """The memory of one stage in bytes, by kind."""
+    """The memory of one stage in bytes, by kind; ``receive_bytes`` is that of its channels."""
 
     weight_bytes: int
     master_bytes: int
@@ -88,62 +94,121 @@ class StageMemory:
         )
 
 
-class Inbox(NamedTuple):
-    """The channels on which a stage receives messages.
+class Hop(NamedTuple):
+    """A hop between two stages: the most micro-batches in flight at each of them.
+
+    ``before`` is the stage nearer to the input, whichever of the two sends.
+    """
+
+    before: int
+    behind: int
+
+    @classmethod
+    def of(cls, schedule: Schedule, before: int) -> Hop:
+        """Return the hop between the stages ``before`` and ``before + 1``."""
+        return cls(schedule.in_flight_cap(before), schedule.in_flight_cap(before + 1))
+
+    def receives_ahead(self, message_bytes: int) -> int:
+        """Return the number of receives that a receiver over gloo keeps posted.
+
+        Once the pipeline is full, at most ``before - behind + 1`` messages are under way in either
+        direction. While it fills, all those in flight at the stage before may be, so there are as
+        many receives if they take little memory.
+
+        Args:
+            message_bytes: bytes of a message.
+        """
+        least = max(RECEIVES_AHEAD, self.before - self.behind + 1)
+        return max(least, min(self.before, _AHEAD_BYTES // max(message_bytes, 1)))
+
+
+class Channels(NamedTuple):
+    """The channels of a stage to its neighbours.
 
     Attributes:
-        activations: transport of the channel from the stage before.
-        gradients: transport of the channel from the stage after.
+        before: transport between it and the stage before.
+        behind: transport between it and the stage behind.
+        hop_before: the hop from the stage before; None for the first stage.
+        hop_behind: the hop to the stage behind; None for the last stage.
         capacity: messages that may be under way on a channel.
         num_in_flight: most micro-batches between forward and backward at the stage.
     """
 
-    activations: Transport
-    gradients: Transport
+    before: Transport
+    behind: Transport
+    hop_before: Hop | None
+    hop_behind: Hop | None
     capacity: int
     num_in_flight: int
 
     @classmethod
-    def of(cls, schedule: Schedule, stage: int, transport: Transport) -> Inbox:
-        """Return the channels into ``stage`` if messages between workers use ``transport``."""
+    def of(cls, schedule: Schedule, stage: int, transport: Transport) -> Channels:
+        """Return the channels of ``stage`` if messages between workers use ``transport``."""
         own = schedule.worker_of(stage)
-        before, after = (
+        before, behind = (
             "local"
             if not 0 <= other < schedule.num_stages or schedule.worker_of(other) == own
             else transport
             for other in (stage - 1, stage + 1)
         )
-        return cls(before, after, schedule.channel_capacity, schedule.in_flight_cap(stage))
+        return cls(
+            before,
+            behind,
+            Hop.of(schedule, stage - 1) if stage else None,
+            Hop.of(schedule, stage) if stage < schedule.num_stages - 1 else None,
+            schedule.channel_capacity,
+            schedule.in_flight_cap(stage),
+        )
 
-    def receive_bytes(self, taken: Sequence[int], given: Sequence[int]) -> int:
+    def num_bytes(self, taken: Sequence[int], given: Sequence[int]) -> int:
         """Return the bytes that are allocated for messages, besides activations.
 
         Args:
             taken: bytes of each tensor of the stage's input.
             given: bytes of each tensor of its output, whose gradients come back.
         """
-        return channel_bytes(
-            self.activations, taken, self.capacity, self.num_in_flight
-        ) + channel_bytes(self.gradients, given, self.capacity)
+        return self._between(
+            self.before, self.hop_before, taken, self.num_in_flight
+        ) + self._between(self.behind, self.hop_behind, given, 0)
+
+    def _between(
+        self, transport: Transport, hop: Hop | None, message_bytes: Sequence[int], num_held: int
+    ) -> int:
+        if transport == "local" or hop is None:
+            return 0
+        if transport == "nccl":
+            return RECEIVES_AHEAD * sum(message_bytes)
+        if transport == "group":
+            return (1 + KEPT_PER_RECEIVE) * posted_bytes(hop, message_bytes)
+        return ring_bytes(message_bytes, self.capacity, num_held)
 
 
-def channel_bytes(
-    transport: Transport, message_bytes: Sequence[int], capacity: int, num_held: int = 0
-) -> int:
-    """Return the bytes that the receiver of a channel allocates, less those of activations.
+def posted_bytes(hop: Hop, message_bytes: Sequence[int]) -> int:
+    """Return the bytes of the receives over gloo that the receiver of a channel keeps posted.
 
     Args:
-        transport: transport of the channel.
+        hop: the hop that the channel belongs to.
+        message_bytes: bytes of each tensor of a message; if all are 0, they are not known.
+    """
+    if not any(message_bytes):
+        return 0
+    size = packet_bytes(message_bytes)
+    return hop.receives_ahead(size) * size
+
+
+def packet_bytes(message_bytes: Sequence[int]) -> int:
+    """Return the bytes of a message over gloo whose tensors have these sizes in bytes."""
+    return HEADER_BYTES + ring_slot_bytes(message_bytes)
+
+
+def ring_bytes(message_bytes: Sequence[int], capacity: int, num_held: int = 0) -> int:
+    """Return the bytes of a ring, less those of activations.
+
+    Args:
         message_bytes: bytes of each tensor of a message.
         capacity: messages that may be under way.
-        num_held: messages that micro-batches in flight still hold. They count as activations. In a
-            ring they stay in its slots, so they are subtracted; in a process group they are not
-            in the buffers of receives that are posted ahead.
+        num_held: messages in it that micro-batches in flight still hold; they count as activations.
     """
-    if transport == "local":
-        return 0
-    if transport == "group":
-        return RECEIVES_AHEAD * sum(message_bytes)
     return ring_slots(capacity) * ring_slot_bytes(message_bytes) - num_held * sum(message_bytes)
 
 

@@ -6,7 +6,7 @@ Stage ``s`` of a schedule holds at most ``c_s = in_flight_cap(s)`` micro-batches
     weights (in as many copies as the weight policy keeps) + gradients + optimizer state
       + c_s * (what the layers keep from forward to backward)   or, recomputing,
         c_s * (the stage's input) + (what the layers keep, once)
-      + buffers that messages are received into
+      + what channels to the neighbours need
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from paci.errors import ConfigError
 from paci.plan.cost import Costs, Link, StageCost
 from paci.plan.partition import StageCostOf, as_integers, best_cut, require_stages
 from paci.plan.profile import Profile
-from paci.plan.stage_memory import Inbox, PolicyCost, StageMemory
+from paci.plan.stage_memory import Channels, PolicyCost, StageMemory
 from paci.schedule.base import Schedule
 
 
@@ -59,16 +59,16 @@ class Layout:
             sum(layer.gradient_bytes for layer in layers),
             sum(layer.optimizer_bytes for layer in layers),
             cap * taken + kept if self.recompute else cap * kept,
-            self._inboxes[stage].receive_bytes([taken], [self._boundary_bytes(end)]),
+            self._channels[stage].num_bytes([taken], [self._boundary_bytes(end)]),
         )
 
     def _policy(self, stage: int) -> PolicyCost:
         return self.policies[stage] if self.policies else PolicyCost()
 
     @functools.cached_property
-    def _inboxes(self) -> tuple[Inbox, ...]:
+    def _channels(self) -> tuple[Channels, ...]:
         stages = range(self.schedule.num_stages)
-        return tuple(Inbox.of(self.schedule, s, self.profile.transport) for s in stages)
+        return tuple(Channels.of(self.schedule, s, self.profile.transport) for s in stages)
 
     def _boundary_bytes(self, layer: int) -> int:
         """Return the bytes of the input of ``layer``."""

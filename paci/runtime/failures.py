@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -89,10 +89,12 @@ class FailureBoard:
 
     Args:
         rank: this process's global rank.
+        errand: what the thread does besides, each time that it looks.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, errand: Callable[[], None] | None = None) -> None:
         self._rank = rank
+        self._errand = errand
         self._key = f"paci/board/{next(_boards)}"
         self._store = dist.distributed_c10d._get_default_store()
         self._heard: list[Complaint] = []
@@ -174,6 +176,8 @@ class FailureBoard:
             if self._stop.wait(_POLL_S):
                 return
             try:
+                if self._errand is not None:
+                    self._errand()
                 if self._store.check([self._failure_key(1)]):
                     self._heard = self._read()
             except RuntimeError:

@@ -22,6 +22,7 @@ from paci.runtime.assemble import (
     choose_group,
     listed,
 )
+from paci.runtime.connect import open_channels
 from paci.runtime.evaluate import evaluate
 from paci.runtime.execute import Engine, execute
 from paci.runtime.failures import FailureBoard, Failures
@@ -40,12 +41,11 @@ from paci.runtime.weights.policy import WeightPolicy
 from paci.runtime.weights.policy_registry import prepare_weight_policies, recommended_weights
 from paci.runtime.whole_state import state_by_stage, whole_state
 from paci.runtime.world import World
-from paci.schedule.base import Schedule, require_count
+from paci.schedule.base import Schedule
 from paci.schedule.sequence import Cursor, Sequencer
 from paci.trace import Trace
 
-# A tenth of a run of `paci train` with its defaults.
-DEFAULT_FLUSH_FIRST = 40
+DEFAULT_FLUSH_FIRST = 40  # a tenth of a run of `paci train` with its defaults
 _EVALUATED_AT_ONCE = 16  # batches between two checks that all processes have as many
 
 
@@ -119,14 +119,13 @@ class Pipeline:
         on_update: UpdateHook | None = None,
         names: Naming | None = None,
     ) -> None:
-        check_options(seed, trace_capacity, timeout_s)
+        check_options(seed, trace_capacity, timeout_s, flush_first)
         modules = listed(stage)
         self.schedule = schedule
         self._loss = as_loss(loss_fn)
         self._world = World(schedule, choose_group(group, len(modules), schedule), timeout_s)
         if flush_first is None:
             flush_first = DEFAULT_FLUSH_FIRST if weights is None else 0
-        require_count("flush_first", flush_first, least=0)
         self._num_flushed = 0 if schedule.flushes else flush_first
         policies = prepare_weight_policies(weights or recommended_weights(schedule), schedule)
         self._world.agree(
@@ -153,20 +152,21 @@ class Pipeline:
                 each.on_update(on_update)
         self._names = whole_names(dict(zip(held, modules, strict=True)), names, self._world)
         devices = {index: each.device for index, each in self.stages.items()}
+        opened = open_channels(schedule, self._world, devices, share_memory)
         self._engine = Engine(
             schedule.num_stages,
             self.stages,
-            self._world.connect(devices, share_memory),
+            opened.transport,
             {index: DriftMeter(schedule, index, policies[index].sees) for index in held},
             Recorder(
                 schedule, devices[held[0]], self._world.position, self._world.size, trace_capacity
             ),
         )
-        board = None if self._world.group is None else FailureBoard(dist.get_rank())
+        board = None if self._world.group is None else FailureBoard(dist.get_rank(), opened.errand)
         self._failures = Failures(board)
         self._status_board = StatusBoard(self._world.ranks, self._world.position)
-        self._num_done = 0  # micro-batches of all stretches that have been drained
-        self._num_fed = 0  # micro-batches of the one that is running
+        # Micro-batches of all stretches that have been drained, and of the one that is running.
+        self._num_done = self._num_fed = 0
         self._kept = StepResult()  # results that are known, and not returned yet
         self._keywords = KeywordInputs(self._world, [s.call for s in self.stages.values()])
         self._start_stretch()

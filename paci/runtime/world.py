@@ -1,30 +1,19 @@
-"""The processes that share a pipeline: which of them holds which stages, and their channels."""
+"""The processes that share a pipeline, and which of them holds which stages."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
-import time
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from paci.errors import ConfigError
 from paci.runtime.failures import collective_error
-from paci.runtime.transport.channel import Edge, Ends, LocalChannel, Receiver, Sender, Transport
-from paci.runtime.transport.distributed import Link, RemoteReceiver, RemoteSender
-from paci.runtime.transport.shared_memory import (
-    AVAILABLE,
-    Meeting,
-    SharedReceiver,
-    SharedSender,
-    visit,
-)
-from paci.schedule.action import Message, Payload
+from paci.runtime.gather import Gatherer
+from paci.runtime.transport.channel import Ends
 from paci.schedule.base import Schedule
 
 
@@ -61,12 +50,12 @@ def require_agreement(what: Mapping[str, Any], group: dist.ProcessGroup | None =
         ConfigError: two ranks passed different values.
         WorkerError: a rank is gone, or did not answer in time.
     """
-    if (refusal := _disagreement(what, group)) is not None:
+    refusal = _first_difference(_gather((dist.get_rank(), dict(what)), group))
+    if refusal is not None:
         raise refusal
 
 
-def _disagreement(what: Mapping[str, Any], group: dist.ProcessGroup | None) -> ConfigError | None:
-    everyone = _gather((dist.get_rank(), dict(what)), group)
+def _first_difference(everyone: Sequence[tuple[int, dict[str, Any]]]) -> ConfigError | None:
     first_rank, first = everyone[0]
     for rank, other in everyone:
         for key in sorted(first.keys() | other.keys()):
@@ -96,6 +85,7 @@ class World:
     Attributes:
         position: this process's index in the pipeline, from 0.
         ranks: the global rank of each process, by position.
+        timeout_s: as given.
 
     Raises:
         ConfigError: the group lacks this process, or has more processes than there are workers.
@@ -105,7 +95,7 @@ class World:
         self, schedule: Schedule, group: dist.ProcessGroup | None, timeout_s: float
     ) -> None:
         self._schedule = schedule
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self.group = group
         self.position = 0 if group is None else dist.get_rank(group)
         if self.position < 0:
@@ -114,8 +104,11 @@ class World:
                 f"rank {dist.get_rank()}; pass each process the group of its own pipeline"
             )
         self.ranks = (0,) if group is None else tuple(dist.get_process_group_ranks(group))
+        self._kept: list[Callable[[], Sequence[Any]]] = []
         self._control = None if group is None else self._own_group()
-        self._groups: dict[Edge, dist.ProcessGroup] = {}
+        self._gatherer: Gatherer | None = None
+        if self._control is not None:
+            self._gatherer = Gatherer(self._control, self.ranks, self.position, timeout_s)
         if len(self.ranks) > schedule.num_workers:
             raise ConfigError(
                 f"the world must have at most as many processes as the schedule has workers "
@@ -130,7 +123,7 @@ class World:
         part, in the same order, whatever pipeline it belongs to.
         """
         own: dist.ProcessGroup | None = None
-        timeout = timedelta(seconds=self._timeout_s)
+        timeout = timedelta(seconds=self.timeout_s)
         for ranks in sorted(set(_gather(self.ranks, dist.group.WORLD))):
             group = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
             if ranks == self.ranks:
@@ -169,22 +162,27 @@ class World:
 
     def disagreement(self, what: Mapping[str, Any]) -> ConfigError | None:
         """Return the error that ``agree`` would raise, the same on every process, or None."""
-        return None if self.group is None else _disagreement(what, self._control)
+        return _first_difference(self.gather((self.ranks[self.position], dict(what))))
 
     def gather(self, own: Any) -> list[Any]:
         """Return ``own`` of every process, ordered by position, on every process."""
-        return [own] if self.group is None else _gather(own, self._control)
+        return [own] if self._gatherer is None else self._gatherer.gather(own)
+
+    def gather_all(self, own: Any) -> list[Any]:
+        """Return ``own`` of every rank of the job, whatever pipeline it belongs to."""
+        return _gather(own, dist.group.WORLD)
 
     def clock_shift_s(self) -> float:
         """Return the seconds to add to this process's clock to get the first process's clock.
 
-        It is 0 on the first process's host; on others it is estimated right after a barrier. All
-        processes of the world must call this.
+        It is 0 on the first process's host; on others it is estimated. All processes of the world
+        must call this.
         """
-        self.gather(None)
-        moments = self.gather((socket.gethostname(), time.perf_counter()))
-        (first_host, first_s), (own_host, own_s) = moments[0], moments[self.position]
-        return 0.0 if own_host == first_host else float(first_s - own_s)
+        hosts = self.gather(socket.gethostname())
+        if self._gatherer is None or len(set(hosts)) == 1:
+            return 0.0
+        shift_s = self._gatherer.clock_shift_s()
+        return 0.0 if hosts[self.position] == hosts[0] else shift_s
 
     @contextlib.contextmanager
     def refusing_together(self) -> Iterator[None]:
@@ -204,129 +202,30 @@ class World:
         if refused is not None:
             raise refused
 
-    def connect(self, devices: Mapping[int, torch.device], share_memory: bool) -> Transport:
-        """Open the channels of this process. All processes of the world must call this.
-
-        Args:
-            devices: the device of each stage that this process holds, by index.
-            share_memory: whether processes of one host may pass CPU tensors in shared memory.
-        """
-        senders: dict[Edge, Sender] = {}
-        receivers: dict[Edge, Receiver] = {}
-        on_cpu = all(device.type == "cpu" for device in devices.values())
-        connections = self._meet(share_memory and on_cpu and AVAILABLE, devices)
-        ends = Counter(edge for edges in self.gather(set(connections)) for edge in edges)
-        shared = {edge for edge, num_ends in ends.items() if num_ends == 2}
-        for lonely in connections.keys() - shared:
-            connections.pop(lonely).close()
-        on_cuda = any(device.type == "cuda" for device in devices.values())
-        self._groups = groups = self._channel_groups(on_cuda, shared)
-        capacity = self._schedule.channel_capacity
-        for edge in self._edges():
-            key, source, target = edge[:2], edge.sender, edge.stage
-            if source in devices and target in devices:
-                senders[key] = receivers[key] = LocalChannel(devices[target])
-            elif source in devices and key in shared:
-                senders[key] = SharedSender(connections[key], self._ends(target), capacity)
-            elif target in devices and key in shared:
-                receivers[key] = SharedReceiver(connections[key], self._ends(source), capacity)
-            elif source in devices:
-                link = Link(groups[key], self._ends(target), devices[source])
-                sender = RemoteSender(link, capacity)
-                sender.open(edge)
-                senders[key] = sender
-            elif target in devices:
-                link = Link(groups[key], self._ends(source), devices[target])
-                receiver = RemoteReceiver(link)
-                receiver.open(edge)
-                receivers[key] = receiver
-        return Transport(senders, receivers)
-
-    def _meet(self, can: bool, devices: Mapping[int, torch.device]) -> dict[Edge, socket.socket]:
-        """Connect to the neighbours that this process can share memory with; return the sockets.
-
-        This is tried, not guessed: the sending end listens on a socket in the file system, and the
-        other end connects to it if it can. A channel whose socket cannot be made or reached is left
-        out; it is shared only if both its ends have a connection.
-        """
-        crossing = [
-            edge for edge in self._edges() if (edge.sender in devices) != (edge.stage in devices)
-        ]
-        meetings: dict[Edge, Meeting] = {}
-        connections: dict[Edge, socket.socket] = {}
-        try:
-            for edge in crossing:
-                if can and edge.sender in devices:
-                    with contextlib.suppress(OSError):
-                        meetings[edge[:2]] = Meeting()
-            paths: dict[Edge, str] = {}
-            for part in self.gather({edge: meeting.path for edge, meeting in meetings.items()}):
-                paths |= part
-            for edge in crossing:
-                key = edge[:2]
-                if can and edge.stage in devices and key in paths:
-                    connection = visit(paths[key])
-                    if connection is not None:
-                        connections[key] = connection
-            visited = {edge for edges in self.gather(set(connections)) for edge in edges}
-            for key in meetings.keys() & visited:
-                with contextlib.suppress(OSError):
-                    connections[key] = meetings[key].accept(self._timeout_s)
-        finally:
-            for meeting in meetings.values():
-                meeting.close()
-        return connections
-
-    def _ends(self, stage: int) -> Ends:
+    def ends(self, stage: int) -> Ends:
         """Return the ranks of this process and of the holder of ``stage``, and the time-out."""
-        peer = self.ranks[self.position_of(stage)]
-        return Ends(self.ranks[self.position], peer, self._timeout_s)
+        return Ends(self.ranks[self.position], self.rank_of(stage), self.timeout_s)
 
-    def _edges(self) -> list[Message]:
-        """Return the first message of every channel, in the same order on all processes."""
-        last = self._schedule.num_stages - 1
-        down = [Message(Payload.ACTIVATION, stage, 0) for stage in range(1, last + 1)]
-        up = [Message(Payload.GRADIENT, stage, 0) for stage in range(last)]
-        return down + up
+    def rank_of(self, stage: int) -> int:
+        """Return the global rank of the process that holds ``stage``."""
+        return self.ranks[self.position_of(stage)]
+
+    def keep(self, groups: Callable[[], Sequence[Any]]) -> None:
+        """Keep the process groups that ``groups`` returns until after ``close``."""
+        self._kept.append(groups)
 
     def close(self) -> None:
-        """Destroy the process groups; all processes of the world must be done with them."""
-        groups = [*self._groups.values(), *filter(None, [self._control])]
+        """Give the process groups up; all processes of the world must be done with them."""
+        groups = [group for kept in self._kept for group in kept()]
+        self._kept = []
+        if self._control is not None:
+            groups.append(self._control)
         for group in groups:
-            dist.destroy_process_group(group)
+            if group in dist.distributed_c10d._world.pg_map:
+                dist.destroy_process_group(group)
         if groups:
             _retired[:] = groups
-        self._groups, self._control = {}, None
-
-    def _channel_groups(
-        self, on_cuda: bool, shared: Collection[Edge]
-    ) -> dict[Edge, dist.ProcessGroup]:
-        """Make a group of two for each channel between processes that do not share memory.
-
-        Every rank of the job takes part in making a group, in the same order. So ranks of other
-        pipelines beside this one (data parallelism) take part too, whatever their schedules are.
-
-        On CUDA the group itself enforces the time-out (see ``Link.wait``).
-        """
-        if self.group is None:
-            return {}
-        crossing = [
-            (edge, tuple(sorted((self.ranks[source], self.ranks[target]))))
-            for edge in self._edges()
-            if (source := self.position_of(edge.sender)) != (target := self.position_of(edge.stage))
-            and edge[:2] not in shared
-        ]
-        timeout = timedelta(seconds=self._timeout_s) if on_cuda else None
-        groups: dict[Edge, dist.ProcessGroup] = {}
-        pipelines = dict(_gather((self.ranks, crossing), dist.group.WORLD))
-        for ranks in sorted(pipelines):
-            for edge, pair in pipelines[ranks]:
-                backend = "cpu:gloo,cuda:nccl" if on_cuda else None
-                group = dist.new_group(pair, timeout=timeout, backend=backend)
-                if ranks == self.ranks and dist.get_rank() in pair:
-                    assert isinstance(group, dist.ProcessGroup)
-                    groups[edge[:2]] = group
-        return groups
+        self._control = self._gatherer = None
 
 
 def _gather(own: Any, group: dist.ProcessGroup | None) -> list[Any]:

@@ -78,7 +78,9 @@ def profile_gpt(
     if tokenizer is not None:
         train["tokenizer"] = tokenizer
     about = profile.about | {"threads": config.threads, "vocab": model.vocab_size}
-    transport = "shared" if device.type == "cpu" and AVAILABLE else "group"
+    transport = "group" if device.type == "cpu" else "nccl"
+    if device.type == "cpu" and AVAILABLE:
+        transport = "shared"
     changed = {"train": train, "about": about, "transport": transport}
     return profile.model_copy(update=changed)
 

@@ -30,7 +30,7 @@ _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWUSER, _CLONE_NEWNET = (
     0x10000000,
     0x40000000,
 )
-_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
+_MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000
 # From linux/if_tun.h and linux/sockios.h.
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 _IFF_TUN, _IFF_NO_PI, _IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
@@ -38,6 +38,7 @@ _TUN_F_CSUM, _TUN_F_TSO4 = 0x01, 0x02
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 _SIOCSIFADDR, _SIOCSIFNETMASK, _SIOCSIFMTU, _SIOCSIFTXQLEN = 0x8916, 0x891C, 0x8922, 0x8943
 _QUEUE_LENGTH = 20_000  # packets that wait for the forwarder
+_MOST_HOSTS = 200
 _JOIN_S = 60.0  # longest wait for the other hosts
 MEETING, TEMPORARY = "forwarder", "tmp"  # names in a bed's folder
 
@@ -92,6 +93,7 @@ def become_host(number: int, folder: str, offload: bool, congestion: str = "") -
         _unshare()
         # Nobody outside sees what is mounted here; it ends with the host.
         _mount(str(Path(folder, TEMPORARY)))
+        _name_hosts()
         socket.sethostname(f"host{number}")
         file = _device(offload)
         _bring_up(number)
@@ -142,6 +144,14 @@ def _mount(folder: str) -> None:
     """Put an empty folder in memory at ``folder``, for temporary files."""
     _require(_libc().mount(b"none", folder.encode(), b"tmpfs", 0, None))
     os.environ["TMPDIR"] = tempfile.tempdir = folder
+
+
+def _name_hosts() -> None:
+    """Let names of hosts be found without a name server: ``host0``, ``host1`` and so on."""
+    lines = ["127.0.0.1 localhost", *(f"{address(n)} host{n}" for n in range(_MOST_HOSTS))]
+    names = Path(tempfile.gettempdir(), "hosts")
+    names.write_text("\n".join(lines) + "\n", encoding="ascii")
+    _require(_libc().mount(str(names).encode(), b"/etc/hosts", None, _MS_BIND, None))
 
 
 def _device(offload: bool) -> int:

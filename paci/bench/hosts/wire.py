@@ -7,9 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from paci.bench.question import require_times
 from paci.errors import ConfigError
-from paci.plan.cost import Link
+from paci.plan.cost import Link, require_amount
 
 MTU = 1500  # bytes of a packet with its headers, as on Ethernet
 
@@ -35,7 +34,8 @@ class Wire:
     loss: float = 0.0
 
     def __post_init__(self) -> None:
-        require_times(latency_s=self.latency_s, jitter_s=self.jitter_s)
+        require_amount("the latency of a link in seconds", self.latency_s)
+        require_amount("the jitter of a link in seconds", self.jitter_s)
         if not self.bits_per_s > 0:
             raise ConfigError(
                 f"the rate of a link must be above 0 bits a second, got {self.bits_per_s:g}; leave "

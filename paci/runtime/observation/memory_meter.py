@@ -173,6 +173,11 @@ class MemoryMeter:
             for stage in self._workers[worker]
             for receiver in self._transport.receivers_of(stage)
         ]
+        kept = sum(
+            sender.kept_bytes
+            for stage in self._workers[worker]
+            for sender in self._transport.senders_of(stage)
+        )
         received = num_bytes(
             tensor
             for watched in stages
@@ -187,7 +192,7 @@ class MemoryMeter:
             num_bytes(tensor for watched in stages for tensor in watched.gradients()),
             num_bytes(tensor for watched in stages for tensor in watched.optimizer_state()),
             _union(watched.activations for watched in stages),
-            sum(receiver.reserved_bytes for receiver in receivers) - most,
+            sum(receiver.reserved_bytes for receiver in receivers) + kept - most,
         )
         peak = self.peaks.get(worker, MemoryBytes()).larger(now)
         self.peaks[worker] = peak._replace(receive_bytes=now.receive_bytes)

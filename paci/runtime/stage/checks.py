@@ -23,9 +23,12 @@ from paci.schedule.base import require_count
 _LONGEST_S = 1e9  # more is more than the system's own calls can wait
 
 
-def check_options(seed: int, trace_capacity: int, timeout_s: float) -> None:
+def check_options(
+    seed: int, trace_capacity: int, timeout_s: float, flush_first: int | None
+) -> None:
     """Raise ``ConfigError`` unless these options of a pipeline are in range."""
     require_count("seed", seed, least=0)
+    require_count("flush_first", flush_first or 0, least=0)
     require_count("trace_capacity", trace_capacity)
     if not 0 < timeout_s <= _LONGEST_S:
         raise ConfigError(

@@ -3,8 +3,8 @@
 Each edge between neighbouring stages has two channels, one for activations down and one for
 gradients up, and each channel is a queue with a sending and a receiving end. ``Transport`` is the
 set of ends that one process holds; ``LocalChannel`` is both ends at once, inside a process. Those
-between processes are in ``paci.runtime.transport.shared_memory`` (CPU tensors, one host) and
-``paci.runtime.transport.distributed`` (everything else).
+between processes are in ``shared_memory`` (CPU tensors, one host), ``gloo`` (CPU tensors, several
+hosts) and ``nccl`` (CUDA tensors).
 
 A *stretch* is the time between two moments at which the pipeline is empty. Number, shapes and
 dtypes of the tensors may differ from message to message; they are sent only when they change.
@@ -115,6 +115,11 @@ class Sender(abc.ABC):
 
     def close(self) -> None:  # noqa: B027  (most ends have nothing to close)
         """Free sockets, memory and process groups; the end is not used afterwards."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes of memory that hold messages until the other end has them for certain."""
+        return 0
 
 
 class Receiver(abc.ABC):
@@ -228,6 +233,14 @@ class Transport:
     def receive(self, message: Message) -> Bundle:
         """Wait for a message; see ``Receiver.receive``."""
         return self._receivers[message[:2]].receive(message)
+
+    def senders_of(self, stage: int) -> list[Sender]:
+        """Return the sending ends of ``stage``."""
+        return [
+            sender
+            for (payload, target), sender in self._senders.items()
+            if Message(payload, target, 0).sender == stage
+        ]
 
     def receivers_of(self, stage: int) -> list[Receiver]:
         """Return the receiving ends of ``stage``."""

@@ -12,7 +12,7 @@ from paci.bench.question import Row, Timing, compared, numbers, require_times
 from paci.errors import ConfigError
 from paci.families import with_option
 from paci.plan.cost import Costs, StageCost
-from paci.plan.slack import least_slack
+from paci.plan.least_slack import least_slack
 from paci.plan.steady_state import steady_state
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.registry import make_schedule
@@ -125,7 +125,9 @@ class Links(Timing):
             )
         arms: list[Arm] = []
         for m in counts:
-            arms += [Arm("paci", self._chosen(name, m), m) for name in self.schedules.split()]
+            arms += [
+                Arm("paci", self._chosen(name, m), m, False) for name in self.schedules.split()
+            ]
             arms += [Arm("torch", name, m) for name in self.rivals.split()]
         arms = list(dict.fromkeys(arms))
         with Bed(self.wires, n, self.congestion) as bed:

@@ -1,9 +1,8 @@
-"""Channels between processes, over torch.distributed.
+"""Channels between processes for CUDA tensors, over NCCL; their notices go over gloo.
 
-Each channel is a process group of two. (On NCCL a communicator's operations run in the order of
+Each channel is a process group of two. On NCCL a communicator's operations run in the order of
 their calls, so in a shared one a receive that waits for a later message would hold up every send
-behind it. On gloo a wait that passes its time-out breaks the whole group, which here is one channel
-and no more.)
+behind it.
 
 Each message begins with a notice, a few bytes that say whether its form is that of the message
 before, or else describe the new form::
@@ -20,8 +19,7 @@ is sent separately and fillers complete these receives, as at the end of a stret
 only bare notices are posted ahead, until ``_STEADY`` messages in a row were alike, so that there
 are no fillers if all differ. Both ends keep the same count (``_Line``).
 
-For tensors in CPU memory, notice and payload are one operation. CUDA tensors are sent by NCCL;
-their notices are sent between the hosts by gloo, so that reading them waits for no device.
+Notices are sent between the hosts by gloo, so that reading them waits for no device.
 """
 
 from __future__ import annotations
@@ -30,13 +28,13 @@ import enum
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paci.plan.stage_memory import RECEIVES_AHEAD, ring_slot_bytes
+from paci.plan.stage_memory import RECEIVES_AHEAD
 from paci.runtime.transport.boundary import (
     NOTICE_BYTES,
     Form,
@@ -46,7 +44,6 @@ from paci.runtime.transport.boundary import (
     notice_of,
     read_notice,
     specs_of,
-    tensors_in,
 )
 from paci.runtime.transport.channel import Bundle, Ends, LinkError, Receiver, Sender, Tensors, plain
 from paci.schedule.action import Message, Payload
@@ -171,36 +168,15 @@ class _Line:
         return num, steady
 
 
-class _Packet(NamedTuple):
-    """A notice and the tensors after it, in one piece of CPU memory.
-
-    Attributes:
-        whole: all of that memory, as uint8.
-        tensors: the tensors, which lie in it.
-    """
-
-    whole: Tensor
-    tensors: Tensors
-
-    @classmethod
-    def of(cls, specs: Sequence[Spec]) -> Self:
-        """Allocate a packet for tensors of ``specs``; their values are undefined."""
-        size = ring_slot_bytes([spec.num_bytes for spec in specs])
-        whole = torch.empty(NOTICE_BYTES + size, dtype=torch.uint8)
-        return cls(whole, tensors_in(whole.numpy().data[NOTICE_BYTES:], specs))
-
-
 class _Started(NamedTuple):
     """An operation that has been started, and what it needs until it is complete."""
 
     work: dist.Work
     lane: Lane
-    tensor: Tensor | None = None
-    packet: _Packet | None = None
-    home: list[_Packet] | None = None  # where the packet goes when it is free again
+    tensor: Tensor
 
 
-class RemoteSender(Sender):
+class NcclSender(Sender):
     """The sending end of a channel over torch.distributed.
 
     Args:
@@ -210,12 +186,10 @@ class RemoteSender(Sender):
 
     def __init__(self, link: Link, capacity: int) -> None:
         self._link = link
-        self._packs = link.device.type == "cpu"
         self._capacity = capacity
         self._form: Form | None = None
         self._line = _Line()
         self._under_way: deque[tuple[Message, list[_Started]]] = deque()
-        self._spare: list[_Packet] = []  # for messages of this form
 
     def open(self, message: Message) -> None:
         """Exchange a byte, which tests the link and makes NCCL connect before the schedule runs."""
@@ -242,7 +216,6 @@ class RemoteSender(Sender):
         if changed:
             for _ in range(self._line.changed()):
                 self._put(started, _AS_BEFORE, room, None)
-            self._spare = []
         elif before is not None:
             self._line.went_on()
         if not fits_a_notice(len(text)):
@@ -268,7 +241,7 @@ class RemoteSender(Sender):
         """Wait until everything under way has been sent."""
         while self._under_way:
             self._wait_for_oldest()
-        self._form, self._line, self._spare = None, _Line(), []
+        self._form, self._line = None, _Line()
         self._link.restart()
 
     def _begin(self, message: Message) -> list[_Started]:
@@ -292,29 +265,12 @@ class RemoteSender(Sender):
             specs: the specs that the receive has room for; none for a bare notice.
             tensors: the payload; None for a filler.
         """
-        lane = Lane.PAYLOAD if notice is None else Lane.NOTICE
-        if specs and self._packs:
-            packet = self._packet(specs, _AS_BEFORE if notice is None else notice)
-            for place, tensor in zip(packet.tensors, tensors or (), strict=tensors is not None):
-                place.copy_(tensor.detach())
-            home = self._spare if notice is None or notice is _AS_BEFORE else None
-            work = self._link.send(packet.whole, self._under_way[-1][0], lane)
-            started.append(_Started(work, lane, None, packet, home))
-            return
         if notice is not None:
-            self._start(started, notice, lane)
+            self._start(started, notice, Lane.NOTICE)
         if tensors is None:
             tensors = tuple(spec.empty(self._link.device) for spec in specs)
         for tensor in tensors if specs else ():
             self._start(started, plain(tensor), Lane.PAYLOAD)
-
-    def _packet(self, specs: Sequence[Spec], notice: Tensor) -> _Packet:
-        """Return a packet with ``notice`` in it, whose tensors may be written to."""
-        if notice is _AS_BEFORE and self._spare:
-            return self._spare.pop()
-        packet = _Packet.of(specs)
-        packet.whole[:NOTICE_BYTES].copy_(notice)
-        return packet
 
     def _start(self, started: list[_Started], tensor: Tensor, lane: Lane) -> None:
         work = self._link.send(tensor, self._under_way[-1][0], lane)
@@ -322,10 +278,8 @@ class RemoteSender(Sender):
 
     def _wait_for_oldest(self) -> None:
         message, started = self._under_way.popleft()
-        for work, lane, _, packet, home in started:
+        for work, lane, _ in started:
             self._link.wait(work, "send", message, lane)
-            if packet is not None and home is self._spare:
-                home.append(packet)
 
 
 class _Posted(NamedTuple):
@@ -337,7 +291,7 @@ class _Posted(NamedTuple):
     tensors: Tensors
 
 
-class RemoteReceiver(Receiver):
+class NcclReceiver(Receiver):
     """The receiving end of a channel over torch.distributed.
 
     Args:
@@ -346,14 +300,13 @@ class RemoteReceiver(Receiver):
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._packs = link.device.type == "cpu"
         self._form: Form | None = None
         self._line = _Line()
         self._posted: deque[_Posted] = deque()
         self._newest = Message(Payload.ACTIVATION, 0, 0)  # named when a filler does not come
 
     def open(self, message: Message) -> None:
-        """See ``RemoteSender.open``."""
+        """See ``NcclSender.open``."""
         notice = self._post((), Lane.NOTICE, message)
         byte = torch.empty(1, dtype=torch.uint8, device=self._link.device)
         work = self._link.receive(byte, message, Lane.PAYLOAD)
@@ -419,11 +372,6 @@ class RemoteReceiver(Receiver):
 
         Errors name ``message``.
         """
-        if self._packs and specs:
-            whole, tensors = _Packet.of(specs)
-            return _Posted(
-                whole, specs, [(self._link.receive(whole, message, lane), lane)], tensors
-            )
         notice = torch.empty(NOTICE_BYTES, dtype=torch.uint8)
         tensors = tuple(spec.empty(self._link.device) for spec in specs)
         works: list[tuple[dist.Work, Lane]] = []

@@ -1,0 +1,118 @@
+"""Where the two ends of a channel between hosts find each other, and find each other again.
+
+Ends meet at keys of torch.distributed's key-value store. If a connection breaks while both
+processes live (a router forgot it, an address changed hands), the ends meet again under the next
+number and go on over a new connection. One end notices first. It rings a *bell*: a counter of the
+other process, at which a thread of that process looks every second; so the other end comes even if
+its process waits for something else meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NamedTuple, Protocol, cast
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+_ANSWER_S = 4.0  # that the other end has to come again; its thread looks every second
+_LOOK_S = 0.02  # between two looks at whether it came
+_CONNECT_S = 30.0
+
+
+class Connection(Protocol):
+    """The operations of a group of two over gloo, which torch does not declare."""
+
+    def send(self, tensors: list[Tensor], other: int, tag: int) -> dist.Work:
+        """Start to send a tensor."""
+
+    def recv(self, tensors: list[Tensor], other: int, tag: int) -> dist.Work:
+        """Start to receive into a tensor."""
+
+
+class MeetingPoint(NamedTuple):
+    """The place where the ends of one channel meet.
+
+    Attributes:
+        store: the key-value store of the job.
+        key: a name that no other channel of the job has.
+        place: 0 for the sending end, 1 for the receiving end.
+        peer: global rank of the process with the other end.
+        timeout_s: longest wait for the other end at first, in seconds.
+    """
+
+    store: Store
+    key: str
+    place: int
+    peer: int
+    timeout_s: float
+
+    def meet(self, number: int) -> Connection:
+        """Connect to the other end, which must do so too; return the group of the two.
+
+        Args:
+            number: how often the ends have met before.
+
+        Raises:
+            RuntimeError: the other end did not come in time.
+        """
+        timeout_s = self.timeout_s if number == 0 else min(self.timeout_s, _CONNECT_S)
+        store = PrefixStore(f"{self.key}/{number}", self.store)
+        group = dist.ProcessGroupGloo(store, self.place, 2, timedelta(seconds=timeout_s))
+        return cast(Connection, group)
+
+    def comes(self, number: int) -> bool:
+        """Say that this end comes to meeting ``number``; return whether the other comes in time."""
+        key = self._attendance(number)
+        if self.store.add(key, 1) > 1:
+            return True
+        self.store.add(_bell(self.peer), 1)
+        until_s = time.monotonic() + _ANSWER_S
+        while time.monotonic() < until_s:
+            if self.store.add(key, 0) > 1:
+                return True
+            time.sleep(_LOOK_S)
+        return False
+
+    def is_awaited(self, number: int) -> bool:
+        """Return whether the other end has come to meeting ``number``, and this one has not."""
+        return bool(self.store.add(self._attendance(number), 0) == 1)
+
+    def _attendance(self, number: int) -> str:
+        return f"{self.key}/{number}/ends"
+
+
+class Bells:
+    """Lets other processes call this one's ends of channels to a meeting.
+
+    Args:
+        store: the key-value store of the job.
+        rank: global rank of this process.
+    """
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store, self._key = store, _bell(rank)
+        self._num_heard = store.add(self._key, 0)
+        self._answers: list[Callable[[], None]] = []
+
+    def answer(self, answer: Callable[[], None]) -> None:
+        """Call ``answer`` whenever the bell has rung."""
+        self._answers.append(answer)
+
+    def listen(self) -> None:
+        """Look whether the bell has rung, and answer; a thread calls this again and again."""
+        num_rung = self._store.add(self._key, 0)
+        if num_rung != self._num_heard:
+            self._num_heard = num_rung
+            for answer in self._answers:
+                # Whatever goes wrong here, the main thread meets too and reports.
+                with contextlib.suppress(Exception):
+                    answer()
+
+
+def _bell(rank: int) -> str:
+    return f"paci/bell/{rank}"
