@@ -12,6 +12,7 @@ from paci.bench.question import Question
 from paci.bench.race import Race
 from paci.bench.throughput import Throughput
 from paci.bench.trials import Trials
+from paci.bench.yardstick import Yardstick
 
 QUESTIONS: tuple[type[Question], ...] = (
     Throughput,
@@ -23,4 +24,5 @@ QUESTIONS: tuple[type[Question], ...] = (
     Convergence,
     Race,
     TimeToAccuracy,
+    Yardstick,
 )
