@@ -12,6 +12,7 @@ from raw import BY_NAME, Result, by_micro_batches, measured, of_first_stage, res
 from paci.bench.convergence import Convergence
 from paci.bench.methods import METHODS
 from paci.bench.record import table
+from paci.bench.yardstick import fastest
 from paci.view.bars import Bar, bar_rows
 
 ROOT = Path(__file__).parent.parent
@@ -91,8 +92,12 @@ _ALL = """
 
 
 # Benchmarks whose tables stand in these pages, each in one of them.
-_OF_LEARNING = ("convergence", "time-to-accuracy", "race")
-_PAGES_OF_LEARNING = ("convergence.md", "time.md", "rivals.md")
+_OF_LEARNING = ("convergence", "time-to-accuracy", "race", "yardstick")
+_PAGES_OF_LEARNING = ("convergence.md", "time.md", "rivals.md", "yardstick-part.md")
+# Of the yardstick: what is drawn, and what its links are called.
+_PRICED = ("1f1b", "1f1b:slack=1", "1f1b:slack=2", "torch-interleaved", "torch-zbv", "paci")
+_PRICED = (*_PRICED, "paci:slack=1", "paci:slack=2")
+_LINKS = {"yardstick": "the yardstick's links", "full duplex": "links of full duplex"}
 _SWEEPS_DRAWN = ("convergence-long", "convergence-adamw")
 
 
@@ -124,7 +129,8 @@ def page(folder: Path) -> None:
 def pictures(folder: Path) -> None:
     """``images/bench-*.svg``."""
     found = results()
-    for name, draw in (("throughput", _speed), ("emulate", _waiting), ("memory", _memory)):
+    drawn = {"throughput": _speed, "emulate": _waiting, "memory": _memory, "yardstick": _yardstick}
+    for name, draw in drawn.items():
         (folder / "images" / f"bench-{name}.svg").write_text(draw(found), encoding="utf-8")
 
 
@@ -177,6 +183,29 @@ def _memory(found: dict[str, Result]) -> str:
         bar = Bar(f"{row['schedule']}, {row['weights']}", parts, f"{sum(parts.values()):.2f}")
         groups.setdefault(row["precision"], []).append(bar)
     return bar_rows(groups, "Stage 0 of 8, a GPT of 16 blocks: MiB by kind")
+
+
+def _yardstick(found: dict[str, Result]) -> str:
+    groups: dict[str, list[Bar]] = {}
+    for link in ("yardstick", "full duplex"):
+        for carried in (2048, 322):
+            by_schedule: dict[str, list[Result]] = {}
+            for row in measured(found["yardstick"], "update_s"):
+                if (row["link"], row["bytes_per_token"]) == (link, carried):
+                    by_schedule.setdefault(row["schedule"], []).append(row)
+            base_s = fastest(by_schedule["1f1b"])["update_s"]
+            groups[f"{_LINKS[link]}, {carried} bytes a token"] = [
+                Bar(
+                    f"{row['schedule']}, {row['num_micro_batches']}",
+                    {"ratio": base_s / row["update_s"]},
+                    f"{row['update_s']:.2f} s",
+                    not row["flushes"],
+                )
+                for name in _PRICED
+                for row in [fastest(by_schedule[name])]
+            ]
+    title = "Protocol NanoGPT, simulated: speed over 1F1B's, each with its best micro-batches"
+    return bar_rows(groups, title, dict.fromkeys(groups, ("1F1B", 1.0)))
 
 
 def _shown(row: Result, key: str, form: str = ".2f") -> str:

@@ -147,6 +147,8 @@ class VirtualClock:
             the time at which it arrives, both in seconds; by default messages take no time. It is
             called for a worker's messages in the order in which the worker sends them.
         pause_s: idle seconds after each action before its worker is free again.
+        carry_when_needed: whether ``carry`` is called only when the action that needs the message
+            is laid out: for a worker's messages in the order in which the worker needs them.
     """
 
     def __init__(
@@ -154,12 +156,14 @@ class VirtualClock:
         schedule: Schedule,
         carry: Callable[[Message, float], float] | None = None,
         pause_s: float = 0.0,
+        carry_when_needed: bool = False,
     ) -> None:
         self._num_stages = schedule.num_stages
         self._worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
         self._free_s = [0.0] * schedule.num_workers
         self._arrival_s: dict[Message, float] = {}
-        self._carry = carry
+        self._carry_sent = None if carry_when_needed else carry
+        self._carry_needed = carry if carry_when_needed else None
         self._pause_s = pause_s
 
     def lay_out(self, action: Action, duration_s: float) -> tuple[float, float]:
@@ -168,10 +172,15 @@ class VirtualClock:
         start_s = self._free_s[worker]
         needed = consumes(action, self._num_stages)
         if needed is not None:
-            start_s = max(start_s, self._arrival_s.pop(needed))
+            arrival_s = self._arrival_s.pop(needed)
+            if self._carry_needed:
+                arrival_s = self._carry_needed(needed, arrival_s)
+            start_s = max(start_s, arrival_s)
         end_s = start_s + duration_s
         self._free_s[worker] = end_s + self._pause_s
         message = produces(action, self._num_stages)
         if message is not None:
-            self._arrival_s[message] = self._carry(message, end_s) if self._carry else end_s
+            self._arrival_s[message] = (
+                self._carry_sent(message, end_s) if self._carry_sent else end_s
+            )
         return start_s, end_s

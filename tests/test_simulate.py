@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from paci.errors import ConfigError, ScheduleError
-from paci.plan.cost import Costs, Draws, Link, Slow, StageCost
+from paci.plan.cost import Costs, Draws, Link, Slow, StageCost, Wiring
 from paci.plan.simulate import simulate
 from paci.plan.steady_state import steady_state
 from paci.plan.table import KINDS, ActionTable
@@ -82,6 +82,17 @@ def drawn_costs(source: random.Random, num_stages: int, jitter: float) -> Costs:
     return Costs(stages, link, links, jitter, source.randint(0, 1000), overhead_s)
 
 
+WIRES = [(wiring, stored) for wiring in Wiring for stored in (False, True)]
+
+
+def with_wires(costs: Costs, wiring: Wiring, stored: bool) -> Costs:
+    def made(link: Link) -> Link:
+        return dataclasses.replace(link, stores_and_forwards=stored)
+
+    links = {ends: made(link) for ends, link in costs.links.items()}
+    return dataclasses.replace(costs, link=made(costs.link), links=links, wiring=wiring)
+
+
 def drawn_schedule(source: random.Random) -> Schedule:
     a = source.randint(1, 7)
     if source.random() < 0.2:
@@ -96,6 +107,7 @@ def by_recursion(schedule: Schedule, costs: Costs, num_updates: int) -> dict[Act
     n, a = schedule.num_stages, schedule.accumulation
     before: dict[Action, Action | None] = {}
     sent_before: dict[Action, Action | None] = {}
+    asked: list[list[Action]] = [[] for _ in range(schedule.num_workers)]
     for worker in range(schedule.num_workers):
         cursor = Cursor(schedule, worker)
         cursor.feed(num_updates * a)
@@ -105,6 +117,7 @@ def by_recursion(schedule: Schedule, costs: Costs, num_updates: int) -> dict[Act
         for action in cursor.actions():
             before[action] = last
             last = action
+            asked[worker].append(action)
             target = towards(action, n)
             if target is not None and schedule.worker_of(target) != worker:
                 sent_before[action] = last_sent.get(schedule.worker_of(target))
@@ -122,7 +135,10 @@ def by_recursion(schedule: Schedule, costs: Costs, num_updates: int) -> dict[Act
     @cache
     def gone(action: Action) -> float:
         target, payload = towards(action, n), payload_of(action)
-        free = 0.0 if sent_before[action] is None else gone(sent_before[action])
+        previous, free = sent_before[action], 0.0
+        if previous is not None:
+            is_stored = draws.is_stored[payload_of(previous)][towards(previous, n)]
+            free = arrival(previous) if is_stored else gone(previous)
         return max(end(action), free) + float(draws.occupied_s[payload][target])
 
     def arrival(action: Action) -> float:
@@ -140,6 +156,12 @@ def by_recursion(schedule: Schedule, costs: Costs, num_updates: int) -> dict[Act
         candidates = (Action(kind, needed.sender, needed.micro_batch) for kind in kinds)
         return next(each for each in candidates if each in before)
 
+    if costs.wiring is Wiring.RECEIVER:
+        for actions in asked:
+            needs = (consumes(action, n) for action in actions)
+            senders = [sender_of(needed) for needed in needs if needed is not None]
+            senders = [sender for sender in senders if sender in sent_before]
+            sent_before |= dict(zip(senders, [None, *senders], strict=False))
     return {action: end(action) for action in before}
 
 
@@ -155,22 +177,26 @@ def towards(action: Action, num_stages: int) -> int | None:
     return None
 
 
+@pytest.mark.parametrize(("wiring", "stored"), WIRES)
 @pytest.mark.parametrize("seed", range(25))
-def test_the_simulator_equals_a_recursion(seed: int):
+def test_the_simulator_equals_a_recursion(seed: int, wiring: Wiring, stored: bool):
     source = random.Random(seed)
     schedule = drawn_schedule(source)
     costs = drawn_costs(source, schedule.num_stages, source.choice([0.0, 0.4]))
+    costs = with_wires(costs, wiring, stored)
     num_updates = source.randint(1, 4)
     trace = simulate(schedule, costs, num_updates)
     ends = {Action(e.kind, e.stage, e.micro_batch): e.end_s for e in trace.events}
     assert ends == by_recursion(schedule, costs, num_updates)
 
 
+@pytest.mark.parametrize(("wiring", "stored"), WIRES)
 @pytest.mark.parametrize("seed", range(60))
-def test_the_vectorized_simulator_is_equal_to_the_last_bit(seed: int):
+def test_the_vectorized_simulator_is_equal_to_the_last_bit(seed: int, wiring: Wiring, stored: bool):
     source = random.Random(1000 + seed)
     schedule = drawn_schedule(source)
     costs = drawn_costs(source, schedule.num_stages, source.choice([0.0, 0.4]))
+    costs = with_wires(costs, wiring, stored)
     num_updates = source.randint(1, 12)
     times = simulate_vectorized(schedule, costs, num_updates)
     table = times.table

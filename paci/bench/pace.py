@@ -65,7 +65,7 @@ class Paces:
         """
         key = name, num_micro_batches
         if key not in self._known:
-            schedule = self._schedule(name, num_micro_batches)
+            schedule = schedule_of_workers(name, self.num_workers, num_micro_batches)
             ideal_s = num_micro_batches * (_FORWARD_S + _BACKWARD_S)
             costs = Costs.by_worker(schedule, _FORWARD_S, _BACKWARD_S)
             costs = dataclasses.replace(costs, link=Link(self._latency * ideal_s))
@@ -88,19 +88,31 @@ class Paces:
         _, size, name = min(found)
         return name, size
 
-    def _schedule(self, name: str, num_micro_batches: int) -> Schedule:
-        from paci.plan.torch_schedules import TORCH_SCHEDULES, torch_schedule
 
-        if name not in TORCH_SCHEDULES:
-            num_stages = self.num_workers * find_schedule(name).stages_per_worker
-            return make_schedule(name, num_stages, num_micro_batches)
-        try:
-            return torch_schedule(name, self.num_workers, num_micro_batches)
-        except ScheduleError as error:
-            raise ConfigError(
-                f"PyTorch must make a legal schedule of {num_micro_batches} micro-batches for "
-                f"{name}, got none: {error}; choose another number"
-            ) from error
+def schedule_of_workers(name: str, num_workers: int, num_micro_batches: int) -> Schedule:
+    """Return a schedule with as many stages a worker as it needs.
+
+    Args:
+        name: one of ours with its options, or a key of
+            ``paci.plan.torch_schedules.TORCH_SCHEDULES``.
+        num_workers: that share the stages.
+        num_micro_batches: of an update.
+
+    Raises:
+        ConfigError: there is none of that size.
+    """
+    from paci.plan.torch_schedules import TORCH_SCHEDULES, torch_schedule
+
+    if name not in TORCH_SCHEDULES:
+        num_stages = num_workers * find_schedule(name).stages_per_worker
+        return make_schedule(name, num_stages, num_micro_batches)
+    try:
+        return torch_schedule(name, num_workers, num_micro_batches)
+    except ScheduleError as error:
+        raise ConfigError(
+            f"PyTorch must make a legal schedule of {num_micro_batches} micro-batches for "
+            f"{name}, got none: {error}; choose another number"
+        ) from error
 
 
 def _measured(path: Path, num_workers: int) -> dict[tuple[str, int], Pace]:

@@ -13,6 +13,7 @@ from paci.bench.race import Race
 from paci.bench.slow_links import Links
 from paci.bench.throughput import Throughput
 from paci.bench.trials import Trials
+from paci.bench.yardstick import Yardstick
 
 QUESTIONS: tuple[type[Question], ...] = (
     Throughput,
@@ -25,4 +26,5 @@ QUESTIONS: tuple[type[Question], ...] = (
     Convergence,
     Race,
     TimeToAccuracy,
+    Yardstick,
 )

@@ -7,6 +7,7 @@ same numbers.
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -19,6 +20,7 @@ from paci.schedule.action import SENDS_GRADIENT, Kind, Message, Payload
 from paci.schedule.base import Schedule, require_count
 
 Seconds = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 
 def require_amount(what: str, value: float, finite: bool = True) -> None:
@@ -103,18 +105,21 @@ class Link:
     """A link between two workers, in one direction.
 
     A message of ``b`` bytes occupies the link for ``b / bytes_per_s`` seconds, and arrives
-    ``latency_s`` and a random delay after that. The next message need not wait for its arrival.
+    ``latency_s`` and a random delay after that. The next message need not wait for its arrival,
+    unless the link stores and forwards: then latency and random delay occupy it too.
 
     Attributes:
         latency_s: latency of every message, in seconds.
         bytes_per_s: bandwidth; infinite by default.
         jitter_s: mean, in seconds, of the random delay, which is drawn for each message from an
             exponential distribution.
+        stores_and_forwards: whether the next message begins only when this one has arrived.
     """
 
     latency_s: float = 0.0
     bytes_per_s: float = math.inf
     jitter_s: float = 0.0
+    stores_and_forwards: bool = False
 
     def __post_init__(self) -> None:
         require_amount("latency_s", self.latency_s)
@@ -124,6 +129,16 @@ class Link:
                 f"bytes_per_s must be above 0, got {self.bytes_per_s!r}; leave it out for a link "
                 f"that is never busy"
             )
+
+
+class Wiring(enum.Enum):
+    """Which messages share a wire, which carries one after the other, and in which order."""
+
+    DIRECTION = "direction"
+    """Those from one worker to another, in the order in which they are sent."""
+    RECEIVER = "receiver"
+    """All those to one worker, in the order in which its program needs them. A message that is
+    needed later waits for those before it, even while they have not been sent."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +184,7 @@ class Costs:
         seed: seed of all random draws.
         overhead_s: seconds that a worker loses after each action, for receiving and sending.
         slow: disturbances of single workers.
+        wiring: which messages share a wire.
     """
 
     stages: tuple[StageCost, ...]
@@ -178,6 +194,7 @@ class Costs:
     seed: int = 0
     overhead_s: float = 0.0
     slow: tuple[Slow, ...] = ()
+    wiring: Wiring = Wiring.DIRECTION
 
     def __post_init__(self) -> None:
         require_amount("jitter", self.jitter)
@@ -257,7 +274,9 @@ class Draws:
             ``[stage, update]``.
         delay_s: latency plus random delay in seconds, by payload: float64
             ``[receiving stage, micro_batch]``.
-        occupied_s: seconds that a message occupies its link, by payload: float64
+        occupied_s: seconds that a message occupies its link before its delay, by payload: float64
+            ``[receiving stage]``.
+        is_stored: whether it occupies its link during its delay too, by payload: bool
             ``[receiving stage]``.
         vary: whether actions of one kind and stage may differ in duration.
         delays_vary: whether messages from one stage to the next may differ in delay.
@@ -274,6 +293,7 @@ class Draws:
         self.seconds: dict[Kind, Seconds] = {}
         self.delay_s: dict[Payload, Seconds] = {}
         self.occupied_s: dict[Payload, Seconds] = {}
+        self.is_stored: dict[Payload, Flags] = {}
         num_micro_batches = num_updates * schedule.accumulation
         for place, kind in enumerate(Kind):
             num = num_updates if kind is Kind.UPDATE else num_micro_batches
@@ -327,6 +347,7 @@ class Draws:
     def _add_links(self, payload: Payload, worker_of: list[int], num: int, place: int) -> None:
         num_stages = len(worker_of)
         latency, jitter, occupied = (np.zeros(num_stages) for _ in range(3))
+        is_stored = np.zeros(num_stages, dtype=bool)
         for stage in range(num_stages):
             message = Message(payload, stage, 0)
             if not 0 <= message.sender < num_stages:
@@ -337,7 +358,9 @@ class Draws:
             link = self.costs.link_between(source, target)
             latency[stage], jitter[stage] = link.latency_s, link.jitter_s
             occupied[stage] = self.costs.message_bytes(message) / link.bytes_per_s
+            is_stored[stage] = link.stores_and_forwards
         self.occupied_s[payload] = occupied
+        self.is_stored[payload] = is_stored
         self.delay_s[payload] = np.broadcast_to(latency[:, None], (num_stages, num))
         if jitter.any():
             self.delays_vary = True

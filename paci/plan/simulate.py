@@ -2,14 +2,14 @@
 
 It walks the workers' programs in the order of ``Sequencer`` and lays each action out on a
 ``VirtualClock``: it starts when its worker is free and its message has arrived. Messages leave
-when their action ends, one after the other in each direction between two workers, and a sender
-never waits for them. Messages between stages on one worker arrive at once.
+when their action ends, one after the other on each wire (``Costs.wiring`` says who shares one), and
+a sender never waits for them. Messages between stages on one worker arrive at once.
 """
 
 from __future__ import annotations
 
 from paci.errors import ScheduleError
-from paci.plan.cost import Costs, Draws
+from paci.plan.cost import Costs, Draws, Wiring
 from paci.schedule.action import Kind, Message
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.sequence import Sequencer
@@ -34,7 +34,8 @@ def simulate(schedule: Schedule, costs: Costs, num_updates: int) -> Trace:
     sequencer = Sequencer(schedule)
     sequencer.feed(num_updates * schedule.accumulation)
     sequencer.drain()
-    clock = VirtualClock(schedule, _Network(schedule, draws).carry, costs.overhead_s)
+    network, is_asked = _Network(schedule, draws), costs.wiring is Wiring.RECEIVER
+    clock = VirtualClock(schedule, network.carry, costs.overhead_s, carry_when_needed=is_asked)
     versions = [0] * schedule.num_stages
     worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
     events = []
@@ -64,20 +65,23 @@ def require_finished(finished: bool, schedule: Schedule) -> None:
 
 
 class _Network:
-    """The links between workers, with the time until which each is occupied."""
+    """The wires between workers, with the time until which each is occupied."""
 
     def __init__(self, schedule: Schedule, draws: Draws) -> None:
         self._worker_of = [schedule.worker_of(stage) for stage in range(schedule.num_stages)]
         self._draws = draws
-        self._free_s: dict[tuple[int, int], float] = {}
+        self._free_s: dict[tuple[int, ...], float] = {}
 
     def carry(self, message: Message, sent_s: float) -> float:
         """Return when a message arrives if the action that sends it ended at ``sent_s``."""
         payload, stage, j = message
-        wire = self._worker_of[message.sender], self._worker_of[stage]
-        if wire[0] == wire[1]:
+        source, target = self._worker_of[message.sender], self._worker_of[stage]
+        if source == target:
             return sent_s
+        is_shared = self._draws.costs.wiring is Wiring.RECEIVER
+        wire = (target,) if is_shared else (source, target)
         start_s = max(sent_s, self._free_s.get(wire, 0.0))
         gone_s = start_s + float(self._draws.occupied_s[payload][stage])
-        self._free_s[wire] = gone_s
-        return gone_s + float(self._draws.delay_s[payload][stage, j])
+        arrival_s = gone_s + float(self._draws.delay_s[payload][stage, j])
+        self._free_s[wire] = arrival_s if self._draws.is_stored[payload][stage] else gone_s
+        return arrival_s

@@ -6,6 +6,10 @@ same additions and maxima are made in the same order, so every time is the same 
     start = max(free, arrival)        end = start + duration       free = end + overhead
     gone = max(end, wire) + occupied  arrival = gone + delay      (between two workers)
 
+The wire is free when the message is gone, or has arrived where the link stores and forwards. A wire
+that all messages to a worker share carries them in the turns in which they are needed, others in
+those in which they are sent.
+
 A turn costs some thirty array operations whatever the number of workers.
 """
 
@@ -16,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paci.plan.cost import Costs, Draws, Seconds
+from paci.plan.cost import Costs, Draws, Flags, Seconds, Wiring
 from paci.plan.simulate import require_finished
 from paci.plan.table import KINDS, UPDATE, ActionTable, Integers
 from paci.schedule.action import Action, Kind, Message, Payload, consumes, produces
@@ -87,7 +91,8 @@ class _Turns:
         self._seconds[self._place] = _durations(schedule, draws, table)
         self._is_update = np.zeros(size, dtype=bool)
         self._is_update[self._place] = table.kind == UPDATE
-        self._wire, self._occupied_s, self._delay_s = _wires(schedule, draws)
+        self._wire, self._occupied_s, self._delay_s, self._is_stored = _wires(schedule, draws)
+        self._wire_free_s = np.zeros(int(self._wire.max()) + 1)
         self._delays_vary = draws.delays_vary
         num_micro_batches = draws.seconds[Kind.FORWARD].shape[1]
         num_messages = len(Payload) * schedule.num_stages * num_micro_batches
@@ -107,17 +112,19 @@ class _Turns:
         self._makes[self._place] = np.where(
             made >= 0, made * num_micro_batches + table.micro_batch, nothing
         )
-        # An action that sends nothing sends to itself, which nobody waits for.
+        # An action that sends nothing sends to itself, which nobody waits for; one that needs
+        # nothing needs what has always arrived from itself.
+        self._is_asked = draws.costs.wiring is Wiring.RECEIVER
+        carried = needed if self._is_asked else made
         own = len(self._occupied_s) - schedule.num_workers + table.worker
         self._channel = np.zeros(size, dtype=np.int32)
-        self._channel[self._place] = np.where(made >= 0, made, own)
+        self._channel[self._place] = np.where(carried >= 0, carried, own)
 
     def run(self) -> Times:
         """Run turns until no worker can move, and return the times of all actions."""
         first = self._table.first[:-1]
         position = first + np.arange(len(first))
         free_s = np.zeros(len(first))
-        wire_free_s = np.zeros(int(self._wire.max()) + 1)
         start_s, end_s = np.full(len(self._seconds), np.nan), np.empty(len(self._seconds))
         while True:
             arrival_s = self._arrival_s[self._needs[position]]
@@ -125,15 +132,16 @@ class _Turns:
             if not movers.size:
                 break
             here = position[movers]
-            begins_s = np.maximum(free_s[movers], arrival_s[movers])
+            come_s = arrival_s[movers]
+            if self._is_asked:
+                come_s = self._carry(here, self._needs[here], come_s)
+            begins_s = np.maximum(free_s[movers], come_s)
             ends_s = begins_s + self._seconds[here]
             start_s[here], end_s[here] = begins_s, ends_s
-            channel, message = self._channel[here], self._makes[here]
-            wire = self._wire[channel]
-            gone_s = np.maximum(ends_s, wire_free_s[wire]) + self._occupied_s[channel]
-            wire_free_s[wire] = gone_s
-            delay_s = self._delay_s[message if self._delays_vary else channel]
-            self._arrival_s[message] = gone_s + delay_s
+            message = self._makes[here]
+            self._arrival_s[message] = (
+                ends_s if self._is_asked else self._carry(here, message, ends_s)
+            )
             self._arrival_s[self._nothing] = 0.0
             after = here + 1
             updating = np.flatnonzero(self._is_update[after])
@@ -148,6 +156,15 @@ class _Turns:
         start_s, end_s = start_s[self._place], end_s[self._place]
         require_finished(not np.isnan(start_s).any(), self._schedule)
         return Times(self._table, start_s, end_s)
+
+    def _carry(self, actions: Integers, messages: Integers, sent_s: Seconds) -> Seconds:
+        """Return when a message of each of these actions arrives, if sent at ``sent_s``."""
+        channel = self._channel[actions]
+        wire = self._wire[channel]
+        gone_s = np.maximum(sent_s, self._wire_free_s[wire]) + self._occupied_s[channel]
+        arrival_s: Seconds = gone_s + self._delay_s[messages if self._delays_vary else channel]
+        self._wire_free_s[wire] = np.where(self._is_stored[channel], arrival_s, gone_s)
+        return arrival_s
 
 
 def _durations(schedule: Schedule, draws: Draws, table: ActionTable) -> Seconds:
@@ -177,13 +194,15 @@ def _channels(schedule: Schedule, ask: Callable[[Action, int], Message | None]) 
     return found
 
 
-def _wires(schedule: Schedule, draws: Draws) -> tuple[Integers, Seconds, Seconds]:
-    """Return each channel's wire, how long a message occupies it, and the delay of messages.
+def _wires(schedule: Schedule, draws: Draws) -> tuple[Integers, Seconds, Seconds, Flags]:
+    """Return each channel's wire, how long a message occupies it, the delay of messages, and
+    whether they occupy it for so long too.
 
-    A wire is one direction between two workers, which several channels may share. Delays are by
-    channel, or by message if they differ within a channel. At the end a channel without cost is
-    added for each worker, from the worker to itself.
+    A wire is one direction between two workers or all that comes to one of them, so that several
+    channels may share it. Delays are by channel, or by message if they differ within a channel. At
+    the end a channel without cost is added for each worker, from the worker to itself.
     """
+    is_shared = draws.costs.wiring is Wiring.RECEIVER
     num_stages, num_workers = schedule.num_stages, schedule.num_workers
     worker_of = [schedule.worker_of(stage) for stage in range(num_stages)]
     wires: dict[tuple[int, int], int] = {}
@@ -191,7 +210,8 @@ def _wires(schedule: Schedule, draws: Draws) -> tuple[Integers, Seconds, Seconds
     for payload in _PAYLOADS:
         for stage in range(num_stages):
             sender = Message(payload, stage, 0).sender
-            ends = (worker_of[sender % num_stages], worker_of[stage])
+            source, target = worker_of[sender % num_stages], worker_of[stage]
+            ends = (-1 if is_shared and source != target else source, target)
             numbers.append(wires.setdefault(ends, len(wires)))
     numbers += [wires.setdefault((w, w), len(wires)) for w in range(num_workers)]
     occupied_s = np.concatenate([*(draws.occupied_s[p] for p in _PAYLOADS), np.zeros(num_workers)])
@@ -200,4 +220,6 @@ def _wires(schedule: Schedule, draws: Draws) -> tuple[Integers, Seconds, Seconds
     else:
         fixed = [draws.delay_s[p][:, 0] for p in _PAYLOADS]
         delay_s = np.concatenate([*fixed, np.zeros(num_workers)])
-    return np.array(numbers, dtype=np.int32), occupied_s, delay_s
+    own = np.zeros(num_workers, dtype=bool)
+    is_stored = np.concatenate([*(draws.is_stored[p] for p in _PAYLOADS), own])
+    return np.array(numbers, dtype=np.int32), occupied_s, delay_s, is_stored
