@@ -24,6 +24,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from paci.bench.hosts.bed import Place
+from paci.bench.hosts.host import address
+
+PORT = 29500  # of the store on a host, where no port is taken
 LAUNCH_S = 200.0  # longest that any launch may take; every rank is killed then
 
 # --- starting ranks -----------------------------------------------------------------------------
@@ -47,9 +51,15 @@ def launch(
     *args: Any,
     plain: bool = False,
     store: str = "tcp",
+    place: Place | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Rank]:
-    """Run ``task(rank, num_ranks, *args)`` in ``num_ranks`` processes and wait for all of them."""
-    (folder / "job").write_bytes(pickle.dumps((num_ranks, store, task, args)))
+    """Run ``task(rank, num_ranks, *args)`` in ``num_ranks`` processes and wait for all of them.
+
+    Each becomes a host of its own at ``place``, if there is one. ``meanwhile`` is called again and
+    again while they run.
+    """
+    (folder / "job").write_bytes(pickle.dumps((num_ranks, store, task, args, place)))
     start = _start_plain if plain else _start_forked
     processes = [start(rank, folder) for rank in range(num_ranks)]
     ends = {}
@@ -62,6 +72,7 @@ def launch(
             if time.monotonic() > limit_s:
                 raise AssertionError(f"ranks must end, got some that run:\n{_outputs(folder)}")
             time.sleep(0.02)
+            meanwhile()
     finally:
         for rank, (pid, _) in enumerate(processes):
             if rank not in ends:
@@ -135,9 +146,12 @@ def _forked(rank: int, folder: Path) -> None:
 
 def run_rank(rank: int, folder: Path) -> None:
     """What a rank's process does."""
-    torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    num_ranks, kind, task, args = pickle.loads((folder / "job").read_bytes())
+    num_ranks, kind, task, args, place = pickle.loads((folder / "job").read_bytes())
+    if place is not None:
+        place.enter(rank)
+        kind = "hosts"
+    torch.set_num_threads(1)
     if kind == "env":
         dist.init_process_group("gloo")
     else:
@@ -150,6 +164,8 @@ def run_rank(rank: int, folder: Path) -> None:
 def _store(kind: str, rank: int, num_ranks: int, folder: Path) -> dist.Store:
     if kind == "file":
         return dist.FileStore(str(folder / "store"), num_ranks)
+    if kind == "hosts":
+        return dist.TCPStore(address(0), PORT, num_ranks, rank == 0, wait_for_workers=False)
     port = folder / "port"
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, num_ranks, True, wait_for_workers=False)

@@ -22,6 +22,7 @@ import abc
 import enum
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,13 +36,14 @@ from torch import Tensor
 from paci.plan.stage_memory import HEADER_BYTES, KEPT_PER_RECEIVE, aligned, packet_bytes
 from paci.runtime.transport.boundary import Form, Structure, specs_of, tensors_in
 from paci.runtime.transport.channel import Bundle, Ends, Receiver, Sender, Tensors
-from paci.runtime.transport.meeting_point import Connection, MeetingPoint
+from paci.runtime.transport.meeting_point import CONNECT_S, Connection, MeetingPoint
 from paci.schedule.action import Message
 
 _HEADER = struct.Struct("<QQ")
 _FIRST_ROOM = 1 << 16  # bytes; a first message that needs more takes a round trip more
 _REMEMBERED = 16  # newest messages, of which the largest says how much room a receive has
 _MOST_TAGS = 1 << 20
+_RENEW_S = 20.0  # after which a connection that breaks again and again is not made anew
 Ahead = Callable[[int], int]  # receives to keep posted, for messages of so many bytes
 Started = dist.Work | RuntimeError  # an operation, or why it could not be started
 
@@ -108,11 +110,19 @@ class _End(abc.ABC):
         """The groups that were made, the newest last."""
         return [*self._old, self._group]
 
-    def answer(self) -> None:
-        """Renew the connection if the other end waits for that."""
-        number = self._number
-        if self._point.is_awaited(number + 1):
-            self._renew(number)
+    def answer(self) -> bool:
+        """Renew the connection if the other end waits for that.
+
+        Return False if the main thread is at work here, which may have to wait for other channels.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self._point.is_awaited(self._number + 1):
+                self._renew(self._number)
+        finally:
+            self._lock.release()
+        return True
 
     def _connect(self) -> Connection:
         return self._point.meet(self._number)
@@ -160,10 +170,6 @@ class _End(abc.ABC):
         if timed_out:
             raise failure from error
         try:
-            # A process that ends closes its connections. One that renews them says so before.
-            is_newest = number == self._number
-            if "closed by peer" in text and is_newest and not self._point.is_awaited(number + 1):
-                raise failure from error
             self._renew(number)
         except RuntimeError as other:
             raise failure from other
@@ -175,27 +181,37 @@ class _End(abc.ABC):
             RuntimeError: the other process does not come.
         """
         with self._lock:
-            if number != self._number:
-                return
-            if not self._point.comes(number + 1):
-                raise RuntimeError(f"rank {self._point.peer} did not come to connect anew")
-            # Only who sends on a connection learns that it is gone; this thread may be the second,
-            # while the first waits to receive on it.
-            self._wake = torch.zeros(1, dtype=torch.uint8)
-            self._old.append(self._group)
-            with suppress(RuntimeError):
-                self._group.send([self._wake], 1 - self._point.place, _MOST_TAGS * len(_Lane))
-            self._number += 1
-            self._num_started = [0 for _ in _Lane]
-            self._group = self._connect()
-            self._resume()
+            until_s = time.monotonic() + _RENEW_S
+            is_renewed = number != self._number
+            while not is_renewed:
+                if not self._point.comes(self._number + 1, after_failure=number < self._number):
+                    raise RuntimeError(f"rank {self._point.peer} did not come to connect anew")
+                self._leave()
+                try:
+                    self._group = self._connect()
+                    self._resume()
+                    is_renewed = True
+                except RuntimeError:
+                    if time.monotonic() > until_s:
+                        raise
+
+    def _leave(self) -> None:
+        """Give the connection up, and let a thread that waits on it know."""
+        # Only who sends on a connection learns that it is gone. The other thread may wait to
+        # receive.
+        self._wake = torch.zeros(1, dtype=torch.uint8)
+        with suppress(RuntimeError):
+            self._group.send([self._wake], 1 - self._point.place, _MOST_TAGS * len(_Lane))
+        self._old.append(self._group)
+        self._number += 1
+        self._num_started = [0 for _ in _Lane]
 
     def _hello(self, count: Tensor) -> None:
         """Hand the number of messages that the receiver has from the receiver to the sender."""
         started = self._start(count, _Lane.HELLO)
         if isinstance(started, RuntimeError):
             raise started
-        started.wait(self._limit)
+        started.wait(timedelta(seconds=CONNECT_S))
 
     @abc.abstractmethod
     def _resume(self) -> None:

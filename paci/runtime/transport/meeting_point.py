@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 _ANSWER_S = 4.0  # that the other end has to come again; its thread looks every second
 _LOOK_S = 0.02  # between two looks at whether it came
-_CONNECT_S = 30.0
+CONNECT_S = 5.0  # that both have to connect anew
 
 
 class Connection(Protocol):
@@ -60,30 +60,33 @@ class MeetingPoint(NamedTuple):
         Raises:
             RuntimeError: the other end did not come in time.
         """
-        timeout_s = self.timeout_s if number == 0 else min(self.timeout_s, _CONNECT_S)
+        timeout_s = self.timeout_s if number == 0 else min(self.timeout_s, CONNECT_S)
         store = PrefixStore(f"{self.key}/{number}", self.store)
         group = dist.ProcessGroupGloo(store, self.place, 2, timedelta(seconds=timeout_s))
         return cast(Connection, group)
 
-    def comes(self, number: int) -> bool:
-        """Say that this end comes to meeting ``number``; return whether the other comes in time."""
-        key = self._attendance(number)
-        if self.store.add(key, 1) > 1:
-            return True
+    def comes(self, number: int, after_failure: bool) -> bool:
+        """Say that this end comes to meeting ``number``; return whether the other comes in time.
+
+        Args:
+            number: the number of the meeting.
+            after_failure: whether the meeting before failed, at which the other end may still wait.
+        """
+        self.store.set(self._attendance(number, self.place), "")
         self.store.add(_bell(self.peer), 1)
-        until_s = time.monotonic() + _ANSWER_S
-        while time.monotonic() < until_s:
-            if self.store.add(key, 0) > 1:
-                return True
+        until_s = time.monotonic() + _ANSWER_S + CONNECT_S * after_failure
+        while not self.is_awaited(number):
+            if time.monotonic() > until_s:
+                return False
             time.sleep(_LOOK_S)
-        return False
+        return True
 
     def is_awaited(self, number: int) -> bool:
-        """Return whether the other end has come to meeting ``number``, and this one has not."""
-        return bool(self.store.add(self._attendance(number), 0) == 1)
+        """Return whether the other end has come to meeting ``number``."""
+        return bool(self.store.check([self._attendance(number, 1 - self.place)]))
 
-    def _attendance(self, number: int) -> str:
-        return f"{self.key}/{number}/ends"
+    def _attendance(self, number: int, place: int) -> str:
+        return f"{self.key}/{number}/end{place}"
 
 
 class Bells:
@@ -97,21 +100,24 @@ class Bells:
     def __init__(self, store: Store, rank: int) -> None:
         self._store, self._key = store, _bell(rank)
         self._num_heard = store.add(self._key, 0)
-        self._answers: list[Callable[[], None]] = []
+        self._answers: list[Callable[[], bool]] = []
 
-    def answer(self, answer: Callable[[], None]) -> None:
-        """Call ``answer`` whenever the bell has rung."""
+    def answer(self, answer: Callable[[], bool]) -> None:
+        """Call ``answer`` when the bell has rung, again later if it returns False."""
         self._answers.append(answer)
 
     def listen(self) -> None:
         """Look whether the bell has rung, and answer; a thread calls this again and again."""
         num_rung = self._store.add(self._key, 0)
-        if num_rung != self._num_heard:
+        if num_rung == self._num_heard:
+            return
+        all_answered = True
+        for answer in self._answers:
+            # Whatever goes wrong here, the main thread meets too and reports.
+            with contextlib.suppress(RuntimeError):
+                all_answered &= answer()
+        if all_answered:
             self._num_heard = num_rung
-            for answer in self._answers:
-                # Whatever goes wrong here, the main thread meets too and reports.
-                with contextlib.suppress(Exception):
-                    answer()
 
 
 def _bell(rank: int) -> str:
