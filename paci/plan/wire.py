@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+NO_CODEC = "none"
 RowBytes = Callable[[int], int]  # from the width of a row to the bytes that are sent for it
 
 _CAST = 2  # bytes of a value in bfloat16
@@ -85,7 +86,7 @@ class Wire:
         gradient: the bytes of a row of gradients, likewise.
     """
 
-    spec: str
+    spec: str = NO_CODEC
     activation: RowBytes | None = None
     gradient: RowBytes | None = None
 
@@ -102,6 +103,9 @@ class Wire:
     def gradient_bytes(self, num_bytes: int, width: int, itemsize: int) -> int:
         """Return the bytes that are sent for gradients; arguments as of ``activation_bytes``."""
         return _sent(self.gradient, num_bytes, width, itemsize)
+
+
+AS_IT_IS = Wire()
 
 
 def _sent(row_bytes: RowBytes | None, num_bytes: int, width: int, itemsize: int) -> int:
