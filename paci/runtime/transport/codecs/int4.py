@@ -31,9 +31,10 @@ class Int4(Codec):
     random, whose mean is the value (within ``2^-16`` of a step). Blocks whose step would be below
     float32's normal range become ``m``.
 
-    The range of 128 values that are normally distributed is about 5.4 of their standard deviations,
-    so a step is 0.36 of it; 15 levels up to the largest magnitude on both sides of zero, in blocks
-    of 64 with as many bytes, have larger steps even if values are as often positive as negative.
+    Why not 15 levels up to the largest magnitude on both sides of zero, with as many bytes in
+    blocks of 64: the range of 128 values that are normally distributed is about 5.2 of their
+    standard deviations, so a step is 0.35 of one instead of 0.37, and half as large where values
+    are mostly of one sign.
 
     Bytes: half a one for each value, and 4 for each block. Two values share a byte: one of the
     first half of the row (4 low bits) and one of the second.

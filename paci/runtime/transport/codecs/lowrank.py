@@ -35,9 +35,9 @@ class LowRank(Codec):
     Args:
         rank: dimensions of the subspace; rows of at most that width keep all of theirs.
 
-    Source: training across a fixed subspace that all stages share, arXiv 2506.01260, which also
-    holds the weights in it and hands positions and token embeddings around it; here neither is
-    done. Cosines with random signs are the usual fast random projection, arXiv 0909.4061, 4.6.
+    Source: training across a fixed subspace that all stages share, arXiv 2506.01260, which confines
+    the model to it so that rows can be rebuilt in full; here the model is not confined. Cosines
+    with random signs are a usual random projection, arXiv 0909.4061, 4.6.
     """
 
     rank: int = 64
