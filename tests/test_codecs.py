@@ -20,6 +20,8 @@ from paci.runtime.transport.codecs.codec import Codec, Crossing
 from paci.runtime.transport.codecs.codec_registry import Codecs, codecs, make_codec, make_codecs
 from paci.runtime.transport.codecs.coder import MessageCoder, coded
 from paci.schedule.action import Message, Payload
+from paci.train.config import TrainConfig
+from paci.train.setup import make_plan
 
 ACTIVATION = Crossing(5, Payload.ACTIVATION, 1, 7, 0)
 GRADIENT = ACTIVATION._replace(payload=Payload.GRADIENT)
@@ -496,6 +498,7 @@ def test_bytes_are_counted_by_payload_in_training():
 def test_codecs_are_found_by_name():
     assert list(codecs()) == ["bf16", "int4", "int8", "lowrank", "topk"]
     assert all(family.summary for family in codecs().values())
+    assert {codec_of(spec).name for spec in SPECS} == codecs().keys()
     both = make_codecs("int4:block=64")
     assert both.activation == both.gradient == codec_of("int4:block=64")
     assert make_codecs(None) == make_codecs("none") == make_codecs((None, "none")) == Codecs()
@@ -530,6 +533,16 @@ def test_what_is_no_codec_is_refused(spec: Any, told: str):
     with pytest.raises(paci.ConfigError) as refused:
         make_codecs(spec)
     assert told in str(refused.value)
+
+
+def test_a_run_has_a_codec_or_none():
+    """What says that there is none is what a run from before codecs says."""
+    plain = TrainConfig().trajectory()
+    assert plain["codec"] is None
+    assert TrainConfig(codec="none").trajectory() == plain
+    assert TrainConfig(codec="int8").trajectory() == plain | {"codec": "int8"}
+    with pytest.raises(paci.ConfigError, match="a codec must be one of none"):
+        make_plan(TrainConfig(codec="int7"), vocab_size=9)
 
 
 # --- pipelines ----------------------------------------------------------------------------------

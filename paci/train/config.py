@@ -74,8 +74,8 @@ class TrainConfig(BaseModel):
     codec: str | None = option(
         None,
         "pipeline",
-        "makes messages between stages small: bf16, int8, int4, lowrank or topk, options as "
-        "topk:share=0.05; int8+int4 is one for activations and one for gradients",
+        "makes messages between stages small: int8, topk:share=0.05, ...; int8+int4 is one for "
+        "activations and one for gradients",
     )
 
     flush_first: Fraction = option(
