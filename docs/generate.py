@@ -14,6 +14,7 @@ import figures
 
 from paci.plan.cost import Costs
 from paci.plan.simulate import simulate
+from paci.runtime.transport.codecs.codec_registry import codecs
 from paci.runtime.weights.policy_registry import weight_policies
 from paci.schedule.grid import draw
 from paci.schedule.registry import make_schedule, schedules
@@ -34,7 +35,7 @@ def pictures(folder: Path) -> None:
 def tables(folder: Path) -> None:
     """``schedules.md``: what there is, drawn and analysed."""
     lines = [
-        "# Schedules and weight policies",
+        "# Schedules, weight policies and codecs",
         "",
         "Written by `make docs` from the code; do not edit. `paci schedules NAME --stages N",
         "--accumulation A` prints the same for any size, without torch.",
@@ -47,6 +48,8 @@ def tables(folder: Path) -> None:
         lines.append(f"| `{name}` | {empties} | `{family.weights}` | {family.summary} |")
     lines += ["", "| weight policy | |", "|---|---|"]
     lines += [f"| `{name}` | {policy.summary} |" for name, policy in weight_policies().items()]
+    lines += ["", "| codec of messages | |", "|---|---|"]
+    lines += [f"| `{name}` | {codec.summary} |" for name, codec in codecs().items()]
     for name in schedules():
         lines += _section(name)
     (folder / "schedules.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -158,6 +158,7 @@ class Run:
     precision: str = "fp32"
     model: str = "block"
     most_tags: int | None = None
+    codec: str | None = None
 
 
 def steps(num: int, rows: int = 2) -> tuple[tuple[str, int], ...]:
@@ -197,6 +198,7 @@ def build(
     ]
     weights = run.weights or run.schedule.weights
     arguments = {"weights": weights, "precision": run.precision, "seed": 3, "timeout_s": 100.0}
+    arguments |= {"codec": run.codec}
     return paci.Pipeline(
         modules, run.schedule, optimizers, mse, group=group, **(arguments | options)
     )
@@ -220,7 +222,7 @@ def train(
             else:
                 log.append(_do(pipeline, number, what, rows))
         log.append(_losses(pipeline.drain()))
-        num_micro_batches = pipeline.num_micro_batches
+        num_micro_batches, sent = pipeline.num_micro_batches, pipeline.bytes_sent()
         stages = {index: stage.state_dict() for index, stage in pipeline.stages.items()}
         close(pipeline)
     return {
@@ -228,6 +230,7 @@ def train(
         "weights": {index: digest(state["weights"]) for index, state in stages.items()},
         "versions": {index: state["version"] for index, state in stages.items()},
         "num_micro_batches": num_micro_batches,
+        "bytes_sent": sent,
     }
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from paci.bench.convergence import Convergence, read_runs, summarize
+from paci.bench.convergence import Convergence
 from paci.bench.methods import METHODS
+from paci.bench.runs import key_of, read_runs, summarize
 from paci.cli.app import main
 from paci.errors import ConfigError
 from paci.runtime.weights.policy_registry import make_weight_policy
@@ -50,6 +51,7 @@ def test_a_sweep_is_kept_and_goes_on(
     options = {**SMALL, "data": text, "store": store, "out": tmp_path, "held_out": text}
     words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     one = ["bench", "convergence", *words, "--methods", "flush naive", "--seeds", "0"]
+    coded = [*words, "--methods", "flush", "--codecs", "int8+int4", "--seeds", "0"]
     assert main([*one, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     flush, naive = result["rows"]
@@ -84,6 +86,12 @@ def test_a_sweep_is_kept_and_goes_on(
     assert {row["weights_sha256"] for row in result["rows"]} < kept
     assert Convergence.draw(list(again.values()), tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["bench", "convergence", *coded, "--json"]) == 0
+    told = capsys.readouterr()
+    (row,) = json.loads(told.out)["rows"]
+    assert row["options"]["codec"] == "int8+int4"
+    assert row["weights_sha256"] not in kept
+    assert "codec int8+int4, seed 0: loss" in told.err
 
 
 @pytest.mark.usefixtures("cache")
@@ -182,6 +190,37 @@ def test_warm_up_is_chosen_as_the_learning_rate_is():
     assert [run["options"]["warmup"] for run in sweep.runs()] == [0.01, 0.1]
 
 
+def test_codecs_stand_beside_the_flush_without_one():
+    def run(method: str, codec: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
+        return row(method, 0.1, seed, loss, **more) | {"options": {"codec": codec} if codec else {}}
+
+    losses = {"": 2.0, "int8": 2.1, "int4": 1.9}
+    rows = [
+        run(method, codec, seed, loss + (method == "paci"))
+        for method in ("flush", "paci")
+        for codec, loss in losses.items()
+        for seed in (0, 1)
+    ]
+    found = summarize(rows)
+    assert [each.get("codec", "") for each in found] == ["", "int8", "int4"] * 2
+    assert [each["num_seeds"] for each in found] == [2] * 6
+    against = [each["against_flush"] for each in found]
+    assert against == pytest.approx([0, 0.05, -0.05, 0.5, 0.55, 0.45])
+
+
+def test_a_sweep_over_codecs():
+    sweep = Convergence(methods="flush paci", codecs="none int8", seeds="0", learning_rates="0.1")
+    plain, coded, *_ = runs = list(sweep.runs())
+    assert [run["options"].get("codec") for run in runs] == [None, "int8"] * 2
+    assert "coding" not in plain
+    assert coded["coding"] == (
+        "Codecs(activation=Int8(stochastic='gradients'), gradient=Int8(stochastic='gradients'))"
+    )
+    (before,) = Convergence(methods="flush", seeds="0", learning_rates="0.1").runs()
+    assert key_of(plain) == key_of(before) != key_of(coded)
+    assert key_of(coded) != key_of(coded | {"coding": "of other defaults"})
+
+
 def test_two_forms_of_a_policy_are_never_one():
     rows = [row("lookahead", 0.1, seed, 2.0 + seed, policy=f"form {seed}") for seed in (0, 1)]
     (found,) = summarize(rows)
@@ -204,6 +243,7 @@ def test_methods_name_what_there_is():
         ({"learning_rates": "-1"}, "learning_rates must be numbers above 0"),
         ({"seeds": "a"}, "seeds must be whole numbers of at least 0"),
         ({"accumulations": "3"}, "batch_size must be divisible into 3 micro-batches, got 32"),
+        ({"codecs": "none int7"}, "a codec must be one of none, bf16"),
         ({"updates": 0}, "updates must be a whole number of at least 1"),
         ({"store": "."}, "store must be a readable file of JSON lines"),
     ],

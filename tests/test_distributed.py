@@ -105,7 +105,30 @@ def stretches() -> dict[str, Run]:
     return runs
 
 
-RUNS = matrix() | stretches()
+def coded() -> dict[str, Run]:
+    """Runs under codecs: rounding at random both ways, residuals, forms that change, drains."""
+    specs = {
+        "bf16": "bf16",
+        "int8": "int8:stochastic=all",
+        "int4": "int4:stochastic=all,block=2",
+        "lowrank": "lowrank:rank=3",
+        "topk": "topk:share=0.4,feedback=all",
+        "pair": "int8+topk:share=0.2,feedback=gradients",
+    }
+    asks = [("evaluate", 2), ("drain", 0), ("reload", 0), ("trace", 0)]
+    busy = tuple(itertools.chain(*((*steps(3, 1 + k % 3), ask) for k, ask in enumerate(asks * 2))))
+    runs = {f"codec-{name}": Run(paci.PACI(N, 2), busy, codec=spec) for name, spec in specs.items()}
+    for name in ("int8", "topk"):
+        spec = specs[name]
+        runs[f"codec-{name}-many"] = Run(paci.PACI(N, 2), busy, model="many", codec=spec)
+        runs[f"codec-{name}-vee"] = Run(Vee(N, 2), busy, codec=spec)
+        runs[f"codec-{name}-flush"] = Run(
+            paci.OneFOneBFlush(N, 2), busy, "recompute", "bf16", codec=spec
+        )
+    return runs
+
+
+RUNS = matrix() | stretches() | coded()
 
 
 def runs_of(size: int) -> dict[str, Run]:
@@ -143,6 +166,7 @@ def require_equal(run: Run, expected: dict[str, Any], ranks: list[dict[str, Any]
         stages = hosted_stages(run.schedule, position, len(ranks))
         assert tuple(found["weights"]) == stages
         assert found["num_micro_batches"] == expected["num_micro_batches"]
+        assert found["bytes_sent"] == expected["bytes_sent"]
         for mine, wanted in zip(found["log"], expected["log"], strict=True):
             if isinstance(wanted, list) and run.schedule.num_stages - 1 not in stages:
                 assert mine == []  # losses are known where the last stage is
@@ -169,6 +193,8 @@ def test_bits_tell_runs_apart():
     names = ["paci-1-current", "paci-1-stash", "paci-1-recompute", "slack-1-1", "1f1b-1-current"]
     assert len({alone(name)["weights"][0] for name in names}) == len(names)
     assert alone("1f1b-2-current")["weights"] == alone("gpipe-2-current")["weights"]
+    names = [name for name in coded() if name.count("-") == 1]
+    assert len({alone(name)["weights"][0] for name in names}) == len(names)
 
 
 def test_a_weight_that_is_handed_on_is_a_copy(tmp_path: Path):
@@ -228,12 +254,13 @@ def test_ranks_that_differ_are_told(tmp_path: Path):
         "precision": [usual, (run, {"precision": "bf16"}, None), usual],
         "seed": [usual, usual, (run, {"seed": 4}, None)],
         "weights": [usual, (run, {"weights": "stash"}, None), usual],
+        "codec": [usual, usual, (run, {"codec": "int8"}, None)],
         "too many ranks": (Run(paci.PACI(2, 2), ()), {}, [make_stage("block", 0, 2)]),
         "too many stages": (run, {}, [make_stage("block", i, 3) for i in range(2)]),
     }
     found = values(launch(tmp_path, 3, ranks_of.disagree, list(cases.values())))
     told = dict(zip(cases, found[0], strict=True))
-    assert found[1][:6] == found[2][:6] == found[0][:6]  # all ranks are told the same
+    assert found[1][:7] == found[2][:7] == found[0][:7]  # all ranks are told the same
     for name, parts in {
         "accumulation": (
             "the schedule",
@@ -248,6 +275,7 @@ def test_ranks_that_differ_are_told(tmp_path: Path):
         "precision": ("precision", "'fp32' on rank 0", "'bf16' on rank 1"),
         "seed": ("the seed", "3 on rank 0", "4 on rank 2"),
         "weights": ("weights", "'Current()' on rank 0", "'Stash()' on rank 1"),
+        "codec": ("the codec", "activation=None", "Int8(stochastic='gradients')", "on rank 2"),
         "too many ranks": ("at most", "workers (2)", "got 3"),
         "too many stages": ("must hand over the stages [0]", "got 2 stages"),
     }.items():

@@ -28,6 +28,7 @@ from paci.plan.profile import (
 from paci.plan.search import explain, search
 from paci.plan.stage_memory import RECEIVES_AHEAD, ring_bytes
 from paci.plan.stages import Layout
+from paci.plan.wire import Wire, int8_bytes
 from paci.runtime.transport.boundary import Form, Spec, notice_of, specs_of
 from paci.runtime.transport.channel import Ends
 from paci.runtime.transport.nccl import Lane, NcclReceiver
@@ -274,6 +275,34 @@ def test_stages_add_their_layers_up():
     assert (again.forward_s, again.backward_s) == (5.0, 11.0)
     assert again.seconds(Kind.BACKWARD_INPUT) == 7.5
     assert again.seconds(Kind.BACKWARD_WEIGHT) == 3.5
+
+
+def test_messages_are_priced_as_they_are_encoded():
+    made = {"output_bytes": 3 * 4 * 300, "output_width": 300, "output_itemsize": 4}
+    layers = [LayerProfile(forward_s=1, backward_s=1, **made)] * 2
+    layers.append(LayerProfile(forward_s=1, backward_s=1, output_bytes=77))  # integers besides
+    layers.append(LayerProfile(forward_s=1, backward_s=1))
+    link = LinkProfile(bytes_per_s=1000.0)
+    profile = Profile(layers=tuple(layers), micro_batch_size=1, links=(link,))
+    wire = Wire("int8+none", int8_bytes)
+    schedule = PACI(4, 4)
+    cut = tuple(range(k, k + 1) for k in range(4))
+    plain, coded = Layout(profile, schedule), Layout(profile, schedule, wire=wire)
+    sizes = [
+        [(each.activation_bytes, each.gradient_bytes) for each in layout.costs(cut).stages]
+        for layout in (plain, coded)
+    ]
+    assert sizes[0] == [(3600, 0), (3600, 3600), (77, 3600), (0, 77)]
+    assert sizes[1] == [(3 * 304, 0), (3 * 304, 3600), (77, 3600), (0, 77)]
+    # A slow link is as fast as its slower direction; memory holds what is received.
+    assert coded.memory(1, 1, 2).receive_bytes == 2 * (3 * 304 + 3600)
+    assert plain.memory(1, 1, 2).receive_bytes == 2 * (3600 + 3600)
+    shared = profile.model_copy(update={"transport": "shared"})
+    ring, held = 2 * schedule.channel_capacity, schedule.in_flight_cap(2)
+    found = Layout(shared, schedule, wire=wire).memory(2, 2, 3).receive_bytes
+    assert found == ring * 960 + ring * 128  # inputs were decoded, and lie elsewhere
+    found = Layout(shared, schedule).memory(2, 2, 3).receive_bytes
+    assert found == ring * 3648 - held * 3600 + ring * 128
 
 
 # --- profiles -------------------------------------------------------------------------------

@@ -92,6 +92,31 @@ def test_what_the_command_runs_is_what_was_priced(
         assert 0 <= counted.optimizer_bytes - priced["optimizer_bytes"] < 500
 
 
+def test_a_codec_shortens_messages(capsys: pytest.CaptureFixture[str]):
+    """In the plan as in the run; on a slow link an update takes less time."""
+    model = ["--size", "tiny", "--context", "8", "--vocab", "257", "--micro-batch-sizes", "2"]
+    rest = ["--devices", "2", "--batch-size", "8", "--recompute", "no", "--schedules", "paci"]
+    slow = ["--gb-per-s", "0.001", "--latency-us", "1", "--json"]
+    rows = []
+    for codec in ([], ["--codec", "none"], ["--codec", "int8+int4"]):
+        assert main(["plan", *model, *rest, *slow, *codec]) == 0
+        rows += json.loads(capsys.readouterr().out)["rows"]
+    assert [row["codec"] for row in rows] == ["none", "none", "int8+int4"]
+    assert rows[1]["update_s"] == rows[0]["update_s"] > 3 * rows[2]["update_s"]
+    assert run_of(rows[0]["command"]).codec is None
+    assert run_of(rows[2]["command"]).codec == "int8+int4"
+    assert main(["plan", *model, *rest, "--codec", "int9"]) == 2
+    assert "a codec must be one of none" in capsys.readouterr().err
+    config = run_of(rows[2]["command"])
+    plan = make_plan(config, 257)
+    with make_pipeline(config, plan, torch.device("cpu")) as pipeline:
+        tokens = torch.zeros(2, 8, 8, dtype=torch.int64)
+        pipeline.step((tokens[0], tokens[1]))
+        width = plan.model.width
+        sent = 4 * 2 * 8 * (width + 4), 4 * 2 * 8 * (width // 2 + 4)
+        assert tuple(pipeline.bytes_sent().values()) == sent
+
+
 @pytest.mark.parametrize(("vocab", "tokenizer"), [(257, "bytes"), (4096, "bpe:4096"), (70000, "")])
 def test_the_command_names_a_tokenizer_that_fits(
     vocab: int, tokenizer: str, capsys: pytest.CaptureFixture[str]

@@ -50,6 +50,7 @@ def test_bytes_of_a_layer_are_those_counted_by_hand():
     assert first.optimizer_bytes == 2 * first.weight_bytes + 2 * 4
     assert first.kept_bytes == 4 * 4 * 16  # its input
     assert first.output_bytes == relu.output_bytes == 4 * 4 * 32
+    assert (first.output_width, first.output_itemsize) == (32, 4)
     assert relu.kept_bytes == 4 * 4 * 32  # its result
     assert (relu.weight_bytes, relu.optimizer_bytes, relu.update_s) == (0, 0, 0.0)
     assert last.kept_bytes == 4 * 4 * 32 + 4 * 4 * 8  # its input, and the loss's
@@ -77,6 +78,7 @@ def test_several_tensors_and_integers_flow():
     profile = profile_layers([Two, Sum], torch.zeros(5, dtype=torch.int64), micro_batch_size=5)
     assert profile.layers[0].backward_input_s is None  # nobody wants the gradient of tokens
     assert profile.layers[0].output_bytes == 5 * 3 * 4 + 5 * 8
+    assert profile.layers[0].output_width == 0
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_the_cut_is_kept_where_it_followed_from_the_number_of_workers(tmp_path: 
         {"weights": "pipemare", "accumulation": 1},
         {"weights": "predict", "accumulation": 1, "precision": "bf16"},
         {"schedule": "1f1b", "tokenizer": "bpe:300", "interrupt": False},
+        {"codec": "int8:stochastic=all+topk:feedback=all", "stages": 2},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )

@@ -248,9 +248,11 @@ def test_a_tie_sends_nothing(monkeypatch: pytest.MonkeyPatch):
     sent: list[tuple[object, ...]] = []
     send = Transport.send
 
-    def counted(self: Transport, message: Message, tensors: tuple[Tensor, ...]) -> None:
+    def counted(
+        self: Transport, message: Message, tensors: tuple[Tensor, ...], micro_batch: int | None
+    ) -> None:
         sent.append((message, *(tuple(t.shape) for t in tensors)))
-        send(self, message, tensors)
+        send(self, message, tensors, micro_batch)
 
     monkeypatch.setattr(Transport, "send", counted)
     counts = []

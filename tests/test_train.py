@@ -46,6 +46,7 @@ VARIANTS = [
     {"flush_first": 0.5},
     {"schedule": "paci:slack=1"},
     {"tokenizer": "bpe:300"},
+    {"codec": "int8:stochastic=all+topk:share=0.3,feedback=gradients"},
 ]
 
 
@@ -85,6 +86,10 @@ def test_every_kind_of_run_gives_the_same_weights_on_two_processes(
     plain, alone, two = shop.train(), shop.train(**options), shop.train_ranks(2, **options)
     assert alone["weights_sha256"] == two["weights_sha256"] != plain["weights_sha256"]
     assert math.isfinite(alone["val_loss"])
+    assert alone["bytes_sent"] == two["bytes_sent"]
+    if "codec" in options:
+        assert alone["bytes_sent"]["gradient"] < alone["bytes_sent"]["activation"]
+        assert alone["bytes_sent"]["activation"] < plain["bytes_sent"]["activation"] / 3
     if options.get("weights") == "stash":
         assert alone["max_drift"] == [0] * 4
     if options.get("schedule") == "paci:slack=1":

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.bench.methods import find_method
 from paci.bench.question import Question, Row, numbers
-from paci.bench.runs import best_runs, key_of, read_runs, summarize
+from paci.bench.runs import best_runs, codec_of, key_of, read_runs, summarize
 from paci.errors import ConfigError
+from paci.plan.wire import NO_CODEC
 from paci.schedule.base import require_count
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Convergence(Question):
         evaluations: number in a run, evenly spread; each drains the pipeline.
         warmups: shares of the updates in linear warm-up, separated by commas; each method stands
             at its best, as for learning rates; the trainer's own if empty.
+        codecs: of messages between stages, as of ``paci train``, separated by spaces; ``none`` is
+            one of them.
         extra: further options of every run, as ``KEY=VALUE`` separated by spaces.
         most: runs to make at most; 0 trains nothing and shows those that are in the store.
         jobs: runs at a time; 0 for as many as there are cores.
@@ -84,6 +87,7 @@ class Convergence(Question):
     held_out: str = ""
     evaluations: int = 12
     warmups: str = ""
+    codecs: str = "none"
     extra: str = ""
     most: int = 100_000
     jobs: int = 0
@@ -95,6 +99,7 @@ class Convergence(Question):
         "method": "{method}",
         "optimizer": "{optimizer}",
         "weights": "{weights}",
+        "codec": "{codec}",
         "precision": "{precision}",
         "stages": "{num_stages}",
         "accumulation": "{accumulation}",
@@ -160,16 +165,18 @@ class Convergence(Question):
 
     def runs(self) -> Iterator[dict[str, Any]]:
         """The options of every run that is asked for, in order."""
-        for optimizer, stages, a, name, rate, warmup, seed in itertools.product(
+        for optimizer, stages, a, name, rate, warmup, codec, seed in itertools.product(
             self.optimizers.split(),
             numbers("stages", self.stages),
             numbers("accumulations", self.accumulations),
             self.methods.split(),
             _floats("learning_rates", self.learning_rates),
             _floats("warmups", self.warmups) if self.warmups else (None,),
+            self.codecs.split(),
             numbers("seeds", self.seeds, least=0),
         ):
-            own = {} if warmup is None else {"warmup": warmup}
+            own: dict[str, Any] = {} if warmup is None else {"warmup": warmup}
+            own |= {} if codec == NO_CODEC else {"codec": codec}
             yield self._run(name, optimizer, stages, a, rate, seed, own)
 
     def _run(
@@ -218,6 +225,7 @@ class Convergence(Question):
                 f"{self.extra!r}; pass it as one of those"
             )
         options |= extra
+        coding = {"coding": _coding(options["codec"])} if "codec" in options else {}
         return {
             "method": name,
             "schedule": options["schedule"],
@@ -229,6 +237,7 @@ class Convergence(Question):
             "learning_rate": rate,
             "seed": seed,
             "precision": self.precision,
+            **coding,
             "options": options,
         }
 
@@ -256,6 +265,13 @@ def _with_numbers(weights: str) -> str:
         return repr(make_weight_policy(weights))
     except ConfigError:
         return weights  # its run will say what is wrong
+
+
+def _coding(codec: str) -> str:
+    """Return a codec with all its options, likewise."""
+    from paci.runtime.transport.codecs.codec_registry import make_codecs
+
+    return repr(make_codecs(codec))
 
 
 def _train(
@@ -320,6 +336,7 @@ def _told(row: Mapping[str, Any]) -> str:
     loss = row.get("val_loss", math.nan)
     words = f"{row['method']} {row['optimizer']}, {row['num_stages']} stages, "
     words += f"accumulation {row['accumulation']}, rate {row['learning_rate']:g}, "
+    words += f"codec {codec_of(row)}, " if codec_of(row) else ""
     return words + f"seed {row['seed']}: {row.get('problem') or f'loss {loss:.4f}'}"
 
 

@@ -17,7 +17,7 @@ from paci.bench.turns import Say
 from paci.bench.workers import Report, run_workers
 from paci.bench.workloads import GPTWork
 from paci.errors import WorkerError
-from paci.plan.stage_memory import Channels
+from paci.plan.stage_memory import Channels, Traffic
 from paci.runtime.observation.memory_meter import (
     KeptByForward,
     MemoryBytes,
@@ -254,7 +254,8 @@ class _Expected:
             2 * self._full_bytes + 4 * len(parameters),  # AdamW: two moments, a count a tensor
             0,
             Channels.of(schedule, stage, "shared").num_bytes(
-                [self._taken_bytes], [self._given_bytes]
+                Traffic([self._taken_bytes], [self._taken_bytes]),
+                Traffic([self._given_bytes], [self._given_bytes]),
             ),
         )
 

@@ -23,8 +23,9 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
         Rows of the runs' settings with ``val_loss`` (mean), ``spread`` (half of the range, if there
         is more than one seed), ``num_seeds``, ``mean_delay`` (over stages), ``max_drift`` (the
         largest that the drift meter saw at any stage), ``trials_over_busy`` (time of trials
-        over that of forwards, backwards and updates, where runs say it), and, where there is a
-        flush of the same precision and number of sequences, of the same optimizer
+        over that of forwards, backwards and updates, where runs say it), ``codec`` (where there is
+        one), and, where there is a flush without a codec, of the same precision and number of
+        sequences, of the same optimizer
 
         - ``against_flush``: the relative distance to its loss at equal tokens,
         - ``tokens_to_flush``: the tokens to its last loss over those that it took itself; where a
@@ -33,7 +34,8 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
         and of any optimizer, the best of them: ``tokens_to_best_flush``, likewise.
     """
     best = best_runs(rows)
-    plain = sorted((group for group in best if group[0]["method"] == "flush"), key=rank)
+    plain = [group for group in best if group[0]["method"] == "flush" and not codec_of(group[0])]
+    plain.sort(key=rank)
     found: list[Row] = []
     for group in best:
         losses = [row["val_loss"] for row in group]
@@ -45,6 +47,8 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
         }
         if warmup_of(group[0]) is not None:
             row["warmup"] = warmup_of(group[0])
+        if codec_of(group[0]):
+            row["codec"] = codec_of(group[0])
         if len(losses) > 1:
             row["spread"] = (max(losses) - min(losses)) / 2
         if all("max_drift" in each for each in group):
@@ -71,7 +75,7 @@ def best_runs(rows: Sequence[Row]) -> list[list[Row]]:
         rows: as of ``summarize``.
     """
     found: list[list[Row]] = []
-    for setting in _grouped(rows, lambda row: tuple(row[key] for key in _SETTING)):
+    for setting in _grouped(rows, _setting):
         tuned = _grouped(setting, _tuning)
         whole = [group for group in tuned if all("val_loss" in row for row in group)]
         if whole:
@@ -82,6 +86,15 @@ def best_runs(rows: Sequence[Row]) -> list[list[Row]]:
 _SETTING = ("optimizer", "precision", "num_stages", "accumulation", "method")
 
 
+def _setting(row: Row) -> tuple[Any, ...]:
+    return (*(row[key] for key in _SETTING), codec_of(row))
+
+
+def codec_of(row: Row) -> str:
+    """Return the codec of a run's messages; empty if it had none."""
+    return str(row.get("options", {}).get("codec", ""))
+
+
 def warmup_of(row: Row) -> float | None:
     """The share of a run's updates in warm-up, if it was asked for; None for the trainer's own."""
     warmup = row.get("options", {}).get("warmup")
@@ -89,8 +102,8 @@ def warmup_of(row: Row) -> float | None:
 
 
 def _tuning(row: Row) -> tuple[Any, ...]:
-    """What a method is tuned by. A weight policy whose defaults have changed is another one."""
-    return row["learning_rate"], warmup_of(row), row.get("policy")
+    """What a method is tuned by. A policy or codec whose defaults have changed is another one."""
+    return row["learning_rate"], warmup_of(row), row.get("policy"), row.get("coding")
 
 
 def curve_of(row: Row) -> Points:
@@ -153,4 +166,5 @@ def read_runs(store: Path) -> dict[str, dict[str, Any]]:
 
 def key_of(run: Mapping[str, Any]) -> str:
     """Return the text that tells a run from every other in the store."""
-    return json.dumps([run["method"], run["options"], run.get("policy")], sort_keys=True)
+    coding = [run["coding"]] if "coding" in run else []
+    return json.dumps([run["method"], run["options"], run.get("policy"), *coding], sort_keys=True)

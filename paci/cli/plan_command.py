@@ -83,6 +83,12 @@ def add_parser(commands: Any) -> None:
         help="weight policy where nothing is recomputed; default that of train: the schedule's "
         "own, or lookahead if it never empties",
     )
+    search_.add_argument(
+        "--codec",
+        metavar="NAME",
+        help="as for train; messages are priced with the bytes that it sends, and the time that "
+        "it takes itself is not counted",
+    )
     search_.add_argument("--top", type=int, default=10, metavar="N", help="choices to print (10)")
     search_.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
@@ -90,7 +96,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Print the ranked choices."""
-    from paci.train.planning import planned_weights
+    from paci.train.planning import planned_codec, planned_weights
 
     require_count("devices", options.devices)
     require_count("top", options.top)
@@ -99,7 +105,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     again = {"yes": (True,), "no": (False,), "both": (False, True)}[options.recompute]
     counts = _numbers("use", options.use) if options.use else [options.devices]
     choose_weights = partial(planned_weights, _without_recomputation(options.weights))
-    plan = search(profiles, options.batch_size, counts, specs, again, _make, choose_weights)
+    wire = planned_codec(options.codec)
+    plan = search(profiles, options.batch_size, counts, specs, again, _make, choose_weights, wire)
     if options.json:
         chosen = [choice.to_json() for choice in plan.choices[: options.top]]
         print(json.dumps({"rows": chosen, "refused": [list(each) for each in plan.refused]}))

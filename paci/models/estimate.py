@@ -71,6 +71,8 @@ def estimate_profile(
                 optimizer_bytes=number * 8 - spared * is_block,
                 kept_bytes=held,
                 output_bytes=0 if is_last else tokens * width * bytes_per_value,
+                output_width=0 if is_last else width,
+                output_itemsize=bytes_per_value,
             )
         )
     return Profile(

@@ -45,6 +45,9 @@ class LayerProfile(_Part):
         optimizer_bytes: bytes of its optimizer state.
         kept_bytes: bytes kept from its forward until its backward, without weights.
         output_bytes: bytes of its output to the next layer.
+        output_width: size of the last dimension of its output; 0 if that is not a single
+            floating-point tensor, and so is priced as it is whatever the codec.
+        output_itemsize: bytes of a value of its output; needed only with ``output_width``.
     """
 
     name: str = ""
@@ -60,6 +63,8 @@ class LayerProfile(_Part):
     optimizer_bytes: Size = 0
     kept_bytes: Size = 0
     output_bytes: Size = 0
+    output_width: Size = 0
+    output_itemsize: Annotated[int, Field(ge=1, le=8)] = 4
 
     @model_validator(mode="after")
     def _input_is_a_part(self) -> LayerProfile:

@@ -122,6 +122,13 @@ class Hop(NamedTuple):
         return max(least, min(self.before, _AHEAD_BYTES // max(message_bytes, 1)))
 
 
+class Traffic(NamedTuple):
+    """What a stage receives from a neighbour and sends to it: bytes of each tensor of a message."""
+
+    received: Sequence[int]
+    sent: Sequence[int]
+
+
 class Channels(NamedTuple):
     """The channels of a stage to its neighbours.
 
@@ -160,27 +167,28 @@ class Channels(NamedTuple):
             schedule.in_flight_cap(stage),
         )
 
-    def num_bytes(self, taken: Sequence[int], given: Sequence[int]) -> int:
+    def num_bytes(self, before: Traffic, behind: Traffic) -> int:
         """Return the bytes that are allocated for messages, besides activations.
 
         Args:
-            taken: bytes of each tensor of the stage's input.
-            given: bytes of each tensor of its output, whose gradients come back.
+            before: messages from and to the stage before.
+            behind: messages from and to the stage behind.
         """
         return self._between(
-            self.before, self.hop_before, taken, self.num_in_flight
-        ) + self._between(self.behind, self.hop_behind, given, 0)
+            self.before, self.hop_before, before, self.num_in_flight
+        ) + self._between(self.behind, self.hop_behind, behind, 0)
 
     def _between(
-        self, transport: Transport, hop: Hop | None, message_bytes: Sequence[int], num_held: int
+        self, transport: Transport, hop: Hop | None, traffic: Traffic, num_held: int
     ) -> int:
         if transport == "local" or hop is None:
             return 0
         if transport == "nccl":
-            return RECEIVES_AHEAD * sum(message_bytes)
+            return RECEIVES_AHEAD * sum(traffic.received)
         if transport == "group":
-            return (1 + KEPT_PER_RECEIVE) * posted_bytes(hop, message_bytes)
-        return ring_bytes(message_bytes, self.capacity, num_held)
+            kept = KEPT_PER_RECEIVE * posted_bytes(hop, traffic.sent)
+            return posted_bytes(hop, traffic.received) + kept
+        return ring_bytes(traffic.received, self.capacity, num_held)
 
 
 def posted_bytes(hop: Hop, message_bytes: Sequence[int]) -> int:

@@ -6,7 +6,7 @@ Stage ``s`` of a schedule holds at most ``c_s = in_flight_cap(s)`` micro-batches
     weights (in as many copies as the weight policy keeps) + gradients + optimizer state
       + c_s * (what the layers keep from forward to backward)   or, recomputing,
         c_s * (the stage's input) + (what the layers keep, once)
-      + what channels to the neighbours need
+      + what channels to the neighbours need, with messages as encoded
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from paci.errors import ConfigError
 from paci.plan.cost import Costs, Link, StageCost
 from paci.plan.partition import StageCostOf, as_integers, best_cut, require_stages
 from paci.plan.profile import Profile
-from paci.plan.stage_memory import Channels, PolicyCost, StageMemory
+from paci.plan.stage_memory import Channels, PolicyCost, StageMemory, Traffic
+from paci.plan.wire import AS_IT_IS, Wire
 from paci.schedule.base import Schedule
 
 
@@ -36,19 +37,25 @@ class Layout:
         recompute: whether backwards recompute their forward.
         policies: cost of the weight policy for each stage; if empty, each stage keeps one copy of
             its weights.
+        wire: the codec of messages between stages. What it takes to encode and decode them is not
+            priced.
     """
 
     profile: Profile
     schedule: Schedule
     recompute: bool = False
     policies: tuple[PolicyCost, ...] = ()
+    wire: Wire = AS_IT_IS
 
     def memory(self, stage: int, start: int, end: int) -> StageMemory:
         """Return the memory of ``stage`` if it holds layers ``start`` to ``end - 1``."""
         layers = self.profile.layers[start:end]
         kept = sum(layer.kept_bytes for layer in layers)
         cap = self.schedule.in_flight_cap(stage)
-        taken = self._boundary_bytes(start)
+        taken, channels = self._boundary_bytes(start), self._channels[stage]
+        if self._message_bytes(start)[0] < taken:
+            # Decoded, inputs do not stay in the memory that they were received into.
+            channels = channels._replace(num_in_flight=0)
         policy = self._policy(stage)
         working = sum(layer.weight_bytes for layer in layers)
         apart = sum(layer.master_bytes for layer in layers)
@@ -59,7 +66,7 @@ class Layout:
             sum(layer.gradient_bytes for layer in layers),
             sum(layer.optimizer_bytes for layer in layers),
             cap * taken + kept if self.recompute else cap * kept,
-            self._channels[stage].num_bytes([taken], [self._boundary_bytes(end)]),
+            channels.num_bytes(self._traffic(start), self._traffic(end, gradients=True)),
         )
 
     def _policy(self, stage: int) -> PolicyCost:
@@ -73,6 +80,23 @@ class Layout:
     def _boundary_bytes(self, layer: int) -> int:
         """Return the bytes of the input of ``layer``."""
         return self.profile.layers[layer - 1].output_bytes if layer else self.profile.input_bytes
+
+    def _message_bytes(self, layer: int) -> tuple[int, int]:
+        """Return the bytes that are sent for the input of ``layer``, and for its gradient."""
+        num_bytes = self._boundary_bytes(layer)
+        if not layer:
+            return num_bytes, num_bytes
+        made = self.profile.layers[layer - 1]
+        about = num_bytes, made.output_width, made.output_itemsize
+        return self.wire.activation_bytes(*about), self.wire.gradient_bytes(*about)
+
+    def _traffic(self, layer: int, gradients: bool = False) -> Traffic:
+        """Return what a stage receives and sends at the input of ``layer``.
+
+        It receives activations there, or gradients.
+        """
+        activation, gradient = ([size] for size in self._message_bytes(layer))
+        return Traffic(gradient, activation) if gradients else Traffic(activation, gradient)
 
     def stage_cost(self, stage: int, start: int, end: int) -> StageCost:
         """Return the costs of ``stage`` if it holds layers ``start`` to ``end - 1``."""
@@ -94,8 +118,8 @@ class Layout:
             backward_s,
             backward_input_s=input_s,
             update_s=update_s * slowdown,
-            activation_bytes=self._boundary_bytes(end) if end < len(self.profile.layers) else 0,
-            gradient_bytes=self._boundary_bytes(start) if start else 0,
+            activation_bytes=self._message_bytes(end)[0] if end < len(self.profile.layers) else 0,
+            gradient_bytes=self._message_bytes(start)[1] if start else 0,
             trial_s=trials_s,
             tried=policy.tried,
         )
@@ -128,8 +152,9 @@ class Layout:
         """Return the contiguous cut whose slowest stage is fastest, within the devices' memory.
 
         The cost of a stage is the time of a slot (forward, backward, its share of an update) on
-        its device, or the time that its message to the next stage occupies the link, whichever is
-        longer. The cut is exactly the best; ``paci.plan.partition`` says how ties are decided.
+        its device, or the time that a message to or from the next stage occupies the link,
+        whichever is longer. The cut is exactly the best; ``paci.plan.partition`` says how ties are
+        decided.
 
         Where workers hold several stages, that cut (with an equal share of the memory for each
         stage) is only the start: single layers are then moved between neighbouring stages for as
@@ -192,7 +217,7 @@ class Layout:
         workers = [self.schedule.worker_of(stage) for stage in range(num_stages)]
         slowdowns = [self.profile.device(worker).slowdown for worker in workers]
         sent = [
-            self._boundary_bytes(end) / self.profile.link(workers[stage]).bytes_per_s
+            max(self._message_bytes(end)) / self.profile.link(workers[stage]).bytes_per_s
             for stage in range(num_stages)
             for end in range(len(layers) + 1)
         ]
@@ -232,7 +257,7 @@ class Layout:
         needed, limit = self.memory(*worst).total_bytes, limits[worst[0]]
         assert limit is not None, "only a limit can be exceeded"
         helps = [f"{needed - limit:,} bytes more on each device"]
-        if not self.recompute and Layout(self.profile, self.schedule, True).fits():
+        if not self.recompute and Layout(self.profile, self.schedule, True, wire=self.wire).fits():
             helps.append("recomputation, which fits")
         return ConfigError(
             f"{num_stages} stages must fit the memory of their devices, got at best "

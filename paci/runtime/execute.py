@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from paci.runtime.feed import Feed
@@ -30,6 +31,15 @@ class Engine:
     transport: Transport
     meters: Mapping[int, DriftMeter]
     recorder: Recorder
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Let parameters hold working weights inside, and the masters again afterwards."""
+        try:
+            yield
+        finally:
+            for stage in self.stages.values():
+                stage.leave()
 
     def finish(self) -> None:
         """End a stretch: all that was fed has been through, and nothing is in flight."""
@@ -60,7 +70,7 @@ def execute(actions: Iterable[Action], engine: Engine, feed: Feed) -> None:
         end = recorder.mark()
         message = produces(action, num_stages)
         if message is not None:
-            transport.send(message, made)
+            transport.send(message, made, feed.first_micro_batch + action.micro_batch)
         engine.meters[action.stage].note(action, version)
         recorder.note(action, version, start, ready, end)
 

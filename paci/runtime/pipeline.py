@@ -15,13 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from paci.errors import ConfigError
-from paci.runtime.assemble import (
-    OptimizerMaker,
-    SchedulerMaker,
-    build_stages,
-    choose_group,
-    listed,
-)
+from paci.runtime.assemble import OptimizerMaker, SchedulerMaker, build_stages, choose_group, listed
 from paci.runtime.connect import open_channels
 from paci.runtime.evaluate import evaluate
 from paci.runtime.execute import Engine, execute
@@ -37,10 +31,13 @@ from paci.runtime.stage.batch import as_micro_batch, split_batch
 from paci.runtime.stage.checks import check_options
 from paci.runtime.stage.loss import as_loss
 from paci.runtime.stage.stage import UpdateHook
+from paci.runtime.transport.codecs.codec_registry import CodecSpec, make_codecs
+from paci.runtime.transport.codecs.coder import coded
 from paci.runtime.weights.policy import WeightPolicy
 from paci.runtime.weights.policy_registry import prepare_weight_policies, recommended_weights
 from paci.runtime.whole_state import state_by_stage, whole_state
 from paci.runtime.world import World
+from paci.schedule.action import Payload
 from paci.schedule.base import Schedule
 from paci.schedule.sequence import Cursor, Sequencer
 from paci.trace import Trace
@@ -88,6 +85,9 @@ class Pipeline:
         trace_capacity: number of newest events that ``trace`` can show, per process.
         share_memory: let processes of one host pass CPU tensors in shared memory, where the
             system can, instead of through torch.distributed: faster, with the same bits.
+        codec: makes messages between stages small: a codec's name, with options as
+            ``topk:share=0.05``, a ``Codec``, or a pair (activations, gradients); see
+            ``paci.runtime.transport.codecs``. It is no state: a saved one loads under any codec.
         on_update: called with the stage and its version in each update; see ``Stage.on_update``.
         names: the names of weights in saved states: the whole model that the stages were cut
             from, or a function of a stage's index and a name in its module. By default as in the
@@ -116,6 +116,7 @@ class Pipeline:
         timeout_s: float = 600.0,
         trace_capacity: int = 20_000,
         share_memory: bool = True,
+        codec: CodecSpec | Sequence[CodecSpec] = None,
         on_update: UpdateHook | None = None,
         names: Naming | None = None,
     ) -> None:
@@ -128,9 +129,11 @@ class Pipeline:
             flush_first = DEFAULT_FLUSH_FIRST if weights is None else 0
         self._num_flushed = 0 if schedule.flushes else flush_first
         policies = prepare_weight_policies(weights or recommended_weights(schedule), schedule)
+        codecs = make_codecs(codec)
         self._world.agree(
             {"the schedule": repr(schedule), "weights": repr(policies[0]), "precision": precision}
             | {"the seed": seed, "share_memory": share_memory, "flush_first": self._num_flushed}
+            | {"the codec": repr(codecs)}
         )
         held = self._world.stages
         with self._world.refusing_together():
@@ -156,7 +159,7 @@ class Pipeline:
         self._engine = Engine(
             schedule.num_stages,
             self.stages,
-            opened.transport,
+            coded(opened.transport, codecs, seed),
             {index: DriftMeter(schedule, index, policies[index].sees) for index in held},
             Recorder(
                 schedule, devices[held[0]], self._world.position, self._world.size, trace_capacity
@@ -270,7 +273,7 @@ class Pipeline:
                 refusal = self._world.disagreement(numbers) or self._keywords.refusal(names)
             if refusal is not None:
                 raise refusal
-            with self._failures.final(), self._entered():
+            with self._failures.final(), self._engine.entered():
                 total += evaluate(self._engine, few)
             if len(few) < _EVALUATED_AT_ONCE:
                 break
@@ -307,10 +310,16 @@ class Pipeline:
         """Drain; return the drift and delay of every stage so far, by stage, from all processes."""
         self._kept = self.drain()  # losses are for the next result
         own = {i: copy.deepcopy(meter.report) for i, meter in self._engine.meters.items()}
-        reports: dict[int, DriftReport] = {}
-        for part in self.gather(own):
-            reports |= part
-        return dict(sorted(reports.items()))
+        return dict(sorted(item for part in self.gather(own) for item in part.items()))
+
+    def bytes_sent(self) -> dict[str, int]:
+        """Drain; return the bytes that stages sent each other in training, by payload.
+
+        That is all tensors, as encoded, since this pipeline was built, also inside a process.
+        """
+        self._kept = self.drain()  # losses are for the next result
+        parts = self.gather(self._engine.transport.bytes_sent)
+        return {payload.value: sum(part[payload] for part in parts) for payload in Payload}
 
     def live(self) -> Status:
         """Return utilization and largest drift so far, from the newest report of each process.
@@ -407,29 +416,20 @@ class Pipeline:
         actions from one legal order of all workers' actions, which cannot block.
         """
         own = (action for action in self._sequencer.actions() if action.stage in self.stages)
-        with torch.enable_grad(), self._entered():  # wherever the user's loop calls from
+        with torch.enable_grad(), self._engine.entered():  # wherever the user's loop calls from
             execute(own, self._engine, self._feed)
-
-    @contextlib.contextmanager
-    def _entered(self) -> Iterator[None]:
-        """Let parameters hold working weights inside, and the masters again afterwards."""
-        try:
-            yield
-        finally:
-            for stage in self.stages.values():
-                stage.leave()
 
     def _feed_batch(self, batch: Any, direct: Mapping[str, Any]) -> None:
         if not self._num_fed:
             self._start_stretch()
-        if batch is None and (self.holds_first or self.holds_last):
+        needed = self.holds_first or self.holds_last
+        if batch is None and needed:
             raise ConfigError(
                 "a process with the first or the last stage must be given a batch, got None; pass "
                 "(inputs, targets)"
             )
-        if not (self.holds_first or self.holds_last):
-            batch = (None, None)
-        parts = split_batch(batch, self.schedule.accumulation, direct)
+        whole = batch if needed else (None, None)
+        parts = split_batch(whole, self.schedule.accumulation, direct)
         self._feed.put(self._num_fed, parts, self.stages, self._loss)
 
     def _result(self) -> StepResult:

@@ -71,6 +71,12 @@ class TrainConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = option(
         "fp32", "pipeline", "bf16: one bf16 working copy of each weight beside fp32 masters"
     )
+    codec: str | None = option(
+        None,
+        "pipeline",
+        "makes messages between stages small: int8, topk:share=0.05, ...; int8+int4 is one for "
+        "activations and one for gradients",
+    )
 
     flush_first: Fraction = option(
         0.1, "pipeline", "share of the updates, at the start, that each empty the pipeline"
@@ -135,7 +141,9 @@ class TrainConfig(BaseModel):
     def trajectory(self) -> dict[str, Any]:
         """The options that shape the weights: a run can be resumed only with the same ones."""
         own = {key: value for key, value in self.model_dump().items() if key not in NEUTRAL}
-        return own | {"stages": self.num_stages, "learning_rate": self.peak_learning_rate}
+        codec = None if self.codec == "none" else self.codec
+        own |= {"stages": self.num_stages, "learning_rate": self.peak_learning_rate}
+        return own | {"codec": codec}
 
     @property
     def peak_learning_rate(self) -> float:

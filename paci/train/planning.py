@@ -19,9 +19,11 @@ from paci.plan.given import GivenSchedule
 from paci.plan.profile import Profile
 from paci.plan.search import Choice, Weights, price
 from paci.plan.stages import Layout
+from paci.plan.wire import NO_CODEC, Wire
 from paci.runtime.observation.layer_times import profile_layers
 from paci.runtime.observation.links import measure_links
 from paci.runtime.own_time import measure_overhead
+from paci.runtime.transport.codecs.codec_registry import make_codecs
 from paci.runtime.transport.shared_memory import AVAILABLE
 from paci.runtime.weights.policy_registry import prepare_weight_policies
 from paci.schedule.base import Schedule
@@ -120,6 +122,17 @@ def planned_weights(asked: str | None, schedule: Schedule, recompute: bool) -> W
     return Weights(spec, tuple(costs))
 
 
+def planned_codec(asked: str | None) -> Wire:
+    """Return the codec that ``paci train`` would take for ``--codec``, as planning sees it."""
+    codecs = make_codecs(asked)
+    down, up = codecs.activation, codecs.gradient
+    return Wire(
+        NO_CODEC if asked is None else asked,
+        None if down is None else down.row_bytes,
+        None if up is None else up.row_bytes,
+    )
+
+
 def with_few_trials(choice: Choice) -> Choice:
     """Return ``choice`` with a step predicted anew only when the next update is due."""
     spec = with_option(choice.weights, "refresh", choice.schedule.accumulation)
@@ -134,5 +147,7 @@ def with_free_trials(choice: Choice) -> Choice:
 
 
 def _again(choice: Choice, weights: Weights) -> Choice:
-    layout = Layout(choice.profile, choice.schedule, choice.recompute, weights.policies)
+    layout = Layout(
+        choice.profile, choice.schedule, choice.recompute, weights.policies, choice.wire
+    )
     return price(layout, choice.spec, weights.spec, choice.cut)

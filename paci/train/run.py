@@ -174,6 +174,9 @@ def _report(trainer: Trainer) -> None:
     trainer.say(
         f"utilization {summary['utilization']:.1%}{trials} ({summary['utilization_clock']} clock)"
     )
+    if summary["bytes_sent"]["activation"]:
+        sent = (f"{value / 1e6:.1f} MB of {key}s" for key, value in summary["bytes_sent"].items())
+        trainer.say(f"stages sent each other {' and '.join(sent)}")
     schedule = trainer.plan.schedule
     weights = choose_weights(trainer.config, schedule)
     told = trials_told(schedule, weights, summary["utilization"], summary["trial_share"])

@@ -32,6 +32,7 @@ from paci.optim.rates import rate_by_delay
 from paci.plan.partition import balanced_cut
 from paci.runtime.pipeline import Pipeline
 from paci.runtime.stage.loss import CrossEntropy
+from paci.runtime.transport.codecs.codec_registry import make_codecs
 from paci.runtime.weights.policy_registry import prepare_weight_policies, recommended_weights
 from paci.runtime.world import hosted_stages
 from paci.schedule.base import Schedule
@@ -64,6 +65,7 @@ def make_plan(config: TrainConfig, vocab_size: int) -> Plan:
     schedule = make_schedule(config.schedule, config.num_stages, config.accumulation)
     check(schedule, num_updates=2)
     prepare_weight_policies(choose_weights(config, schedule), schedule)
+    make_codecs(config.codec)
     if config.batch_size % config.accumulation:
         raise ConfigError(
             f"batch_size must be divisible into {config.accumulation} micro-batches of one size, "
@@ -181,6 +183,7 @@ def make_pipeline(config: TrainConfig, plan: Plan, device: torch.device) -> Pipe
         precision=config.precision,
         seed=config.seed,
         timeout_s=config.timeout,
+        codec=config.codec,
     )
 
 

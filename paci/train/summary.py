@@ -42,7 +42,7 @@ _SHOWN_UPDATES = 3  # in the picture of the timeline
 def summarize(trainer: Trainer) -> dict[str, Any]:
     """What ``summary.json`` holds. All processes must call it; it drains the pipeline.
 
-    Times, utilization and drift are those since ``resumed_at``.
+    Times, utilization, drift and bytes are those since ``resumed_at``.
     """
     drift = trainer.pipeline.drift()
     return {
@@ -60,6 +60,7 @@ def summarize(trainer: Trainer) -> dict[str, Any]:
         "max_drift": [max(report.drift, default=0) for report in drift.values()],
         "peak_in_flight": [report.peak_in_flight for report in drift.values()],
         "drift": [report.to_json() for report in drift.values()],
+        "bytes_sent": trainer.pipeline.bytes_sent(),
         "weights_sha256": trainer.digest(),
         "corpus_sha256": trainer.corpus.digest,
         "num_processes": trainer.config.workers,

@@ -60,7 +60,8 @@ def sweep_picture(rows: Sequence[Row], best: Sequence[Sequence[Row]], path: Path
 
 def _label(row: Row) -> str:
     name, _, policy = row["method"].partition(":")
-    return f"{policy or name}, {row['optimizer']}"
+    codec = row.get("options", {}).get("codec")
+    return f"{policy or name}, {row['optimizer']}" + (f", {codec}" if codec else "")
 
 
 def _mean(group: Sequence[Row]) -> float:

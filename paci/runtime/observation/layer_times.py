@@ -201,7 +201,7 @@ class _Bench:
 
         # Weights are left out, and each storage counts once.
         self._kept_bytes = kept_by_forward(self._layer, run).activation_bytes
-        self._output_bytes = 0 if self._loss_fn else _num_bytes(made[0])
+        self._made = () if self._loss_fn else tuple(x.to("meta") for x in made[0])
         self.end(is_timed=False)
         return made[0]
 
@@ -274,7 +274,8 @@ class _Bench:
                 for values in state
             ),
             kept_bytes=self._kept_bytes,
-            output_bytes=self._output_bytes,
+            output_bytes=_num_bytes(self._made),
+            **_row_of(self._made),
         )
 
     def _run(self) -> Tensors:
@@ -321,6 +322,13 @@ def _median_of_means(values: Sequence[float]) -> float:
     """Return the median of the means of ``_PASSES`` values in a row each."""
     parts = (values[k : k + _PASSES] for k in range(0, len(values), _PASSES))
     return statistics.median(map(statistics.fmean, parts))
+
+
+def _row_of(made: Tensors) -> dict[str, int]:
+    """Return what a profile says of the rows of an output that is one floating-point tensor."""
+    if len(made) != 1 or not made[0].is_floating_point() or made[0].dim() < 2:
+        return {}
+    return {"output_width": made[0].shape[-1], "output_itemsize": made[0].element_size()}
 
 
 def _num_bytes(tensors: Any) -> int:

@@ -9,17 +9,7 @@ from __future__ import annotations
 
 import torch
 
-_MASK = (1 << 64) - 1
-
-
-def mix(*numbers: int) -> int:
-    """Hash ``numbers`` to a 63-bit number (SplitMix64 over each in turn)."""
-    state = 0x9E3779B97F4A7C15
-    for number in numbers:
-        state = (state ^ (number & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
-        state = (state ^ (state >> 31)) + 0x9E3779B97F4A7C15 & _MASK
-    return state >> 1
+from paci.runtime.transport.mixing import mix
 
 
 class Seeded:
@@ -37,9 +27,9 @@ class Seeded:
         self._states: list[torch.Tensor] = []
         self.seed = 0
 
-    def __call__(self, seed: int) -> Seeded:
-        """Set the seed that the next ``with`` starts from; return this object."""
-        self.seed = seed
+    def __call__(self, *numbers: int) -> Seeded:
+        """Set the seed that the next ``with`` starts from, a mix of ``numbers``; return this."""
+        self.seed = mix(*numbers)
         return self
 
     def __enter__(self) -> None:

@@ -20,7 +20,7 @@ from paci.runtime.stage.calls import Caller, writes_to_inputs
 from paci.runtime.stage.checks import check_lr_scheduler, check_optimizer, check_policy, check_state
 from paci.runtime.stage.loss import Loss, with_metrics
 from paci.runtime.stage.optimizer_state import load_optimizer_state, optimizer_state
-from paci.runtime.stage.randomness import Seeded, mix
+from paci.runtime.stage.randomness import Seeded
 from paci.runtime.stage.split_backward import Ledger, Splitter, differentiate
 from paci.runtime.transport.boundary import Structure, unflatten
 from paci.runtime.transport.channel import Bundle
@@ -396,7 +396,7 @@ class Stage:
         return {id(p) for p in self.module.parameters()} - own
 
     def _run(self, micro_batch: int, flight: _InFlight) -> Tensors:
-        with self._seeded(mix(self._seed, self.index, micro_batch)):
+        with self._seeded(self._seed, self.index, micro_batch):
             with collect_losses() as added:
                 if self._splitter is None:
                     outputs = self.call(flight.inputs, flight.direct)

@@ -88,9 +88,11 @@ class Structure(NamedTuple):
 
     Attributes:
         kind: ``tensor``; ``none``, ``bool``, ``int``, ``float``, ``str`` or ``size`` for a value
-            without parts; ``tuple``, ``list``, ``dict`` or ``class`` for one with parts.
+            without parts; ``tuple``, ``list``, ``dict`` or ``class`` for one with parts; ``coded``
+            around the structure of a message with encoded tensors.
         about: the value itself, a float in hexadecimal; the keys of a dict; the class of a
-            NamedTuple or of a type in ``torch.return_types``, as ``module:name``.
+            NamedTuple or of a type in ``torch.return_types``, as ``module:name``; the specs of
+            encoded tensors.
         parts: the structures of the elements, in order.
     """
 

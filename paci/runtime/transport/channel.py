@@ -213,26 +213,73 @@ def _writes(tensors: Tensors) -> list[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
+class Coder(abc.ABC):
+    """Makes messages small before they are sent, on whatever channel, inside a process too."""
+
+    @abc.abstractmethod
+    def encode(
+        self,
+        message: Message,
+        tensors: Tensors,
+        structure: Structure | None,
+        micro_batch: int | None,
+    ) -> tuple[Tensors, Structure | None]:
+        """Return what to send in place of a message.
+
+        Args:
+            message: names the micro-batch within the stretch.
+            tensors: its tensors.
+            structure: the structure of the value that they come from, if it is sent.
+            micro_batch: the micro-batch counted from the start of training; None in an evaluation.
+        """
+
+    @abc.abstractmethod
+    def decode(self, message: Message, bundle: Bundle) -> Bundle:
+        """Return the message for which ``bundle`` was sent; its tensors are leaves."""
+
+    @abc.abstractmethod
+    def restart(self) -> None:
+        """Begin a new stretch, as if nothing had been sent yet."""
+
+
 class Transport:
     """The ends of channels that one process holds.
 
     Args:
         senders: sending ends, by payload and receiving stage.
         receivers: receiving ends, by payload and receiving stage.
+
+    Attributes:
+        coder: what makes messages small; if None, they are sent as they are.
+        bytes_sent: bytes of the tensors that were sent in training, by payload. A message that
+            stays inside the process counts too, so the sum over processes is always the same.
     """
 
     def __init__(self, senders: Mapping[Edge, Sender], receivers: Mapping[Edge, Receiver]) -> None:
         self._senders = dict(senders)
         self._receivers = dict(receivers)
+        self.coder: Coder | None = None
+        self.bytes_sent = dict.fromkeys(Payload, 0)
 
-    def send(self, message: Message, tensors: Tensors) -> None:
-        """Start to send; see ``Sender.send``. A ``Bundle`` is sent with its structure."""
+    def send(self, message: Message, tensors: Tensors, micro_batch: int | None = None) -> None:
+        """Start to send; see ``Sender.send``. A ``Bundle`` is sent with its structure.
+
+        Args:
+            message: the message.
+            tensors: its tensors.
+            micro_batch: see ``Coder.encode``.
+        """
         structure = getattr(tensors, "structure", None)
+        if self.coder is not None:
+            tensors, structure = self.coder.encode(message, tensors, structure, micro_batch)
+        if micro_batch is not None:
+            self.bytes_sent[message.payload] += sum(tensor.nbytes for tensor in tensors)
         self._senders[message[:2]].send(message, tensors, structure)
 
     def receive(self, message: Message) -> Bundle:
         """Wait for a message; see ``Receiver.receive``."""
-        return self._receivers[message[:2]].receive(message)
+        bundle = self._receivers[message[:2]].receive(message)
+        return bundle if self.coder is None else self.coder.decode(message, bundle)
 
     def senders_of(self, stage: int) -> list[Sender]:
         """Return the sending ends of ``stage``."""
@@ -254,6 +301,8 @@ class Transport:
             receiver.finish()
         for sender in self._senders.values():
             sender.finish()
+        if self.coder is not None:
+            self.coder.restart()
 
     def close(self) -> None:
         """Close every end."""

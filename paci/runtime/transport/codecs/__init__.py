@@ -1,0 +1,1 @@
+"""Codecs, which make the tensors that cross a boundary small."""
