@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -151,7 +152,7 @@ def keep_memory(rank: int, num_ranks: int, num_floats: int) -> tuple[int, int]:
     """
     hop = Hop.of(paci.PACI(4, 2, slack=1), 0)
     store = dist.distributed_c10d._get_default_store()
-    point = MeetingPoint(store, "memory", rank, 1 - rank, 60.0)
+    point = MeetingPoint(store, "memory", rank, 1 - rank, 60.0, threading.Event())
     end = (GlooSender if rank == 0 else GlooReceiver)(
         point, Ends(rank, 1 - rank, 60.0), hop.receives_ahead
     )

@@ -484,7 +484,7 @@ def make_channel(
         receiver.open(Message(Payload.ACTIVATION, 1, 0))
         return None, receiver
     if kind == "gloo":
-        point = MeetingPoint(store, f"channel{name}", rank, 1 - rank, 60.0)
+        point = MeetingPoint(store, f"channel{name}", rank, 1 - rank, 60.0, threading.Event())
         if rank == 0:
             return GlooSender(point, ends, lambda _: capacity), None
         return None, GlooReceiver(point, ends, lambda _: capacity)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import paci
-from paci.plan import wire
+from paci.plan import encoding
 from paci.runtime.transport.boundary import Form, specs_of
 from paci.runtime.transport.channel import Bundle, LocalChannel, Transport
 from paci.runtime.transport.codecs.codec import Codec, Crossing
@@ -189,7 +189,7 @@ def bound(codec: Codec, rows: Tensor, crossing: Crossing) -> Tensor:
             # A step is at most a 15th of the range and of what two roundings to bfloat16 add.
             return steps * (2 * size + size * 2.0**-7) / 15 * (1 + 2.0**-7) + rounding
         case "topk":
-            kept = wire.num_kept(rows.shape[1], codec.share)  # type: ignore[attr-defined]
+            kept = encoding.num_kept(rows.shape[1], codec.share)  # type: ignore[attr-defined]
             least = rows.abs().sort(1, descending=True).values[:, kept - 1 : kept]
             return torch.maximum(rows.abs() * 2.0**-8, least) + 2.0**-134
         case "lowrank":
@@ -308,14 +308,14 @@ def test_activations_are_rounded_to_nearest_and_gradients_at_random():
 
 @pytest.mark.parametrize("width", [256, 257, 384, 512, 1000, 4096])
 def test_bytes_beside_bf16(width: int):
-    assert codec_of("int8").row_bytes(width) <= 0.51 * wire.cast_bytes(width)
-    assert codec_of("int4").row_bytes(width) <= 0.27 * wire.cast_bytes(width)
-    assert codec_of("bf16").row_bytes(width) == wire.cast_bytes(width) == 2 * width
+    assert codec_of("int8").row_bytes(width) <= 0.51 * encoding.cast_bytes(width)
+    assert codec_of("int4").row_bytes(width) <= 0.27 * encoding.cast_bytes(width)
+    assert codec_of("bf16").row_bytes(width) == encoding.cast_bytes(width) == 2 * width
 
 
 def test_bytes_of_a_row():
     assert [codec_of("int4").row_bytes(width) for width in (1, 128, 129, 256)] == [5, 68, 69, 136]
-    assert [wire.even_blocks(width, 5) for width in (3, 9, 10, 504)] == [
+    assert [encoding.even_blocks(width, 5) for width in (3, 9, 10, 504)] == [
         (3, 1),
         (9, 1),
         (5, 2),
@@ -325,13 +325,13 @@ def test_bytes_of_a_row():
     assert codec_of("lowrank:rank=8").row_bytes(5) == 10
     kept = [codec_of("topk:share=0.1").row_bytes(width) for width in (5, 30, 256, 300, 40_000)]
     assert kept == [3, 9, 78, 120, 24_000]
-    assert [wire.num_kept(100, share) for share in (0.05, 0.051, 1e-9, 1.0)] == [5, 6, 1, 100]
+    assert [encoding.num_kept(100, share) for share in (0.05, 0.051, 1e-9, 1.0)] == [5, 6, 1, 100]
 
 
 def test_plans_count_the_bytes_that_are_sent():
     for spec in SPECS:
         codec = codec_of(spec)
-        counted = wire.Wire(spec, codec.row_bytes, None)
+        counted = encoding.Encoding(spec, codec.row_bytes, None)
         for width, dtype in ((1, torch.float32), (6, torch.bfloat16), (300, torch.float32)):
             tensor = torch.randn(2, 3, width).to(dtype)
             sender = MessageCoder(Codecs(codec, None), 0)

@@ -223,7 +223,7 @@ def test_pipelines_side_by_side(tmp_path: Path, pipelines: list[tuple[tuple[int,
 
 def test_torchrun_starts_it(tmp_path: Path):
     run = RUNS["paci-2-current"]
-    job = pickle.dumps((2, "env", ranks_of.train_all, ({"run": run},)))
+    job = pickle.dumps((2, "env", ranks_of.train_all, ({"run": run},), None))
     (tmp_path / "job").write_bytes(job)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with subprocess.Popen(

@@ -15,6 +15,7 @@ import torch
 from paci.errors import ConfigError
 from paci.models import gpt_config, num_parameters
 from paci.models.estimate import estimate_profile
+from paci.plan.encoding import Encoding, int8_bytes
 from paci.plan.given import GivenSchedule
 from paci.plan.profile import (
     DeviceProfile,
@@ -28,7 +29,6 @@ from paci.plan.profile import (
 from paci.plan.search import explain, search
 from paci.plan.stage_memory import RECEIVES_AHEAD, ring_bytes
 from paci.plan.stages import Layout
-from paci.plan.wire import Wire, int8_bytes
 from paci.runtime.transport.boundary import Form, Spec, notice_of, specs_of
 from paci.runtime.transport.channel import Ends
 from paci.runtime.transport.nccl import Lane, NcclReceiver
@@ -284,10 +284,10 @@ def test_messages_are_priced_as_they_are_encoded():
     layers.append(LayerProfile(forward_s=1, backward_s=1))
     link = LinkProfile(bytes_per_s=1000.0)
     profile = Profile(layers=tuple(layers), micro_batch_size=1, links=(link,))
-    wire = Wire("int8+none", int8_bytes)
+    encoding = Encoding("int8+none", int8_bytes)
     schedule = PACI(4, 4)
     cut = tuple(range(k, k + 1) for k in range(4))
-    plain, coded = Layout(profile, schedule), Layout(profile, schedule, wire=wire)
+    plain, coded = Layout(profile, schedule), Layout(profile, schedule, encoding=encoding)
     sizes = [
         [(each.activation_bytes, each.gradient_bytes) for each in layout.costs(cut).stages]
         for layout in (plain, coded)
@@ -295,11 +295,18 @@ def test_messages_are_priced_as_they_are_encoded():
     assert sizes[0] == [(3600, 0), (3600, 3600), (77, 3600), (0, 77)]
     assert sizes[1] == [(3 * 304, 0), (3 * 304, 3600), (77, 3600), (0, 77)]
     # A slow link is as fast as its slower direction; memory holds what is received.
-    assert coded.memory(1, 1, 2).receive_bytes == 2 * (3 * 304 + 3600)
-    assert plain.memory(1, 1, 2).receive_bytes == 2 * (3600 + 3600)
+    nccl = profile.model_copy(update={"transport": "nccl"})
+    found = Layout(nccl, schedule, encoding=encoding).memory(1, 1, 2).receive_bytes
+    assert found == 2 * (3 * 304 + 3600)
+    assert Layout(nccl, schedule).memory(1, 1, 2).receive_bytes == 2 * (3600 + 3600)
+    # Over gloo a packet has a header. Four receives are posted from and to stage 0, three from and
+    # to stage 2; twice as many messages are kept.
+    small, large = 64 + 960, 64 + 3648
+    received, kept = 4 * small + 3 * large, 2 * (4 * large + 3 * small)
+    assert coded.memory(1, 1, 2).receive_bytes == received + kept
     shared = profile.model_copy(update={"transport": "shared"})
     ring, held = 2 * schedule.channel_capacity, schedule.in_flight_cap(2)
-    found = Layout(shared, schedule, wire=wire).memory(2, 2, 3).receive_bytes
+    found = Layout(shared, schedule, encoding=encoding).memory(2, 2, 3).receive_bytes
     assert found == ring * 960 + ring * 128  # inputs were decoded, and lie elsewhere
     found = Layout(shared, schedule).memory(2, 2, 3).receive_bytes
     assert found == ring * 3648 - held * 3600 + ring * 128

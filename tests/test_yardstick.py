@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from paci.bench.pace import schedule_of_workers
-from paci.bench.speedrun import COMPRESSED, DENSE, Entry, Wire, wires
+from paci.bench.speedrun import COMPRESSED, DENSE, Entry, Network, networks
 from paci.bench.yardstick import Yardstick, fastest
 from paci.cli.app import main
 from paci.errors import ConfigError
@@ -19,18 +19,18 @@ from paci.plan.vectorized import simulate_vectorized
 
 ROOT = Path(__file__).parent.parent
 WIDTH, VOCABULARY, FLOPS_PER_S = 1024, 50304, 396e12
-WIRES = wires(0.05, 25e6)
+WIRES = networks(0.05, 25e6)
 both = pytest.mark.parametrize("entry", [DENSE, COMPRESSED])
 
 
-def costs_of(entry: Entry, wire: Wire, spec: str = "1f1b", m: int | None = None) -> Costs:
+def costs_of(entry: Entry, network: Network, spec: str = "1f1b", m: int | None = None) -> Costs:
     schedule = schedule_of_workers(spec, 8, m or entry.num_micro_batches)
-    return entry.costs(schedule, FLOPS_PER_S, wire, entry.bytes_per_token)
+    return entry.costs(schedule, FLOPS_PER_S, network, entry.bytes_per_token)
 
 
-def update_s(entry: Entry, wire: Wire, spec: str = "1f1b", m: int | None = None) -> float:
+def update_s(entry: Entry, network: Network, spec: str = "1f1b", m: int | None = None) -> float:
     schedule = schedule_of_workers(spec, 8, m or entry.num_micro_batches)
-    return steady_state(schedule, costs_of(entry, wire, spec, m)).update_s
+    return steady_state(schedule, costs_of(entry, network, spec, m)).update_s
 
 
 def num_parameters(entry: Entry) -> int:
@@ -79,9 +79,9 @@ def test_the_figure_for_computing_comes_from_the_runs_without_links(entry: Entry
 @pytest.mark.parametrize("wiring", Wiring)
 @pytest.mark.parametrize("stored", [False, True])
 def test_no_other_wires_give_the_published_times(entry: Entry, wiring: Wiring, stored: bool):
-    wire = Wire(Link(0.05, 25e6, stores_and_forwards=stored), wiring)
+    network = Network(Link(0.05, 25e6, stores_and_forwards=stored), wiring)
     is_theirs = stored and wiring is Wiring.RECEIVER
-    assert (abs(update_s(entry, wire) / entry.update_s - 1) < 0.01) == is_theirs
+    assert (abs(update_s(entry, network) / entry.update_s - 1) < 0.01) == is_theirs
 
 
 @both

@@ -25,7 +25,7 @@ from paci.bench.methods import find_method
 from paci.bench.question import Question, Row, numbers
 from paci.bench.runs import best_runs, codec_of, key_of, read_runs, summarize
 from paci.errors import ConfigError
-from paci.plan.wire import NO_CODEC
+from paci.plan.encoding import NO_CODEC
 from paci.schedule.base import require_count
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from paci.bench.hosts.wire import Wire, Wires, in_sites
+from paci.bench.hosts.network import Wire, Wires, in_sites
 from paci.bench.question import Row, Timing, compared, numbers, require_times
 from paci.errors import ConfigError
 from paci.families import with_option

@@ -87,14 +87,14 @@ class Entry:
         return found
 
     def costs(
-        self, schedule: Schedule, flops_per_s: float, wire: Wire, bytes_per_token: int
+        self, schedule: Schedule, flops_per_s: float, network: Network, bytes_per_token: int
     ) -> Costs:
         """Return the costs of a schedule of this entry's batch.
 
         Args:
             schedule: of 8 workers, with one or several stages each.
             flops_per_s: operations that a device sustains.
-            wire: the links.
+            network: the links.
             bytes_per_token: of a message, whatever the entry itself sends.
         """
         tokens = TOKENS / schedule.accumulation
@@ -108,7 +108,7 @@ class Entry:
             )
             for flops in self.stage_flops(schedule.num_stages)
         )
-        return Costs(stages, wire.link, wiring=wire.wiring)
+        return Costs(stages, network.link, wiring=network.wiring)
 
     def kept_gib(self, schedule: Schedule) -> float:
         """Return the GiB of activations of the worker that keeps most, estimated.
@@ -128,7 +128,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Wire:
+class Network:
     """Links between all workers.
 
     Attributes:
@@ -140,13 +140,13 @@ class Wire:
     wiring: Wiring
 
 
-def wires(latency_s: float, bytes_per_s: float) -> Mapping[str, Wire]:
+def networks(latency_s: float, bytes_per_s: float) -> Mapping[str, Network]:
     """Return by name the links to price: none, the yardstick's, and those of full duplex."""
     own = Link(latency_s, bytes_per_s, stores_and_forwards=True)
     return {
-        "none": Wire(Link(), Wiring.DIRECTION),
-        "yardstick": Wire(own, Wiring.RECEIVER),
-        "full duplex": Wire(Link(latency_s, bytes_per_s), Wiring.DIRECTION),
+        "none": Network(Link(), Wiring.DIRECTION),
+        "yardstick": Network(own, Wiring.RECEIVER),
+        "full duplex": Network(Link(latency_s, bytes_per_s), Wiring.DIRECTION),
     }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.bench.pace import schedule_of_workers
 from paci.bench.question import Question, Row, numbers, require_times
-from paci.bench.speedrun import CODECS, NUM_WORKERS, TOKENS, WINDOW, Entry, Wire, wires
+from paci.bench.speedrun import CODECS, NUM_WORKERS, TOKENS, WINDOW, Entry, Network, networks
 from paci.bench.updates import needed_updates, read_sweep
 from paci.errors import ConfigError
 from paci.plan.steady_state import steady_state
@@ -106,18 +106,18 @@ class Yardstick(Question):
         schedules = dict(self._schedules())
         self._require_room(schedules)
         rows: list[dict[str, Any]] = []
-        for link, wire in wires(self.latency_ms / 1e3, self.megabits * 1e6 / 8).items():
+        for link, network in networks(self.latency_ms / 1e3, self.megabits * 1e6 / 8).items():
             for bytes_per_token, entry in CODECS.items():
                 where = {"link": link, "bytes_per_token": bytes_per_token}
                 own = bytes_per_token == entry.bytes_per_token
                 if own and link in ("none", "yardstick"):
-                    rows.append({**where, **self._published(entry, wire, link)})
+                    rows.append({**where, **self._published(entry, network, link)})
                 if link == "none":
                     continue
                 say(f"links: {link}, {bytes_per_token} bytes a token")
                 for (name, m), schedule in schedules.items():
                     row = {**where, "schedule": name, "num_micro_batches": m}
-                    row |= self._priced(entry, wire, bytes_per_token, schedule)
+                    row |= self._priced(entry, network, bytes_per_token, schedule)
                     row |= {"tax": taxes[name, m]} if (name, m) in taxes else {}
                     rows.append(row)
         return [*rows]
@@ -144,9 +144,9 @@ class Yardstick(Question):
                     )
 
     def _priced(
-        self, entry: Entry, wire: Wire, bytes_per_token: int, schedule: Schedule
+        self, entry: Entry, network: Network, bytes_per_token: int, schedule: Schedule
     ) -> dict[str, Any]:
-        costs = entry.costs(schedule, self.teraflops * 1e12, wire, bytes_per_token)
+        costs = entry.costs(schedule, self.teraflops * 1e12, network, bytes_per_token)
         update_s = float(simulate_vectorized(schedule, costs, WINDOW).end_s.max()) / WINDOW
         kept_gib = entry.kept_gib(schedule)
         return {
@@ -159,10 +159,10 @@ class Yardstick(Question):
             "fits": kept_gib <= self.memory_gib,
         }
 
-    def _published(self, entry: Entry, wire: Wire, link: str) -> dict[str, Any]:
+    def _published(self, entry: Entry, network: Network, link: str) -> dict[str, Any]:
         """What was published, beside what is predicted of it."""
         schedule = schedule_of_workers(_1F1B, NUM_WORKERS, entry.num_micro_batches)
-        found = self._priced(entry, wire, entry.bytes_per_token, schedule)
+        found = self._priced(entry, network, entry.bytes_per_token, schedule)
         published_s = entry.unlinked_s if link == "none" else entry.update_s
         return {
             "schedule": "published",

@@ -105,8 +105,10 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     again = {"yes": (True,), "no": (False,), "both": (False, True)}[options.recompute]
     counts = _numbers("use", options.use) if options.use else [options.devices]
     choose_weights = partial(planned_weights, _without_recomputation(options.weights))
-    wire = planned_codec(options.codec)
-    plan = search(profiles, options.batch_size, counts, specs, again, _make, choose_weights, wire)
+    encoding = planned_codec(options.codec)
+    plan = search(
+        profiles, options.batch_size, counts, specs, again, _make, choose_weights, encoding
+    )
     if options.json:
         chosen = [choice.to_json() for choice in plan.choices[: options.top]]
         print(json.dumps({"rows": chosen, "refused": [list(each) for each in plan.refused]}))

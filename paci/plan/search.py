@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from paci.errors import ConfigError
 from paci.plan.cost import Costs
+from paci.plan.encoding import AS_IT_IS, NO_CODEC, Encoding
 from paci.plan.given import GivenSchedule
 from paci.plan.partition import require_stages
 from paci.plan.profile import Profile
 from paci.plan.stage_memory import PolicyCost, StageMemory
 from paci.plan.stages import Layout
 from paci.plan.steady_state import SteadyState, steady_state
-from paci.plan.wire import AS_IT_IS, NO_CODEC, Wire
 from paci.schedule.action import Kind
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.registry import make_schedule
@@ -62,7 +62,7 @@ class Choice:
         memory: memory of each stage.
         max_drift: largest drift at stage 0, in updates.
         mean_delay: mean delay of the gradients of stage 0, in updates.
-        wire: the codec of its messages.
+        encoding: the codec of its messages.
     """
 
     spec: str
@@ -76,7 +76,7 @@ class Choice:
     memory: tuple[StageMemory, ...]
     max_drift: int
     mean_delay: float
-    wire: Wire = AS_IT_IS
+    encoding: Encoding = AS_IT_IS
 
     @property
     def peak_bytes(self) -> int:
@@ -110,8 +110,8 @@ class Choice:
             "cut": ",".join(str(len(layers)) for layers in self.cut),
             "weights": self.weights,
         }
-        if self.wire.spec != NO_CODEC:
-            options["codec"] = self.wire.spec
+        if self.encoding.spec != NO_CODEC:
+            options["codec"] = self.encoding.spec
         words = (f"--{key.replace('_', '-')} {value}" for key, value in options.items())
         return " ".join(["paci train", *words])
 
@@ -125,7 +125,7 @@ class Choice:
             "accumulation": self.schedule.accumulation,
             "recompute": self.recompute,
             "weights": self.weights,
-            "codec": self.wire.spec,
+            "codec": self.encoding.spec,
             "layers_by_stage": [len(layers) for layers in self.cut],
             "update_s": self.steady.update_s,
             "utilization": self.steady.utilization,
@@ -159,7 +159,7 @@ def search(
     recompute: Sequence[bool] = (False, True),
     make: MakeSchedule = make_schedule,
     choose_weights: ChooseWeights = own_weights,
-    wire: Wire = AS_IT_IS,
+    encoding: Encoding = AS_IT_IS,
 ) -> Plan:
     """Price every combination of profile, number of workers, schedule and recomputation.
 
@@ -171,7 +171,7 @@ def search(
         recompute: what to try: ``False`` for keeping activations, ``True`` for recomputing them.
         make: makes a schedule from its spec, number of stages and accumulation.
         choose_weights: returns the weight policy that a schedule will run with.
-        wire: the codec of messages; schedules of other libraries send them as they are.
+        encoding: the codec of messages; schedules of other libraries send them as they are.
 
     Raises:
         ConfigError: no combination is possible; the message is that of the first one tried.
@@ -187,7 +187,7 @@ def search(
             schedule = _schedule(spec, num_workers, batch_size, profile, make)
             require_stages(len(profile.layers), schedule.num_stages)
             weights = choose_weights(schedule, again)
-            own = AS_IT_IS if isinstance(schedule, GivenSchedule) else wire
+            own = AS_IT_IS if isinstance(schedule, GivenSchedule) else encoding
             layout = Layout(profile, schedule, again, weights.policies, own)
             choices.append(price(layout, spec, weights.spec))
         except ConfigError as error:
@@ -233,7 +233,7 @@ def price(layout: Layout, spec: str, weights: str, cut: tuple[range, ...] | None
         tuple(layout.memory(stage, each.start, each.stop) for stage, each in enumerate(cut)),
         max(each.drift for each in met),
         sum(each.delay for each in settled) / len(settled),
-        layout.wire,
+        layout.encoding,
     )
 
 

@@ -19,10 +19,10 @@ from itertools import accumulate
 
 from paci.errors import ConfigError
 from paci.plan.cost import Costs, Link, StageCost
+from paci.plan.encoding import AS_IT_IS, Encoding
 from paci.plan.partition import StageCostOf, as_integers, best_cut, require_stages
 from paci.plan.profile import Profile
 from paci.plan.stage_memory import Channels, PolicyCost, StageMemory, Traffic
-from paci.plan.wire import AS_IT_IS, Wire
 from paci.schedule.base import Schedule
 
 
@@ -37,15 +37,15 @@ class Layout:
         recompute: whether backwards recompute their forward.
         policies: cost of the weight policy for each stage; if empty, each stage keeps one copy of
             its weights.
-        wire: the codec of messages between stages. What it takes to encode and decode them is not
-            priced.
+        encoding: the codec of messages between stages. What it takes to encode and decode them is
+            not priced.
     """
 
     profile: Profile
     schedule: Schedule
     recompute: bool = False
     policies: tuple[PolicyCost, ...] = ()
-    wire: Wire = AS_IT_IS
+    encoding: Encoding = AS_IT_IS
 
     def memory(self, stage: int, start: int, end: int) -> StageMemory:
         """Return the memory of ``stage`` if it holds layers ``start`` to ``end - 1``."""
@@ -88,7 +88,7 @@ class Layout:
             return num_bytes, num_bytes
         made = self.profile.layers[layer - 1]
         about = num_bytes, made.output_width, made.output_itemsize
-        return self.wire.activation_bytes(*about), self.wire.gradient_bytes(*about)
+        return self.encoding.activation_bytes(*about), self.encoding.gradient_bytes(*about)
 
     def _traffic(self, layer: int, gradients: bool = False) -> Traffic:
         """Return what a stage receives and sends at the input of ``layer``.
@@ -257,7 +257,10 @@ class Layout:
         needed, limit = self.memory(*worst).total_bytes, limits[worst[0]]
         assert limit is not None, "only a limit can be exceeded"
         helps = [f"{needed - limit:,} bytes more on each device"]
-        if not self.recompute and Layout(self.profile, self.schedule, True, wire=self.wire).fits():
+        if (
+            not self.recompute
+            and Layout(self.profile, self.schedule, True, encoding=self.encoding).fits()
+        ):
             helps.append("recomputation, which fits")
         return ConfigError(
             f"{num_stages} stages must fit the memory of their devices, got at best "

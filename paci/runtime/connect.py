@@ -6,6 +6,7 @@ import contextlib
 import functools
 import secrets
 import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
@@ -40,10 +41,12 @@ class Opened(NamedTuple):
         transport: the ends of channels that this process holds.
         errand: to be done again and again by a thread, so that neighbours can renew connections;
             None if nothing is to be done.
+        given_up: to be set once the job is known to have failed.
     """
 
     transport: Transport
     errand: Callable[[], None] | None
+    given_up: threading.Event
 
 
 def open_channels(schedule: Schedule, world: World, devices: Devices, share_memory: bool) -> Opened:
@@ -97,7 +100,7 @@ def open_channels(schedule: Schedule, world: World, devices: Devices, share_memo
             else:
                 receivers[key] = end
     errand = None if builder.bells is None else builder.bells.listen
-    return Opened(Transport(senders, receivers), errand)
+    return Opened(Transport(senders, receivers), errand, builder.given_up)
 
 
 def edges(schedule: Schedule) -> list[Message]:
@@ -114,6 +117,7 @@ class _Builder:
     def __init__(self, schedule: Schedule, world: World, devices: Devices, name: str) -> None:
         self._schedule, self._world, self._devices, self._name = schedule, world, devices, name
         self.bells: Bells | None = None
+        self.given_up = threading.Event()
 
     def shared(self, edge: Message, connection: socket.socket) -> Sender | Receiver:
         """Make an end in shared memory."""
@@ -140,7 +144,8 @@ class _Builder:
         ends = self._world.ends(edge.stage if sends else edge.sender)
         store = dist.distributed_c10d._get_default_store()
         key = f"{self._name}/{edge.payload.value}/{edge.stage}"
-        point = MeetingPoint(store, key, 0 if sends else 1, ends.peer, ends.timeout_s)
+        place = 0 if sends else 1
+        point = MeetingPoint(store, key, place, ends.peer, ends.timeout_s, self.given_up)
         hop = Hop.of(self._schedule, min(edge.sender, edge.stage))
         end = (GlooSender if sends else GlooReceiver)(point, ends, hop.receives_ahead)
         self._world.keep(functools.partial(lambda each: each.groups, end))

@@ -21,6 +21,7 @@ from paci.runtime.transport.channel import LinkError
 _boards = itertools.count()  # all processes make theirs in one order
 _POLL_S = 1.0  # between two looks at the board
 _GRACE_S = 5.0  # that a process has to end by itself once another has failed
+_ANSWER_S = 10.0  # that the store has to answer
 _SETTLE_S = 2.0  # that a process which fails stays, so that all hear of it; over _POLL_S
 
 SOMEBODY = -1  # whom a process blames when a collective failed
@@ -90,11 +91,18 @@ class FailureBoard:
     Args:
         rank: this process's global rank.
         errand: what the thread does besides, each time that it looks.
+        heard_of_one: set once a failure is on the board.
     """
 
-    def __init__(self, rank: int, errand: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        errand: Callable[[], None] | None = None,
+        heard_of_one: threading.Event | None = None,
+    ) -> None:
         self._rank = rank
         self._errand = errand
+        self._heard_of_one = heard_of_one or threading.Event()
         self._key = f"paci/board/{next(_boards)}"
         self._store = dist.distributed_c10d._get_default_store()
         self._heard: list[Complaint] = []
@@ -108,7 +116,8 @@ class FailureBoard:
     def report(self, error: Exception) -> Exception:
         """Post ``error``; return the error to raise: itself, or one that names the first failure.
 
-        It takes up to two seconds, in which the failure that caused this one can be reported.
+        It takes up to two seconds, in which the failure that caused this one can be reported; ten
+        more if the store does not answer.
         """
         self._stop.set()
         if self._reported:
@@ -117,7 +126,7 @@ class FailureBoard:
         own = self._complaint(error)
         if own.suspect == SOMEBODY:
             error = collective_error(error)
-        knows_store = self._confer(own)
+        knows_store = self._confer_in_time(own)
         first = first_failure([*self._heard, own])
         if first.suspect != own.suspect or (first.is_own and first.rank != self._rank):
             return WorkerError(str(first))
@@ -127,6 +136,14 @@ class FailureBoard:
             f"{error} (the store of this job is gone too: the process that keeps it, rank 0 unless "
             f"a launcher does, is likely to have failed first)"
         )
+
+    def _confer_in_time(self, own: Complaint) -> bool:
+        """Do as ``_confer``; return False too if the store does not answer, as of a lost host."""
+        answers: list[bool] = []
+        thread = threading.Thread(target=lambda: answers.append(self._confer(own)), daemon=True)
+        thread.start()
+        thread.join(_SETTLE_S + _ANSWER_S)
+        return bool(answers and answers[0])
 
     def _confer(self, own: Complaint) -> bool:
         """Post ``own`` and read the complaints of others for up to two seconds.
@@ -182,6 +199,7 @@ class FailureBoard:
                     self._heard = self._read()
             except RuntimeError:
                 return  # the store is gone; the main thread will see it too
+        self._heard_of_one.set()
         if self._stop.wait(_GRACE_S):
             return
         with contextlib.suppress(RuntimeError):

@@ -165,7 +165,7 @@ class Pipeline:
                 schedule, devices[held[0]], self._world.position, self._world.size, trace_capacity
             ),
         )
-        board = None if self._world.group is None else FailureBoard(dist.get_rank(), opened.errand)
+        board = None if self._world.group is None else FailureBoard(dist.get_rank(), *opened[1:])
         self._failures = Failures(board)
         self._status_board = StatusBoard(self._world.ranks, self._world.position)
         # Micro-batches of all stretches that have been drained, and of the one that is running.

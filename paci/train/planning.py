@@ -15,11 +15,11 @@ from paci.data.tokenizer import tokenizer_spec
 from paci.families import with_option
 from paci.models import GPTConfig
 from paci.models.gpt import build_layer
+from paci.plan.encoding import NO_CODEC, Encoding
 from paci.plan.given import GivenSchedule
 from paci.plan.profile import Profile
 from paci.plan.search import Choice, Weights, price
 from paci.plan.stages import Layout
-from paci.plan.wire import NO_CODEC, Wire
 from paci.runtime.observation.layer_times import profile_layers
 from paci.runtime.observation.links import measure_links
 from paci.runtime.own_time import measure_overhead
@@ -122,11 +122,11 @@ def planned_weights(asked: str | None, schedule: Schedule, recompute: bool) -> W
     return Weights(spec, tuple(costs))
 
 
-def planned_codec(asked: str | None) -> Wire:
+def planned_codec(asked: str | None) -> Encoding:
     """Return the codec that ``paci train`` would take for ``--codec``, as planning sees it."""
     codecs = make_codecs(asked)
     down, up = codecs.activation, codecs.gradient
-    return Wire(
+    return Encoding(
         NO_CODEC if asked is None else asked,
         None if down is None else down.row_bytes,
         None if up is None else up.row_bytes,
@@ -148,6 +148,6 @@ def with_free_trials(choice: Choice) -> Choice:
 
 def _again(choice: Choice, weights: Weights) -> Choice:
     layout = Layout(
-        choice.profile, choice.schedule, choice.recompute, weights.policies, choice.wire
+        choice.profile, choice.schedule, choice.recompute, weights.policies, choice.encoding
     )
     return price(layout, choice.spec, weights.spec, choice.cut)

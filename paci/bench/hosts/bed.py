@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 
 from paci.bench.hosts.forwarder import Ask, Forwarder, Reset, SetWires, Silence
 from paci.bench.hosts.host import MEETING, TEMPORARY, become_host, missing_rights
-from paci.bench.hosts.wire import Wires
+from paci.bench.hosts.network import Wires
 from paci.errors import ConfigError, WorkerError
 
 _ANSWER_S = 10.0

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from paci.bench.hosts.network import Wire, Wires
 from paci.bench.hosts.packets import num_bytes_on_wire, peer_of, resets_of
-from paci.bench.hosts.wire import Wire, Wires
 from paci.bench.punctual import be_punctual
 
 _BURST = 64  # packets read from a device before others get a turn

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from paci.bench.hosts.wire import MTU
+from paci.bench.hosts.network import MTU
 from paci.errors import ConfigError
 
 DEVICE = "paci0"

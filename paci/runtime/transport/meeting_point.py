@@ -10,6 +10,7 @@ its process waits for something else meanwhile.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -43,6 +44,7 @@ class MeetingPoint(NamedTuple):
         place: 0 for the sending end, 1 for the receiving end.
         peer: global rank of the process with the other end.
         timeout_s: longest wait for the other end at first, in seconds.
+        given_up: set once the job is known to have failed.
     """
 
     store: Store
@@ -50,6 +52,7 @@ class MeetingPoint(NamedTuple):
     place: int
     peer: int
     timeout_s: float
+    given_up: threading.Event
 
     def meet(self, number: int) -> Connection:
         """Connect to the other end, which must do so too; return the group of the two.
@@ -76,9 +79,8 @@ class MeetingPoint(NamedTuple):
         self.store.add(_bell(self.peer), 1)
         until_s = time.monotonic() + _ANSWER_S + CONNECT_S * after_failure
         while not self.is_awaited(number):
-            if time.monotonic() > until_s:
+            if time.monotonic() > until_s or self.given_up.wait(_LOOK_S):
                 return False
-            time.sleep(_LOOK_S)
         return True
 
     def is_awaited(self, number: int) -> bool:

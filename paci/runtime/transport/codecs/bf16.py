@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from paci.plan.wire import cast_bytes
+from paci.plan.encoding import cast_bytes
 from paci.runtime.transport.codecs.codec import Codec, Crossing
 
 

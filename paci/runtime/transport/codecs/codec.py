@@ -84,7 +84,7 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def row_bytes(self, width: int) -> int:
-        """Return the bytes of a row of ``width`` values, from ``paci.plan.wire``."""
+        """Return the bytes of a row of ``width`` values, from ``paci.plan.encoding``."""
 
     @abc.abstractmethod
     def encode(self, rows: Tensor, crossing: Crossing) -> Tensor:

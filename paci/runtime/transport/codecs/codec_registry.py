@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import paci.runtime.transport.codecs
 from paci.errors import ConfigError
 from paci.families import members, modules_of, read_options
-from paci.plan.wire import NO_CODEC
+from paci.plan.encoding import NO_CODEC
 from paci.runtime.transport.codecs.codec import Codec
 
 CodecSpec = str | Codec | None

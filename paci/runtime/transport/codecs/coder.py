@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from paci.plan.wire import gains
+from paci.plan.encoding import gains
 from paci.runtime.transport.boundary import Spec, Structure, all_are, specs_of
 from paci.runtime.transport.channel import (
     Bundle,

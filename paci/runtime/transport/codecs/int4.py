@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from paci.plan.wire import even_blocks, int4_bytes
+from paci.plan.encoding import even_blocks, int4_bytes
 from paci.runtime.transport.codecs.codec import (
     Codec,
     Crossing,

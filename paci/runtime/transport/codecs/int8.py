@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from paci.plan.wire import int8_bytes
+from paci.plan.encoding import int8_bytes
 from paci.runtime.transport.codecs.codec import Codec, Crossing, require_which
 from paci.runtime.transport.codecs.rounding import inverse, rounded_
 

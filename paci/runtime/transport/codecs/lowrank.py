@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from paci.plan.wire import lowrank_bytes
+from paci.plan.encoding import lowrank_bytes
 from paci.runtime.transport.codecs.codec import Codec, Crossing, require_at_least
 from paci.runtime.transport.mixing import mix
 

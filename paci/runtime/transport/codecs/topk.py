@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paci.errors import ConfigError
-from paci.plan.wire import num_kept, place_bytes, topk_bytes
+from paci.plan.encoding import num_kept, place_bytes, topk_bytes
 from paci.runtime.transport.codecs.codec import Codec, Crossing, require_which
 
 _PLACES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}

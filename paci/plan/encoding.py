@@ -77,7 +77,7 @@ def gains(row_bytes: int, width: int, itemsize: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Wire:
+class Encoding:
     """The codec of a plan.
 
     Args:
@@ -105,7 +105,7 @@ class Wire:
         return _sent(self.gradient, num_bytes, width, itemsize)
 
 
-AS_IT_IS = Wire()
+AS_IT_IS = Encoding()
 
 
 def _sent(row_bytes: RowBytes | None, num_bytes: int, width: int, itemsize: int) -> int:
