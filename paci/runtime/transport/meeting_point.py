@@ -63,7 +63,26 @@ class MeetingPoint(NamedTuple):
         Raises:
             RuntimeError: the other end did not come in time.
         """
-        timeout_s = self.timeout_s if number == 0 else min(self.timeout_s, CONNECT_S)
+        if number == 0:
+            return self._group(number, self.timeout_s)
+        # Gloo's own time-out begins anew with each of several attempts.
+        made: list[Connection | RuntimeError] = []
+        thread = threading.Thread(target=lambda: made.append(self._attempt(number)), daemon=True)
+        thread.start()
+        thread.join(CONNECT_S)
+        if not made:
+            raise RuntimeError(f"rank {self.peer} did not connect within {CONNECT_S:g} s")
+        if isinstance(made[0], RuntimeError):
+            raise made[0]
+        return made[0]
+
+    def _attempt(self, number: int) -> Connection | RuntimeError:
+        try:
+            return self._group(number, CONNECT_S)
+        except RuntimeError as error:
+            return error
+
+    def _group(self, number: int, timeout_s: float) -> Connection:
         store = PrefixStore(f"{self.key}/{number}", self.store)
         group = dist.ProcessGroupGloo(store, self.place, 2, timedelta(seconds=timeout_s))
         return cast(Connection, group)
