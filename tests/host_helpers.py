@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import paci
-from paci.bench.hosts.host import address
+from paci.bench.hosts.host import address, congestion_control
 from paci.runtime.transport.gloo import _End
 from paci.runtime.world import hosted_stages
 
@@ -78,8 +80,6 @@ def step_of(folder: Path, rank: int) -> int:
 
 def ping(rank: int, num_ranks: int, sizes: list[int]) -> list[float]:
     """Rank 0 sends so many bytes, rank 1 answers with one; return the seconds that each took."""
-    store = dist.distributed_c10d._get_default_store()
-    del store
     found = []
     for size in [1, 1, *sizes]:
         message, answer = torch.zeros(size, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
@@ -95,7 +95,12 @@ def ping(rank: int, num_ranks: int, sizes: list[int]) -> list[float]:
     return found[2:]
 
 
-def name_of_host(rank: int, num_ranks: int) -> tuple[str, str]:
-    import socket
-
-    return socket.gethostname(), socket.gethostbyname(f"host{rank}") == address(rank) and "found"
+def about_host(rank: int, num_ranks: int) -> tuple[str, bool, list[str], str]:
+    """The host's name, whether its name is found, what lies in its folder, TCP's control."""
+    with tempfile.NamedTemporaryFile() as file:
+        folder = Path(file.name).parent
+    (folder / f"own-{rank}").touch()
+    dist.barrier()
+    is_found = socket.gethostbyname(f"host{rank}") == address(rank)
+    files = sorted(path.name for path in folder.iterdir())
+    return socket.gethostname(), is_found, files, congestion_control()

@@ -13,6 +13,7 @@ from paci.errors import ConfigError
 from paci.families import with_option
 from paci.plan.cost import Costs, StageCost
 from paci.plan.least_slack import least_slack
+from paci.plan.search import AUTO_SLACK
 from paci.plan.steady_state import steady_state
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.registry import make_schedule
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from paci.bench.arms import Arm
     from paci.bench.turns import Say
     from paci.bench.waiting_stages import EmulatedWork
-
-_AUTO = "slack=auto"
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class Links(Timing):
 
     def _chosen(self, spec: str, num_micro_batches: int) -> str:
         """Return ``spec`` with the slack that planning chooses in place of ``auto``."""
-        if _AUTO not in spec:
+        if AUTO_SLACK not in spec:
             return spec
 
         def make(slack: tuple[int, ...]) -> Schedule:

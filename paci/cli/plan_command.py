@@ -72,7 +72,8 @@ def add_parser(commands: Any) -> None:
     search_.add_argument(
         "--schedules",
         metavar="NAME,...",
-        help="default: all, and paci:slack=1; torch-zbv and others of PyTorch's can be named",
+        help="default: all, paci:slack=1, and paci and 1f1b with slack=auto, the least slack of "
+        "each hop that hides its messages; torch-zbv and others of PyTorch's can be named",
     )
     search_.add_argument(
         "--recompute", choices=("yes", "no", "both"), default="both", help="(both)"
@@ -101,7 +102,9 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     require_count("devices", options.devices)
     require_count("top", options.top)
     profiles = [_with_machines(profile, options) for profile in _profiles(options)]
-    specs = options.schedules.split(",") if options.schedules else [*schedules(), "paci:slack=1"]
+    specs = [*schedules(), "paci:slack=1", "paci:slack=auto", "1f1b:slack=auto"]
+    if options.schedules:
+        specs = options.schedules.split(",")
     again = {"yes": (True,), "no": (False,), "both": (False, True)}[options.recompute]
     counts = _numbers("use", options.use) if options.use else [options.devices]
     choose_weights = partial(planned_weights, _without_recomputation(options.weights))

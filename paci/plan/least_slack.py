@@ -38,10 +38,10 @@ def least_slack(
         costs: costs of its stages and links.
         tolerance: share by which an update may take longer than with ample slack.
     """
-    num_stages = len(costs.stages)
-    chosen = _by_rule(costs)
-    if not chosen:
-        return ()
+    num_stages, slot_s = len(costs.stages), _slot_s(costs)
+    if num_stages == 1 or not slot_s > 0:
+        return (0,) * (num_stages - 1)
+    chosen = _by_rule(costs, slot_s)
     ample = tuple(min(2 * each + 2, _MOST) for each in chosen)
     limit_s = steady_state(make(ample), costs).update_s * (1 + tolerance)
 
@@ -60,14 +60,16 @@ def least_slack(
     return chosen
 
 
-def _by_rule(costs: Costs) -> tuple[int, ...]:
-    """Return what each hop needs if every worker is as busy as the busiest."""
-    slot_s = max(
+def _slot_s(costs: Costs) -> float:
+    """Return the seconds that the busiest worker takes for a micro-batch."""
+    return max(
         stage.seconds(Kind.FORWARD) + stage.seconds(Kind.BACKWARD) + 2 * costs.overhead_s
         for stage in costs.stages
     )
-    if not slot_s > 0:
-        return (0,) * (len(costs.stages) - 1)
+
+
+def _by_rule(costs: Costs, slot_s: float) -> tuple[int, ...]:
+    """Return what each hop needs if every worker is as busy as the busiest."""
     found = []
     for hop in range(len(costs.stages) - 1):
         both_ways_s = 0.0

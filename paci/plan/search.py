@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from paci.errors import ConfigError
+from paci.families import with_option
 from paci.plan.cost import Costs
 from paci.plan.encoding import AS_IT_IS, NO_CODEC, Encoding
 from paci.plan.given import GivenSchedule
+from paci.plan.least_slack import least_slack
 from paci.plan.partition import require_stages
 from paci.plan.profile import Profile
 from paci.plan.stage_memory import PolicyCost, StageMemory
@@ -20,8 +22,10 @@ from paci.plan.steady_state import SteadyState, steady_state
 from paci.schedule.action import Kind
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.registry import make_schedule
+from paci.schedule.slack import as_text
 from paci.schedule.versions import stage_versions, updates_to_settle
 
+AUTO_SLACK = "slack=auto"
 # Times that differ by less than this share are equal: then less drift, then less memory wins.
 SAME_TIME = 1e-3
 MakeSchedule = Callable[[str, int, int], Schedule]
@@ -167,7 +171,8 @@ def search(
         profiles: profiles of one model, one for each micro-batch size to try.
         batch_size: sequences of one update.
         worker_counts: the numbers of devices to try.
-        specs: schedules to try, with their options, as for ``paci train --schedule``.
+        specs: schedules to try, with their options, as for ``paci train --schedule``; with
+            ``slack=auto`` each hop gets the least slack that hides its messages.
         recompute: what to try: ``False`` for keeping activations, ``True`` for recomputing them.
         make: makes a schedule from its spec, number of stages and accumulation.
         choose_weights: returns the weight policy that a schedule will run with.
@@ -184,12 +189,20 @@ def search(
     ):
         require_count("num_workers", num_workers)
         try:
+            if is_auto := AUTO_SLACK in spec:
+                spec = _without_auto(spec)
             schedule = _schedule(spec, num_workers, batch_size, profile, make)
             require_stages(len(profile.layers), schedule.num_stages)
             weights = choose_weights(schedule, again)
             own = AS_IT_IS if isinstance(schedule, GivenSchedule) else encoding
             layout = Layout(profile, schedule, again, weights.policies, own)
-            choices.append(price(layout, spec, weights.spec))
+            if is_auto:
+                spec = _with_least_slack(layout, spec, make)
+                schedule = make(spec, schedule.num_stages, schedule.accumulation)
+                weights = choose_weights(schedule, again)
+                layout = Layout(profile, schedule, again, weights.policies, own)
+            if not any(_is_same(layout, each) for each in choices):
+                choices.append(price(layout, spec, weights.spec))
         except ConfigError as error:
             tried = f"{spec} on {num_workers}, micro-batches of {profile.micro_batch_size}"
             refused.append((tried + ", recomputing" * again, str(error)))
@@ -202,6 +215,33 @@ def search(
         return steps, choice.mean_delay, choice.peak_bytes, choice.schedule.num_workers
 
     return Plan(tuple(sorted(choices, key=rank)), tuple(refused))
+
+
+def _without_auto(spec: str) -> str:
+    """Return ``spec`` with no slack in place of the one that is to be chosen."""
+    return with_option(spec, "slack", 0)
+
+
+def _with_least_slack(layout: Layout, spec: str, make: MakeSchedule) -> str:
+    """Return ``spec`` with the least slack of each hop that hides its messages."""
+    schedule = layout.schedule
+
+    def given(slack: tuple[int, ...]) -> str:
+        return with_option(spec, "slack", as_text(slack))
+
+    found = least_slack(
+        lambda slack: make(given(slack), schedule.num_stages, schedule.accumulation),
+        layout.costs(layout.cut()),
+    )
+    return given(found)
+
+
+def _is_same(layout: Layout, choice: Choice) -> bool:
+    return (layout.profile, layout.schedule, layout.recompute) == (
+        choice.profile,
+        choice.schedule,
+        choice.recompute,
+    )
 
 
 def price(layout: Layout, spec: str, weights: str, cut: tuple[range, ...] | None = None) -> Choice:

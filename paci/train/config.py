@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paci.errors import ConfigError
+from paci.families import with_option
 from paci.schedule.registry import find_schedule
 
 Count = Annotated[int, Field(ge=1)]
@@ -53,6 +54,12 @@ class TrainConfig(BaseModel):
     val_fraction: Fraction = option(0.1, "data", "share of documents that are held out")
 
     schedule: str = option("paci", "pipeline", "see `paci schedules`; options as paci:slack=1")
+    slack: str | None = option(
+        None,
+        "pipeline",
+        "slack of the schedule: one number, one for each hop (0/0/3), or auto: measure links and "
+        "layers at the start and take the least that hides them",
+    )
     stages: Count | None = option(
         None, "pipeline", "stages; default 4, or if more what the workers hold (1 each, on a V 2)"
     )
@@ -161,6 +168,7 @@ class TrainConfig(BaseModel):
 
 
 OPTIONS_FILE = "options.json"
+AUTO_SLACK = "auto"
 # Options that do not shape the weights.
 NEUTRAL = frozenset(
     {
@@ -195,10 +203,16 @@ def load_config(file: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     _validate(values, strict=True)
     given = {**values, **overrides}
     config = _validate(given, strict=False)
-    if not config.resume or config.out is None:
+    if config.resume and config.out is not None:
+        kept = Path(config.out) / OPTIONS_FILE
+        if kept.exists():
+            if config.slack == AUTO_SLACK:  # was chosen when the run began, and is kept with it
+                given = {key: given[key] for key in given if key not in ("slack", "schedule")}
+            config = _validate({**_read_kept(kept), **given}, strict=False)
+    if config.slack in (None, AUTO_SLACK):
         return config
-    kept = Path(config.out) / OPTIONS_FILE
-    return _validate({**_read_kept(kept), **given}, strict=False) if kept.exists() else config
+    spec = with_option(config.schedule, "slack", config.slack)
+    return config.model_copy(update={"schedule": spec, "slack": None})
 
 
 def keep_options(config: TrainConfig, folder: Path) -> None:

@@ -20,6 +20,7 @@ from paci.train.config import TrainConfig, keep_options
 from paci.train.loop import Trainer, describe, find_checkpoint
 from paci.train.metrics import METRICS_FILE, require_tensorboard
 from paci.train.setup import choose_device, choose_weights, make_plan
+from paci.train.slack import require_slack_option, with_chosen_slack
 from paci.train.summary import (
     SUMMARY_FILE,
     drift_table,
@@ -85,7 +86,9 @@ def prepare_all(config: TrainConfig) -> Corpus:
     Raises:
         ConfigError: the options do not fit each other, the machine or the corpus.
     """
-    make_plan(config, vocab_size=1)  # refuses most mistakes before any text is read
+    schedule = make_plan(config, vocab_size=1).schedule  # refuses most mistakes before any text
+    if config.slack is not None:
+        require_slack_option(schedule)
     if config.tensorboard:
         require_tensorboard()
     corpus = _corpus(config)
@@ -115,6 +118,9 @@ def train(config: TrainConfig, say: Say) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         connect(config, device)
     folder, corpus = _prepare_together(config)
+    speaks = not dist.is_initialized() or dist.get_rank() == 0
+    told = say if speaks else (lambda line: None)
+    config = with_chosen_slack(config, corpus.tokenizer.vocab_size, device, told)
     plan = make_plan(config, corpus.tokenizer.vocab_size)
     trainer = Trainer(config, plan, corpus, device, folder, say)
     with trainer.pipeline.failing_together():
