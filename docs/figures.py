@@ -92,8 +92,8 @@ _ALL = """
 
 
 # Benchmarks whose tables stand in these pages, each in one of them.
-_OF_LEARNING = ("convergence", "time-to-accuracy", "race", "yardstick")
-_PAGES_OF_LEARNING = ("convergence.md", "time.md", "rivals.md", "yardstick-part.md")
+_OF_LEARNING = ("convergence", "time-to-accuracy", "race", "yardstick", "links", "speedrun")
+_PAGES_OF_LEARNING = ("convergence.md", "time.md", "rivals.md", "slow-links.md")
 # Of the yardstick: what is drawn, and what its links are called.
 _PRICED = ("1f1b", "1f1b:slack=1", "1f1b:slack=2", "torch-interleaved", "torch-zbv", "paci")
 _PRICED = (*_PRICED, "paci:slack=1", "paci:slack=2")

@@ -8,6 +8,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ NUM_STAGES = 3
 WIDTH = 64
 
 
-def pipeline_of(held: tuple[int, ...], timeout_s: float = 60.0) -> paci.Pipeline:
+def pipeline_of(held: tuple[int, ...], timeout_s: float = 60.0, **options: Any) -> paci.Pipeline:
     torch.manual_seed(0)
     stages = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(NUM_STAGES)]
     return paci.Pipeline(
@@ -33,6 +34,7 @@ def pipeline_of(held: tuple[int, ...], timeout_s: float = 60.0) -> paci.Pipeline
         functools.partial(torch.optim.AdamW, lr=1e-3),
         nn.MSELoss(),
         timeout_s=timeout_s,
+        **options,
     )
 
 
@@ -104,3 +106,31 @@ def about_host(rank: int, num_ranks: int) -> tuple[str, bool, list[str], str]:
     is_found = socket.gethostbyname(f"host{rank}") == address(rank)
     files = sorted(path.name for path in folder.iterdir())
     return socket.gethostname(), is_found, files, congestion_control()
+
+
+def count_round_trips(rank: int, num_ranks: int, round_trip_s: float) -> dict[str, float]:
+    """Return how long what a pipeline does takes, in round trips between hosts.
+
+    Stages compute for next to no time. All but what is measured waits for a barrier.
+    """
+    found: dict[str, float] = {}
+
+    def measure(what: str, action: Callable[[], Any]) -> Any:
+        dist.barrier()
+        start_s = time.perf_counter()
+        value = action()
+        found[what] = (time.perf_counter() - start_s) / round_trip_s
+        return value
+
+    held = hosted_stages(paci.PACI(NUM_STAGES, 4), rank, num_ranks)
+    pipeline = measure("start", lambda: pipeline_of(held, flush_first=0))
+    x = torch.ones(8, WIDTH)
+    for _ in range(3):
+        pipeline.step(x, x)
+    pipeline.drain()
+    measure("an update that is drained", lambda: (pipeline.step(x, x), pipeline.drain()))
+    measure("utilization", pipeline.utilization)
+    measure("evaluation", lambda: pipeline.evaluate([(x, x)]))
+    measure("trace", pipeline.trace)
+    measure("close", pipeline.close)
+    return found

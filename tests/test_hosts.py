@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -224,3 +225,83 @@ def test_a_host_that_vanishes_is_named_within_the_time_out(tmp_path: Path):
     # The lost one knows of nobody, and that the store is out of reach.
     assert "the store of this job is gone too" in texts[2]
     assert all(rank.end_s - min(r.end_s for r in ranks) < 25.0 for rank in ranks)
+
+
+_MODEL = "--stages 2 --layers 2 --width 32 --heads 1 --context 16 --accumulation 4 --batch-size 8"
+_RUN = "--updates 12 --flush-first 0 --eval-every 12 --eval-sequences 4 --checkpoint-every 6"
+_REST = "--sample-tokens 0 --timeout 60 --device cpu"
+OPTIONS = f"{_MODEL} {_RUN} {_REST}".split()
+
+
+def paci_train(bed: Bed, options: list[str], env: dict[str, str]) -> tuple[list[int], list[str]]:
+    """Run ``paci train`` on every host, as a launcher would; return exit codes and outputs."""
+    hosts = []
+    for host in range(bed.num_hosts):
+        own = {"RANK": str(host), "LOCAL_RANK": "0", "WORLD_SIZE": str(bed.num_hosts)}
+        own |= {"MASTER_ADDR": "host0", "MASTER_PORT": str(PORT)}
+        hosts.append(
+            bed.start(
+                host,
+                [sys.executable, "-m", "paci", "train", *OPTIONS, *options],
+                env={**os.environ, **env, **own},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    said = [host.communicate(timeout=150)[0] for host in hosts]
+    return [host.returncode for host in hosts], said
+
+
+@needs_hosts
+def test_training_chooses_its_slack_and_keeps_it(tmp_path: Path, text: Path):
+    env = {"PACI_CACHE": os.environ["PACI_CACHE"], "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = tmp_path / "run"
+    options = ["--data", str(text), "--out", str(run), "--slack", "auto"]
+    with Bed(wires(2, Wire(0.05)), 2) as bed:
+        codes, said = paci_train(bed, options, env)
+    assert codes == [0, 0], said
+    assert "slack: a micro-batch takes the slowest stage" in said[0]
+    kept = json.loads((run / "options.json").read_text())
+    chosen = kept["schedule"]
+    assert chosen.startswith("paci:slack=")
+    assert int(chosen.partition("=")[2]) > 3  # 100 ms there and back, slots of some milliseconds
+    assert kept["slack"] is None
+    assert f"slack: {chosen.partition('=')[2]}: without it an update would take" in said[0]
+    # The same slack, given, leads to the same weights in one process.
+    alone = tmp_path / "alone"
+    command = [sys.executable, "-m", "paci", "train", *OPTIONS, "--data", str(text)]
+    command += ["--out", str(alone), "--slack", chosen.partition("=")[2]]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    digests = [
+        json.loads((folder / "summary.json").read_text())["weights_sha256"]
+        for folder in (run, alone)
+    ]
+    assert digests[0] == digests[1]
+    # To go on takes what was chosen, whatever links are like now.
+    again = subprocess.run(
+        [*command[:-4], "--out", str(run), "--slack", "auto", "--resume"],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stderr
+    assert "has all its 12 updates: nothing to do" in again.stdout
+    assert "a micro-batch takes" not in again.stdout
+
+
+@needs_hosts
+def test_round_trips_are_few(tmp_path: Path):
+    """What a start, an update, an evaluation and the like take on links of 100 ms."""
+    with Bed(wires(NUM, Wire(0.1)), NUM) as bed:
+        counts = values(launch(tmp_path, NUM, ranks_of.count_round_trips, 0.2, place=bed.place))
+    longest = {what: max(count[what] for count in counts) for what in counts[0]}
+    # Down and up again is a round trip a hop; a gather is one.
+    assert longest["an update that is drained"] < NUM - 1 + 0.9
+    assert longest["utilization"] < 1.9
+    assert longest["evaluation"] < 6.9
+    assert longest["trace"] < 10.9
+    assert longest["close"] < 0.9
+    # A gather of all ranks and a group (15), six gathers, and seven for each of four channels.
+    assert longest["start"] < 60

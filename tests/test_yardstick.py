@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from paci.bench.pace import schedule_of_workers
-from paci.bench.speedrun import COMPRESSED, DENSE, Entry, Network, networks
 from paci.bench.yardstick import Yardstick, fastest
+from paci.bench.yardstick_entries import COMPRESSED, DENSE, Entry, Network, networks
 from paci.cli.app import main
 from paci.errors import ConfigError
 from paci.plan.cost import Costs, Link, Wiring
@@ -165,7 +165,7 @@ def test_without_runs_there_is_no_tax():
 
 def test_the_page_says_what_the_results_say():
     result = json.loads((ROOT / "results/yardstick/yardstick.json").read_text())
-    page = (ROOT / "docs/yardstick-part.md").read_text().partition("### What its links do")[0]
+    page = (ROOT / "docs/slow-links.md").read_text().partition("### What its links do")[0]
     told = {
         (row["link"], row["bytes_per_token"]): row for row in Yardstick.summarize(result["rows"])
     }

@@ -11,6 +11,7 @@ from paci.bench.planned import Planned
 from paci.bench.question import Question
 from paci.bench.race import Race
 from paci.bench.slow_links import Links
+from paci.bench.speedrun import Speedrun
 from paci.bench.throughput import Throughput
 from paci.bench.trials import Trials
 from paci.bench.yardstick import Yardstick
@@ -27,4 +28,5 @@ QUESTIONS: tuple[type[Question], ...] = (
     Race,
     TimeToAccuracy,
     Yardstick,
+    Speedrun,
 )

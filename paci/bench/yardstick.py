@@ -1,7 +1,7 @@
 """``paci bench yardstick``: every schedule priced on the public yardstick, Protocol NanoGPT.
 
 Nothing runs: times are simulated, with its links and with links of full duplex, from one figure for
-computing. ``paci.bench.speedrun`` says what the yardstick is.
+computing. ``paci.bench.yardstick_entries`` says what the yardstick is.
 """
 
 from __future__ import annotations
@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.bench.pace import schedule_of_workers
 from paci.bench.question import Question, Row, numbers, require_times
-from paci.bench.speedrun import CODECS, NUM_WORKERS, TOKENS, WINDOW, Entry, Network, networks
 from paci.bench.updates import needed_updates, read_sweep
+from paci.bench.yardstick_entries import (
+    CODECS,
+    NUM_WORKERS,
+    TOKENS,
+    WINDOW,
+    Entry,
+    Network,
+    networks,
+)
 from paci.errors import ConfigError
 from paci.plan.steady_state import steady_state
 from paci.plan.vectorized import simulate_vectorized

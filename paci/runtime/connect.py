@@ -39,13 +39,13 @@ class Opened(NamedTuple):
 
     Attributes:
         transport: the ends of channels that this process holds.
-        errand: to be done again and again by a thread, so that neighbours can renew connections;
-            None if nothing is to be done.
+        listen: to be called again and again by a thread, so that neighbours can renew connections
+            (``Bells.listen``); None if there is nothing to renew.
         given_up: to be set once the job is known to have failed.
     """
 
     transport: Transport
-    errand: Callable[[], None] | None
+    listen: Callable[[int], None] | None
     given_up: threading.Event
 
 
@@ -84,7 +84,9 @@ def open_channels(schedule: Schedule, world: World, devices: Devices, share_memo
     groups = _nccl_groups(world, crossing, on_cuda)
     senders: dict[Edge, Sender] = {}
     receivers: dict[Edge, Receiver] = {}
-    for edge in edges(schedule):
+    # Every second hop first: each process then waits for one neighbour at a time, and no chain of
+    # waits goes from the first process to the last.
+    for edge in sorted(edges(schedule), key=lambda edge: min(edge.sender, edge.stage) % 2):
         key, source, target = edge[:2], edge.sender, edge.stage
         if source in devices and target in devices:
             senders[key] = receivers[key] = LocalChannel(devices[target])
@@ -99,8 +101,8 @@ def open_channels(schedule: Schedule, world: World, devices: Devices, share_memo
                 senders[key] = end
             else:
                 receivers[key] = end
-    errand = None if builder.bells is None else builder.bells.listen
-    return Opened(Transport(senders, receivers), errand, builder.given_up)
+    listen = None if builder.bells is None else builder.bells.listen
+    return Opened(Transport(senders, receivers), listen, builder.given_up)
 
 
 def edges(schedule: Schedule) -> list[Message]:

@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from paci.errors import WorkerError
 from paci.runtime.transport.channel import LinkError
+from paci.runtime.transport.meeting_point import bell_of
 
 _boards = itertools.count()  # all processes make theirs in one order
 _POLL_S = 1.0  # between two looks at the board
@@ -81,37 +83,36 @@ def first_failure(complaints: Sequence[Complaint]) -> Complaint:
 class FailureBoard:
     """A list of failures in torch.distributed's key-value store, which all processes read.
 
-    A thread reads it every second. A few seconds after another process has failed, the thread ends
-    this process with exit status 1, even if the main thread is stuck (in a long computation, or in
-    a collective that never completes). If nothing fails, this one small read is the only cost.
+    A thread looks at it every second (``_Watchman``). A few seconds after another process has
+    failed, this process ends with exit status 1, even if the main thread is stuck (in a long
+    computation, or in a collective that never completes).
 
     The process that hosts the store may be the one that fails. So a process that fails stays alive
     for up to two seconds after its report, and the others remember what they read.
 
     Args:
         rank: this process's global rank.
-        errand: what the thread does besides, each time that it looks.
+        listen: called with what the process's bell has rung so far (``Bells.listen``).
         heard_of_one: set once a failure is on the board.
     """
 
     def __init__(
         self,
         rank: int,
-        errand: Callable[[], None] | None = None,
+        listen: Callable[[int], None] | None = None,
         heard_of_one: threading.Event | None = None,
     ) -> None:
         self._rank = rank
-        self._errand = errand
+        self._listen = listen
         self._heard_of_one = heard_of_one or threading.Event()
         self._key = f"paci/board/{next(_boards)}"
+        self.counter = f"{self._key}/num_failures"
         self._store = dist.distributed_c10d._get_default_store()
+        self._store.add(self.counter, 0)
         self._heard: list[Complaint] = []
         self._reported = False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="paci-failures", daemon=True)
-        self._thread.start()
-        # An interpreter that ends must not find the thread inside the store.
-        atexit.register(self.close)
+        _Watchman.watch(self, self._store, rank)
 
     def report(self, error: Exception) -> Exception:
         """Post ``error``; return the error to raise: itself, or one that names the first failure.
@@ -163,10 +164,8 @@ class FailureBoard:
         return True
 
     def close(self) -> None:
-        """Stop the thread that reads the board."""
+        """Stop watching the board."""
         self._stop.set()
-        self._thread.join(timeout=2 * _POLL_S)
-        atexit.unregister(self.close)
 
     def _complaint(self, error: Exception) -> Complaint:
         if isinstance(error, LinkError):
@@ -176,30 +175,34 @@ class FailureBoard:
         return Complaint(self._rank, self._rank, f"{type(error).__name__}: {error}")
 
     def _post(self, complaint: Complaint) -> None:
-        place = self._store.add(f"{self._key}/num_failures", 1)
+        place = self._store.add(self.counter, 1)
         self._store.set(self._failure_key(place), json.dumps(complaint))
 
     def _read(self) -> list[Complaint]:
         """Return the complaints on the board, in order, without any that is not yet complete."""
-        places = range(1, self._store.add(f"{self._key}/num_failures", 0) + 1)
+        places = range(1, self._store.add(self.counter, 0) + 1)
         keys = [key for place in places if self._store.check([key := self._failure_key(place)])]
         return [Complaint(*json.loads(self._store.get(key).decode())) for key in keys]
 
     def _failure_key(self, place: int) -> str:
         return f"{self._key}/failure/{place}"
 
-    def _watch(self) -> None:
-        while not self._heard:
-            if self._stop.wait(_POLL_S):
-                return
-            try:
-                if self._errand is not None:
-                    self._errand()
-                if self._store.check([self._failure_key(1)]):
-                    self._heard = self._read()
-            except RuntimeError:
-                return  # the store is gone; the main thread will see it too
-        self._heard_of_one.set()
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody is to look at it any more."""
+        return self._stop.is_set()
+
+    def look(self, num_failures: int, num_rung: int) -> None:
+        """Act on the number of failures on the board, and on what the bell has rung."""
+        if self._listen is not None:
+            self._listen(num_rung)
+        if num_failures and not self._heard and (heard := self._read()):
+            self._heard = heard
+            self._heard_of_one.set()
+            threading.Thread(target=self._end, name="paci-end", daemon=True).start()
+
+    def _end(self) -> None:
+        """End this process, unless it does so by itself."""
         if self._stop.wait(_GRACE_S):
             return
         with contextlib.suppress(RuntimeError):
@@ -209,6 +212,62 @@ class FailureBoard:
         sys.stderr.flush()
         time.sleep(0.1)
         os._exit(1)
+
+
+class _Watchman:
+    """The thread of a process that looks at the boards of all its pipelines, and at its bell.
+
+    One small read of the store every second is all that it costs while nothing fails, however many
+    pipelines there are. It ends with the last of them.
+
+    Args:
+        store: the key-value store of the job.
+        rank: this process's global rank.
+    """
+
+    _lock: ClassVar = threading.Lock()
+    _newest: ClassVar[_Watchman | None] = None
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store, self._bell = store, bell_of(rank)
+        store.add(self._bell, 0)
+        self._boards: list[FailureBoard] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="paci-failures", daemon=True)
+        # An interpreter that ends must not find the thread inside the store.
+        atexit.register(self._close)
+
+    @classmethod
+    def watch(cls, board: FailureBoard, store: Store, rank: int) -> None:
+        """Look at ``board``, which is in ``store``, until it is closed."""
+        with cls._lock:
+            one = cls._newest
+            if one is None or one._store is not store:
+                one = cls._newest = cls(store, rank)
+                one._thread.start()
+            one._boards.append(board)
+
+    def _run(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            with self._lock:
+                self._boards = boards = [board for board in self._boards if not board.is_closed]
+                if not boards:
+                    break
+            keys = [self._bell, *(board.counter for board in boards)]
+            try:
+                num_rung, *numbers = map(int, self._store.multi_get(keys))
+                for board, num_failures in zip(boards, numbers, strict=True):
+                    board.look(num_failures, num_rung)
+            except RuntimeError:
+                break  # the store is gone; the main thread will see it too
+        with self._lock:
+            if _Watchman._newest is self:
+                _Watchman._newest = None
+        atexit.unregister(self._close)
+
+    def _close(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=2 * _POLL_S)
 
 
 class Failures:

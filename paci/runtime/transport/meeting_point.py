@@ -95,7 +95,7 @@ class MeetingPoint(NamedTuple):
             after_failure: whether the meeting before failed, at which the other end may still wait.
         """
         self.store.set(self._attendance(number, self.place), "")
-        self.store.add(_bell(self.peer), 1)
+        self.store.add(bell_of(self.peer), 1)
         until_s = time.monotonic() + _ANSWER_S + CONNECT_S * after_failure
         while not self.is_awaited(number):
             if time.monotonic() > until_s or self.given_up.wait(_LOOK_S):
@@ -119,19 +119,26 @@ class Bells:
     """
 
     def __init__(self, store: Store, rank: int) -> None:
-        self._store, self._key = store, _bell(rank)
-        self._num_heard = store.add(self._key, 0)
+        self._num_heard = store.add(bell_of(rank), 0)
+        self._is_answering = False
         self._answers: list[Callable[[], bool]] = []
 
     def answer(self, answer: Callable[[], bool]) -> None:
         """Call ``answer`` when the bell has rung, again later if it returns False."""
         self._answers.append(answer)
 
-    def listen(self) -> None:
-        """Look whether the bell has rung, and answer; a thread calls this again and again."""
-        num_rung = self._store.add(self._key, 0)
-        if num_rung == self._num_heard:
+    def listen(self, num_rung: int) -> None:
+        """Answer, in a thread of its own, if the bell has rung since; called again and again.
+
+        Args:
+            num_rung: how often it has rung in all.
+        """
+        if num_rung == self._num_heard or self._is_answering:
             return
+        self._is_answering = True
+        threading.Thread(target=self._answer, args=(num_rung,), daemon=True).start()
+
+    def _answer(self, num_rung: int) -> None:
         all_answered = True
         for answer in self._answers:
             # Whatever goes wrong here, the main thread meets too and reports.
@@ -139,7 +146,9 @@ class Bells:
                 all_answered &= answer()
         if all_answered:
             self._num_heard = num_rung
+        self._is_answering = False
 
 
-def _bell(rank: int) -> str:
+def bell_of(rank: int) -> str:
+    """Return the key of the counter at which the process ``rank`` looks every second."""
     return f"paci/bell/{rank}"

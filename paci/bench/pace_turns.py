@@ -1,0 +1,88 @@
+"""What the workers of ``paci bench speedrun`` do: time updates of real training, in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from paci.bench.racers import Racer, Running, longest_s, tensors
+from paci.bench.workers import Report
+from paci.data import Sampler
+from paci.data.store import open_corpus
+
+_NUM_WARM = 2  # updates before the first turn
+_NUM_FLUSHED = 2  # updates of a turn after each of which the pipeline is emptied
+
+
+class PaceTurn(NamedTuple):
+    """What one turn of one racer found.
+
+    Attributes:
+        place: of the racer among all.
+        update_s: seconds of an update in steady state.
+        flushed_s: seconds of an update after which the pipeline is emptied.
+    """
+
+    place: int
+    update_s: float
+    flushed_s: float
+
+
+def take_pace_turns(
+    rank: int,
+    report: Report,
+    racers: Sequence[Racer],
+    folder: Path,
+    num_turns: int,
+    num_timed: int,
+) -> None:
+    """Train through each of ``racers`` in turns; rank 0 reports a ``PaceTurn`` after each.
+
+    Args:
+        rank: of this process.
+        report: takes turns.
+        racers: whose configurations agree in model and batches.
+        folder: of the corpus.
+        num_turns: of each.
+        num_timed: updates that are timed in a turn.
+    """
+    config = racers[0].config
+    corpus = open_corpus(folder)
+    assert corpus is not None, "it has just been made"
+    sampler = Sampler(corpus.train, config.context, config.batch_size, config.seed)
+    batch = tensors(sampler.batch(0))
+    running = [racer.open(corpus, rank) for racer in racers]
+    for one in running:
+        for _ in range(_NUM_WARM):
+            one.update(batch)
+        one.drain()
+    for _ in range(num_turns):
+        for place, (one, racer) in enumerate(zip(running, racers, strict=True)):
+            flushed_s = _timed_s(one, [batch] * _NUM_FLUSHED, 0, drains=True)
+            # As many updates as it takes to fill the pipeline, before the clock runs.
+            caps = one.pipeline.schedule.channel_capacity
+            fill = 1 + -(-caps // racer.config.accumulation)
+            update_s = _timed_s(one, [batch] * (fill + num_timed), fill, drains=False)
+            if rank == 0:
+                report(PaceTurn(place, update_s, flushed_s))
+    for one in running:
+        one.close()
+
+
+def _timed_s(one: Running, batches: Sequence[object], fill: int, drains: bool) -> float:
+    """Return the seconds of an update on the slowest rank, after ``fill`` of them."""
+    dist.barrier()
+    start_s = time.perf_counter()
+    for number, batch in enumerate(batches):
+        if number == fill:
+            start_s = time.perf_counter()
+        one.update(batch)  # type: ignore[arg-type]
+        if drains:
+            one.drain()
+    own_s = time.perf_counter() - start_s
+    one.drain()
+    return longest_s(own_s) / (len(batches) - fill)
