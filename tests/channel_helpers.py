@@ -15,7 +15,7 @@ from torch import Tensor
 
 import paci
 from paci.plan.stage_memory import KEPT_PER_RECEIVE, Hop, posted_bytes
-from paci.runtime.transport import gloo
+from paci.runtime.transport import gloo_end
 from paci.runtime.transport.boundary import flatten, unflatten
 from paci.runtime.transport.channel import Bundle, Ends, Receiver, Sender, Transport
 from paci.runtime.transport.gloo import GlooReceiver, GlooSender
@@ -134,9 +134,11 @@ def count_operations(rank: int, num_ranks: int, num: int) -> list[int]:
     counts = []
     large = [[torch.zeros(50_000) for j in range(num)]]
     few, many = ([[value_of(forms[j % 2], j) for j in range(num)]] for forms in ((0, 0), (0, 2)))
-    original = gloo._End._start
+    original = gloo_end.End._start
     for stretch in (few, many, large):
-        with mock.patch.object(gloo._End, "_start", autospec=True, side_effect=original) as start:
+        with mock.patch.object(
+            gloo_end.End, "_start", autospec=True, side_effect=original
+        ) as start:
             if sender is not None:
                 hand_over(stretch, sender)
             elif receiver is not None:

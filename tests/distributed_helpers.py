@@ -25,7 +25,7 @@ from v_schedules import OnAV
 
 import paci
 from paci.runtime import failures
-from paci.runtime.transport import gloo
+from paci.runtime.transport import gloo_end
 from paci.runtime.transport.channel import Ends, Receiver, Sender
 from paci.runtime.transport.gloo import GlooReceiver, GlooSender
 from paci.runtime.transport.meeting_point import MeetingPoint
@@ -208,7 +208,7 @@ def train(
     run: Run, group: dist.ProcessGroup | None = None, share_memory: bool = True
 ) -> dict[str, Any]:
     """Do the plan; return all that can be compared."""
-    patch = mock.patch.object(gloo, "_MOST_TAGS", run.most_tags or gloo._MOST_TAGS)
+    patch = mock.patch.object(gloo_end, "_MOST_TAGS", run.most_tags or gloo_end._MOST_TAGS)
     with patch:
         pipeline = build(run, group, share_memory=share_memory)
         log: list[Any] = []

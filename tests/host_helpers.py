@@ -18,7 +18,7 @@ from torch import nn
 
 import paci
 from paci.bench.hosts.host import address, congestion_control
-from paci.runtime.transport.gloo import _End
+from paci.runtime.transport.gloo_end import End
 from paci.runtime.world import hosted_stages
 
 NUM_STAGES = 3
@@ -59,7 +59,7 @@ def train(rank: int, num_ranks: int, folder: Path, num_steps: int, timeout_s: fl
     spent_s = time.monotonic() - start_s
     transport = pipeline._engine.transport
     ends = [*transport._senders.values(), *transport._receivers.values()]
-    num_anew = sum(end._number for end in ends if isinstance(end, _End))
+    num_anew = sum(end._number for end in ends if isinstance(end, End))
     weights = {name: value.clone() for name, value in pipeline.model_state_dict().items()}
     pipeline.close()
     return [digest(weights), spent_s, num_anew]

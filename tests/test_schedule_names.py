@@ -72,8 +72,14 @@ def test_names_and_options_are_read():
         ("paci:slak=1", r"must be one of slack=\.\.\., .*, got 'slak=1'"),
         ("paci:slack", r"must be one of slack=\.\.\., .*, got 'slack'"),
         ("paci:slack=1,lag=2", r"got 'lag=2'"),
-        ("paci:slack=", r"slack of schedule 'paci' must be int, got ''"),
-        ("paci:slack=1.5", r"must be int, got '1.5'; write it like its default, slack=0"),
+        (
+            "paci:slack=",
+            r"slack of schedule 'paci' must be int or several with / between them, got ''",
+        ),
+        (
+            "paci:slack=1.5",
+            r"must be int or several with / between them, got '1.5'; write it like its default",
+        ),
         (
             "paci:split_backward=1",
             r"split_backward of .* must be bool, got '1'; write",

@@ -16,11 +16,11 @@ from paci.data import Corpus, prepare
 from paci.errors import ConfigError, PaciError, WorkerError
 from paci.runtime.world import require_agreement
 from paci.train.alone import heard, wait_until_done
+from paci.train.choose_slack import require_slack_option, with_chosen_slack
 from paci.train.config import TrainConfig, keep_options
 from paci.train.loop import Trainer, describe, find_checkpoint
 from paci.train.metrics import METRICS_FILE, require_tensorboard
 from paci.train.setup import choose_device, choose_weights, make_plan
-from paci.train.slack import require_slack_option, with_chosen_slack
 from paci.train.summary import (
     SUMMARY_FILE,
     drift_table,

@@ -49,11 +49,13 @@ class LinkError(WorkerError):
 
     Attributes:
         peer: global rank of that neighbour, which is gone or stuck, or itself waits for another.
+        timed_out: whether the wait passed the time-out; if not, the connection broke.
     """
 
-    def __init__(self, message: str, peer: int) -> None:
+    def __init__(self, message: str, peer: int, timed_out: bool = False) -> None:
         super().__init__(message)
         self.peer = peer
+        self.timed_out = timed_out
 
 
 class Ends(NamedTuple):
@@ -89,6 +91,7 @@ class Ends(NamedTuple):
             f"micro-batch {message.micro_batch} {'to' if sends else 'from'} rank {self.peer} "
             f"(stage {other}), got {got}; {remedy}",
             self.peer,
+            timed_out,
         )
 
 
