@@ -11,7 +11,7 @@ from paci.bench.hosts.network import Wire, Wires, in_sites
 from paci.bench.question import Row, Timing, compared, numbers, require_times
 from paci.errors import ConfigError
 from paci.families import with_option
-from paci.plan.cost import Costs, StageCost
+from paci.plan.cost import Costs, StageCost, require_amount
 from paci.plan.least_slack import least_slack
 from paci.plan.search import AUTO_SLACK
 from paci.plan.steady_state import steady_state
@@ -89,9 +89,8 @@ class Links(Timing):
         require_count("site_size", self.site_size)
         require_count("message_bytes", self.message_bytes, least=8)
         numbers("micro_batches", self.micro_batches)
-        require_times(
-            forward_ms=self.forward_ms, backward_ms=self.backward_ms, rate_mbit=self.rate_mbit
-        )
+        require_times(forward_ms=self.forward_ms, backward_ms=self.backward_ms)
+        require_amount("rate_mbit", self.rate_mbit)
         if not self.forward_ms + self.backward_ms > 0:
             raise ConfigError("forward_ms + backward_ms must be above 0, got 0; pass a time")
         if not 0 <= self.weight_share <= 1:

@@ -16,6 +16,7 @@ from paci.bench.reach import last_shared, reaches
 from paci.bench.runs import best_runs, codec_of, curve_of
 from paci.bench.updates import read_sweep
 from paci.errors import ConfigError, WorkerError
+from paci.plan.cost import require_amount
 from paci.plan.encoding import NO_CODEC
 from paci.schedule.base import require_count
 from paci.schedule.registry import find_schedule
@@ -103,7 +104,8 @@ class Speedrun(Timing):
         for name in ("run_updates", "layers", "width", "context", "batch_size"):
             require_count(name, getattr(self, name))
         require_count("hosts", self.hosts, least=2)
-        require_times(latency_ms=self.latency_ms, rate_mbit=self.rate_mbit)
+        require_times(latency_ms=self.latency_ms)
+        require_amount("rate_mbit", self.rate_mbit)
         for m in numbers("micro_batches", self.micro_batches):
             if self.batch_size % m:
                 raise ConfigError(
