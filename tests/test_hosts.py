@@ -297,7 +297,7 @@ def test_round_trips_are_few(tmp_path: Path):
     with Bed(wires(NUM, Wire(0.1)), NUM) as bed:
         counts = values(launch(tmp_path, NUM, ranks_of.count_round_trips, 0.2, place=bed.place))
     longest = {what: max(count[what] for count in counts) for what in counts[0]}
-    # In docs/slow-links.md are those of a quiet machine: 2.6, 1, 5.6, 9.2, 0 and 52. A busy one
+    # In docs/slow-links.md are those of a quiet machine: 2.1, 1, 5.6, 9.2, 0 and 52. A busy one
     # adds time that is no round trip; a message that waits for an answer adds at least one to each.
     print(longest)
     assert longest["an update that is drained"] < 6
