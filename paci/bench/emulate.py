@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.bench.forecasts import add_forecasts
-from paci.bench.question import Row, Timing, compared, require_times
+from paci.bench.question import Row, compared, require_times
+from paci.bench.waiting import Waiting
 from paci.errors import ConfigError
-from paci.plan.cost import Costs, Link, Slow, StageCost
+from paci.plan.cost import Costs, Link, Slow
 from paci.plan.steady_state import steady_state
 from paci.schedule.base import Schedule, require_count
 from paci.schedule.registry import make_schedule
@@ -22,34 +23,22 @@ _NUM_TRACED = 6  # updates
 
 
 @dataclass(frozen=True)
-class Emulate(Timing):
+class Emulate(Waiting):
     """Stages that wait instead of computing, so that many workers fit on few cores.
 
     Args:
         workers: processes.
         micro_batches: of one update; 0 for as many as workers.
-        forward_ms: time of a forward of all that a worker holds.
-        backward_ms: time of its backward, both halves.
-        weight_share: share of a backward that a split one puts off.
-        message_bytes: size of what goes from stage to stage.
         latency_ms: time that a message takes beyond that of the machine's own transport.
         slow_worker: ``W:MS``: the forwards and backwards of worker W take MS longer each.
         slow_micro_batch: ``J:W:MS``: those of micro-batch J of every update do, at worker W.
-        schedules: ours, separated by spaces.
-        rivals: those of torch.distributed.pipelining, separated by spaces.
     """
 
     workers: int = 8
     micro_batches: int = 0
-    forward_ms: float = 10.0
-    backward_ms: float = 20.0
-    weight_share: float = 0.5
-    message_bytes: int = 65536
     latency_ms: float = 0.0
     slow_worker: str = ""
     slow_micro_batch: str = ""
-    schedules: str = "paci paci:slack=1 1f1b"
-    rivals: str = "Schedule1F1B"
 
     name: ClassVar[str] = "emulate"
     summary: ClassVar[str] = "8 to 16 workers on few cores: everything is real but arithmetic"
@@ -71,18 +60,7 @@ class Emulate(Timing):
         super().__post_init__()
         require_count("workers", self.workers, least=2)
         require_count("micro_batches", self.micro_batches, least=0)
-        require_count("message_bytes", self.message_bytes, least=8)
-        require_times(
-            forward_ms=self.forward_ms,
-            backward_ms=self.backward_ms,
-            latency_ms=self.latency_ms,
-        )
-        if not self.forward_ms + self.backward_ms > 0:
-            raise ConfigError("forward_ms + backward_ms must be above 0, got 0; pass a time")
-        if not 0 <= self.weight_share <= 1:
-            raise ConfigError(
-                f"weight_share must be from 0 to 1, got {self.weight_share:g}; pass 0.5 for halves"
-            )
+        require_times(latency_ms=self.latency_ms)
         for each in self.slow:
             if each.worker >= self.workers or (each.micro_batch or 0) >= self._num_micro_batches:
                 raise ConfigError(
@@ -105,16 +83,12 @@ class Emulate(Timing):
 
     def answer(self, say: Say) -> list[Row]:
         """Rows of every arm."""
-        from paci.bench.arms import RIVALS, Arm
+        from paci.bench.arms import Arm
 
         n, m = self.workers, self._num_micro_batches
-        unknown = sorted(set(self.rivals.split()) - RIVALS.keys())
-        if unknown:
-            raise ConfigError(
-                f"rivals must be some of {', '.join(RIVALS)}, got {unknown[0]!r}; choose of them"
-            )
+        rivals = self._rivals()
         arms = [Arm("paci", name, m) for name in self.schedules.split()]
-        arms += [Arm("torch", name, m) for name in self.rivals.split()]
+        arms += [Arm("torch", name, m) for name in rivals]
         planned = {arm: _schedule(arm, n) for arm in arms}
         outcomes = self._measure(
             n,
@@ -167,14 +141,8 @@ class Emulate(Timing):
 
     def _costs(self, schedule: Schedule) -> Costs:
         """Return the costs that stages are told to wait, without any host time."""
-        share = schedule.num_workers / schedule.num_stages / 1e3
-        stage = StageCost(
-            self.forward_ms * share,
-            self.backward_ms * share,
-            backward_weight_s=self.weight_share * self.backward_ms * share,
-        )
         link = Link(self.latency_ms / 1e3)
-        return Costs((stage,) * schedule.num_stages, link, slow=self.slow)
+        return Costs((self._stage_cost(schedule),) * schedule.num_stages, link, slow=self.slow)
 
 
 def _schedule(arm: Arm, num_workers: int) -> Schedule | None:

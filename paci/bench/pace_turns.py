@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch.distributed as dist
-
-from paci.bench.racers import Racer, Running, longest_s, tensors
+from paci.bench.racers import Racer, tensors, update_s
 from paci.bench.workers import Report
 from paci.data import Sampler
 from paci.data.store import open_corpus
@@ -62,27 +59,12 @@ def take_pace_turns(
         one.drain()
     for _ in range(num_turns):
         for place, (one, racer) in enumerate(zip(running, racers, strict=True)):
-            flushed_s = _timed_s(one, [batch] * _NUM_FLUSHED, 0, drains=True)
+            flushed_s = update_s(one, [batch] * _NUM_FLUSHED, 0, drains=True)
             # As many updates as it takes to fill the pipeline, before the clock runs.
             caps = one.pipeline.schedule.channel_capacity
             fill = 1 + -(-caps // racer.config.accumulation)
-            update_s = _timed_s(one, [batch] * (fill + num_timed), fill, drains=False)
+            steady_s = update_s(one, [batch] * (fill + num_timed), fill)
             if rank == 0:
-                report(PaceTurn(place, update_s, flushed_s))
+                report(PaceTurn(place, steady_s, flushed_s))
     for one in running:
         one.close()
-
-
-def _timed_s(one: Running, batches: Sequence[object], fill: int, drains: bool) -> float:
-    """Return the seconds of an update on the slowest rank, after ``fill`` of them."""
-    dist.barrier()
-    start_s = time.perf_counter()
-    for number, batch in enumerate(batches):
-        if number == fill:
-            start_s = time.perf_counter()
-        one.update(batch)  # type: ignore[arg-type]
-        if drains:
-            one.drain()
-    own_s = time.perf_counter() - start_s
-    one.drain()
-    return longest_s(own_s) / (len(batches) - fill)

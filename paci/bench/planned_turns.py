@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from paci.bench.racers import Racer, Running, longest_s, tensors
+from paci.bench.racers import Racer, tensors, update_s
 from paci.bench.workers import Report
 from paci.data import Sampler
 from paci.data.store import open_corpus
@@ -77,24 +76,8 @@ def take_planned_turns(
         profile = profile_gpt(config, model, _CPU, num_repeats=num_repeats)
         batches = [tensors(sampler.batch(done + k)) for k in range(_NUM_FILL + num_timed)]
         done += len(batches)
-        updates_s = tuple(_update_s(one, batches) for one in running)
+        updates_s = tuple(update_s(one, batches, _NUM_FILL) for one in running)
         if rank == 0:
             report(Turn(profile.model_copy(update=changed), updates_s))
     for one in running:
         one.close()
-
-
-def _update_s(one: Running, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Return the seconds of an update in steady state, on the slowest rank.
-
-    Filling and draining the pipeline are not timed.
-    """
-    dist.barrier()
-    for batch in batches[:_NUM_FILL]:
-        one.update(batch)
-    start_s = time.perf_counter()
-    for batch in batches[_NUM_FILL:]:
-        one.update(batch)
-    own_s = time.perf_counter() - start_s
-    one.drain()
-    return longest_s(own_s) / (len(batches) - _NUM_FILL)

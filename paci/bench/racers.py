@@ -240,6 +240,28 @@ def race(rank: int, report: Report, racers: Sequence[Racer], folder: Path) -> No
         one.close()
 
 
+def update_s(one: Running, batches: Sequence[Batch], num_fill: int, drains: bool = False) -> float:
+    """Return the seconds of an update on the slowest rank. All ranks must call it.
+
+    Args:
+        one: what is trained.
+        batches: of an update each.
+        num_fill: updates before the clock runs, that fill the pipeline.
+        drains: whether the pipeline is emptied after each; else it is after the last, untimed.
+    """
+    dist.barrier()
+    for batch in batches[:num_fill]:
+        one.update(batch)
+    start_s = time.perf_counter()
+    for batch in batches[num_fill:]:
+        one.update(batch)
+        if drains:
+            one.drain()
+    own_s = time.perf_counter() - start_s
+    one.drain()
+    return longest_s(own_s) / (len(batches) - num_fill)
+
+
 def longest_s(own_s: float) -> float:
     """Return the longest of all ranks' times in seconds. All ranks must call it."""
     time_s = torch.tensor(own_s, dtype=torch.float64)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.bench.hosts.network import Wire, Wires, in_sites
-from paci.bench.question import Row, Timing, compared, numbers, require_times
-from paci.errors import ConfigError
+from paci.bench.question import Row, compared, numbers
+from paci.bench.waiting import Waiting
 from paci.families import with_option
-from paci.plan.cost import Costs, StageCost, require_amount
+from paci.plan.cost import Costs, require_amount
 from paci.plan.least_slack import least_slack
 from paci.plan.search import AUTO_SLACK
 from paci.plan.steady_state import steady_state
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Links(Timing):
+class Links(Waiting):
     """Hosts on this machine, joined by links as slow as asked for: real TCP, stages that wait.
 
     Every worker is a host with a network of its own. A process forwards their packets. It needs
@@ -44,13 +44,8 @@ class Links(Timing):
         site_latency_ms: latency within a site, one way.
         congestion: TCP's congestion control; the system's own if empty.
         micro_batches: numbers of micro-batches of an update, separated by commas.
-        forward_ms: time of a forward of all that a worker holds.
-        backward_ms: time of its backward, both halves.
-        weight_share: share of a backward that a split one puts off.
-        message_bytes: size of what goes from stage to stage.
         schedules: ours, separated by spaces; ``paci:slack=auto`` takes the slack of each hop that
             planning chooses.
-        rivals: those of torch.distributed.pipelining, separated by spaces.
     """
 
     hosts: int = 8
@@ -62,9 +57,6 @@ class Links(Timing):
     site_latency_ms: float = 0.01
     congestion: str = ""
     micro_batches: str = "8"
-    forward_ms: float = 10.0
-    backward_ms: float = 20.0
-    weight_share: float = 0.5
     message_bytes: int = 4096
     schedules: str = "paci paci:slack=auto paci:slack=2 1f1b 1f1b:slack=2 gpipe"
     rivals: str = "Schedule1F1B ScheduleGPipe"
@@ -75,6 +67,7 @@ class Links(Timing):
         "runtime": "{runtime}",
         "schedule": "{schedule}",
         "micro-batches": "{num_micro_batches}",
+        "TCP": "{congestion}",
         "in flight": "{num_in_flight}",
         "update s": "{update_s:.3f}",
         "over ideal": "{ideal_ratio:.3f}",
@@ -87,16 +80,8 @@ class Links(Timing):
         super().__post_init__()
         require_count("hosts", self.hosts, least=2)
         require_count("site_size", self.site_size)
-        require_count("message_bytes", self.message_bytes, least=8)
         numbers("micro_batches", self.micro_batches)
-        require_times(forward_ms=self.forward_ms, backward_ms=self.backward_ms)
         require_amount("rate_mbit", self.rate_mbit)
-        if not self.forward_ms + self.backward_ms > 0:
-            raise ConfigError("forward_ms + backward_ms must be above 0, got 0; pass a time")
-        if not 0 <= self.weight_share <= 1:
-            raise ConfigError(
-                f"weight_share must be from 0 to 1, got {self.weight_share:g}; pass 0.5 for halves"
-            )
         self.wires  # noqa: B018  (refuses what no wire can be)
 
     @property
@@ -112,21 +97,17 @@ class Links(Timing):
 
     def answer(self, say: Say) -> list[Row]:
         """Rows of every arm."""
-        from paci.bench.arms import RIVALS, Arm
+        from paci.bench.arms import Arm
         from paci.bench.hosts.bed import Bed
+        from paci.bench.hosts.host import congestion_control
 
-        n, counts = self.hosts, numbers("micro_batches", self.micro_batches)
-        unknown = sorted(set(self.rivals.split()) - RIVALS.keys())
-        if unknown:
-            raise ConfigError(
-                f"rivals must be some of {', '.join(RIVALS)}, got {unknown[0]!r}; choose of them"
-            )
+        n, counts, rivals = self.hosts, numbers("micro_batches", self.micro_batches), self._rivals()
         arms: list[Arm] = []
         for m in counts:
             arms += [
                 Arm("paci", self._chosen(name, m), m, False) for name in self.schedules.split()
             ]
-            arms += [Arm("torch", name, m) for name in self.rivals.split()]
+            arms += [Arm("torch", name, m) for name in rivals]
         arms = list(dict.fromkeys(arms))
         with Bed(self.wires, n, self.congestion) as bed:
             outcomes = self._measure(
@@ -136,6 +117,7 @@ class Links(Timing):
         rows = compared(outcomes, n, 1)
         firsts: dict[int, dict[str, Any]] = {}
         for row, arm in zip(rows, arms, strict=True):
+            row["congestion"] = self.congestion or congestion_control()
             self._complete(row, arm, firsts.setdefault(arm.num_micro_batches, row))
         say(
             f"{sum(carried.values()):,} bytes carried between hosts, {num_lost:,} packets lost on "
@@ -189,13 +171,5 @@ class Links(Timing):
 
     def _costs(self, schedule: Schedule) -> Costs:
         """Return the costs that stages are told to wait, and the links that hosts are given."""
-        share = schedule.num_workers / schedule.num_stages / 1e3
-        stage = StageCost(
-            self.forward_ms * share,
-            self.backward_ms * share,
-            backward_weight_s=self.weight_share * self.backward_ms * share,
-            activation_bytes=self.message_bytes,
-            gradient_bytes=self.message_bytes,
-        )
         links = {pair: wire.link for pair, wire in self.wires.items()}
-        return Costs((stage,) * schedule.num_stages, links=links)
+        return Costs((self._stage_cost(schedule),) * schedule.num_stages, links=links)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import typing
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paci.errors import ConfigError
+from paci.plan.encoding import AS_IT_IS
 from paci.plan.profile import DeviceProfile, LinkProfile, Profile, load_profile
 from paci.plan.search import SAME_TIME, Choice, Plan, explain, search
 from paci.schedule.base import Schedule, require_count
@@ -109,6 +111,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     counts = _numbers("use", options.use) if options.use else [options.devices]
     choose_weights = partial(planned_weights, _without_recomputation(options.weights))
     encoding = planned_codec(options.codec)
+    if encoding != AS_IT_IS:
+        _require_widths(profiles)
     plan = search(
         profiles, options.batch_size, counts, specs, again, _make, choose_weights, encoding
     )
@@ -190,6 +194,16 @@ def _profiles(options: argparse.Namespace) -> list[Profile]:
     if tokenizer is None:
         return profiles
     return [p.model_copy(update={"train": p.train | {"tokenizer": tokenizer}}) for p in profiles]
+
+
+def _require_widths(profiles: Sequence[Profile]) -> None:
+    """Raise ``ConfigError`` if a profile does not say what a codec would make of its messages."""
+    for profile in profiles:
+        if not any(layer.output_width for layer in profile.layers):
+            raise ConfigError(
+                "a profile must say the output_width of layers for a codec to be priced, got none; "
+                "profile again, or leave --codec out"
+            )
 
 
 def _with_machines(profile: Profile, options: argparse.Namespace) -> Profile:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paci.runtime.transport.channel import LinkError
+from paci.runtime.transport.channel import LinkError, is_timeout
 
 _ROOM = 1 << 16  # bytes of a posted receive; what is larger follows apart
 _LENGTH = struct.Struct("<Q")
@@ -149,12 +149,12 @@ class Gatherer:
             raise self._failure(other, error) from error
 
     def _failure(self, other: int, error: RuntimeError) -> LinkError:
-        text, peer = str(error).lower(), self._ranks[other]
-        timed_out = "timed out" in text or "timeout" in text
+        peer, timed_out = self._ranks[other], is_timeout(error)
         got = f"nothing for {self._timeout_s:g} s" if timed_out else "a broken connection"
         remedy = "; raise the time-out if it is merely slow" if timed_out else ": it is gone"
         return LinkError(
             f"rank {self._ranks[self._position]} must hear from rank {peer}, got {got}; look at "
             f"that rank's log{remedy}",
             peer,
+            timed_out,
         )

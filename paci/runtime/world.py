@@ -124,7 +124,7 @@ class World:
         """
         own: dist.ProcessGroup | None = None
         timeout = timedelta(seconds=self.timeout_s)
-        for ranks in sorted(set(_gather(self.ranks, dist.group.WORLD))):
+        for ranks in sorted(set(self.gather_all(self.ranks))):
             group = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
             if ranks == self.ranks:
                 assert isinstance(group, dist.ProcessGroup)

@@ -57,8 +57,8 @@ class TrainConfig(BaseModel):
     slack: str | None = option(
         None,
         "pipeline",
-        "slack of the schedule: one number, one for each hop (0/0/3), or auto: measure links and "
-        "layers at the start and take the least that hides them",
+        "instead of that of --schedule: one number, one for each hop (0/0/3), or auto: measure "
+        "links and layers at the start and take the least that hides them",
     )
     stages: Count | None = option(
         None, "pipeline", "stages; default 4, or if more what the workers hold (1 each, on a V 2)"

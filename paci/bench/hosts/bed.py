@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from paci.bench.hosts.forwarder import Ask, Forwarder, Reset, SetWires, Silence
+from paci.bench.hosts.forwarder import Ask, Forwarder, Reset, Silence
 from paci.bench.hosts.host import MEETING, TEMPORARY, become_host, missing_rights
 from paci.bench.hosts.network import Wires
 from paci.errors import ConfigError, WorkerError
@@ -81,10 +81,6 @@ class Bed:
             self._undo = undo.pop_all()
         loses = any(wire.loss for wire in wires.values())
         self.place = Place(folder, offload=not loses, congestion=congestion)
-
-    def set_wires(self, wires: Wires) -> None:
-        """Use other wires from now on, none of which loses packets unless one did at first."""
-        self._order(SetWires(wires))
 
     def silence(self, hosts: Sequence[int], seconds: float) -> None:
         """Lose all packets between ``hosts`` and the others for ``seconds`` from now."""

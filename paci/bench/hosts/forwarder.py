@@ -34,12 +34,6 @@ _LARGEST = 1 << 17  # bytes that a read may give
 _IDLE_S = 1.0
 
 
-class SetWires(NamedTuple):
-    """Order: use other wires from now on."""
-
-    wires: Wires
-
-
 class Silence(NamedTuple):
     """Order: carry nothing between the hosts of one set and the others for ``seconds``.
 
@@ -158,9 +152,6 @@ class Forwarder:
         except EOFError:
             return False
         match order:
-            case SetWires(wires):
-                for pair, wire in wires.items():
-                    self._lines[pair].wire = wire
             case Silence(hosts, seconds):
                 self._silences.append((hosts, time.perf_counter() + seconds))
             case Reset():

@@ -58,6 +58,12 @@ class LinkError(WorkerError):
         self.timed_out = timed_out
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Return whether an error of a process group says that a wait passed its time-out."""
+    text = str(error).lower()
+    return "timed out" in text or "timeout" in text
+
+
 class Ends(NamedTuple):
     """The global ranks of the two processes at the ends of a channel, and their time-out.
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paci.runtime.transport.channel import Ends
+from paci.runtime.transport.channel import Ends, is_timeout
 from paci.runtime.transport.meeting_point import CONNECT_S, Connection, MeetingPoint
 from paci.schedule.action import Message
 
@@ -149,11 +149,9 @@ class End(abc.ABC):
         Raises:
             LinkError: that is of no use, or the other process does not come.
         """
-        text = str(error).lower()
-        timed_out = "timed out" in text or "timeout" in text
         verb = "send" if self._point.place == 0 else "receive"
-        failure = self._ends.failure(verb, message, timed_out)
-        if timed_out:
+        failure = self._ends.failure(verb, message, is_timeout(error))
+        if failure.timed_out:
             raise failure from error
         try:
             self._renew(number)

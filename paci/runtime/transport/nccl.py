@@ -45,7 +45,16 @@ from paci.runtime.transport.boundary import (
     read_notice,
     specs_of,
 )
-from paci.runtime.transport.channel import Bundle, Ends, LinkError, Receiver, Sender, Tensors, plain
+from paci.runtime.transport.channel import (
+    Bundle,
+    Ends,
+    LinkError,
+    Receiver,
+    Sender,
+    Tensors,
+    is_timeout,
+    plain,
+)
 from paci.schedule.action import Message, Payload
 
 _MOST_TAGS = 1 << 20
@@ -127,8 +136,7 @@ class Link:
         self._num_started = [0 for _ in Lane]
 
     def _failure(self, verb: str, message: Message, error: BaseException) -> LinkError:
-        text = str(error).lower()
-        return self._ends.failure(verb, message, "timed out" in text or "timeout" in text)
+        return self._ends.failure(verb, message, is_timeout(error))
 
 
 class _Line:
