@@ -8,7 +8,6 @@ import itertools
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,13 +25,9 @@ from v_schedules import OnAV
 import paci
 from paci.runtime import failures
 from paci.runtime.transport import gloo_end
-from paci.runtime.transport.channel import Ends, Receiver, Sender
-from paci.runtime.transport.gloo import GlooReceiver, GlooSender
-from paci.runtime.transport.meeting_point import MeetingPoint
-from paci.runtime.transport.nccl import Link, NcclReceiver, NcclSender
-from paci.runtime.transport.shared_memory import Meeting, SharedReceiver, SharedSender, visit
+from paci.runtime.transport.shared_memory import Meeting
 from paci.runtime.world import hosted_stages
-from paci.schedule.action import Action, Kind, Message, Payload
+from paci.schedule.action import Action, Kind
 
 WIDTH = 6
 
@@ -428,72 +423,3 @@ def hand_over_too_much(rank: int, num_ranks: int, run: Run, file: Path) -> None:
     modules = [make_stage("block", i, 4) for i in range(1 + (rank == num_ranks - 1))]
     file.write_text(str(time.time()))
     build(run, dist.group.WORLD, modules)
-
-
-def outrun(rank: int, num_ranks: int, capacity: int, num_messages: int, kind: str) -> list[int]:
-    """Rank 0 sends without pause, rank 1 receives when told to, and keeps what it got.
-
-    Returns how many sends had returned when nothing had been received, and at the end; or what
-    was received, looked at when all of it was there.
-    """
-    store = dist.distributed_c10d._get_default_store()
-    messages = [Message(Payload.ACTIVATION, 1, j) for j in range(num_messages)]
-    sender, receiver = make_channel(rank, capacity, kind, store)
-    if receiver is not None:
-        store.wait(["go"])
-        kept = [receiver.receive(message)[0] for message in messages]
-        receiver.finish()
-        return [int(tensor[0]) for tensor in kept]
-    assert sender is not None
-    sent = []
-
-    def send_all() -> None:
-        for message in messages:
-            sender.send(message, (torch.full((1000,), float(message.micro_batch)),))
-            sent.append(message)
-
-    thread = threading.Thread(target=send_all)
-    thread.start()
-    limit_s = time.monotonic() + 60
-    while len(sent) < capacity and time.monotonic() < limit_s:
-        time.sleep(0.01)
-    time.sleep(0.3)  # in which a sender that is not held would get further
-    held_at = len(sent)
-    store.set("go", "")
-    thread.join()
-    sender.seal()
-    sender.finish()
-    return [held_at, len(sent)]
-
-
-def make_channel(
-    rank: int, capacity: int, kind: str, store: dist.Store, name: str = ""
-) -> tuple[Sender | None, Receiver | None]:
-    """The end of a channel from rank 0 to rank 1 that ``rank`` has.
-
-    Of kind ``nccl`` it takes the steps that it takes on CUDA, over gloo.
-    """
-    ends = Ends(rank, 1 - rank, 60.0)
-    if kind == "nccl":
-        link = Link(dist.new_group([0, 1]), ends, torch.device("cpu"))
-        if rank == 0:
-            sender = NcclSender(link, capacity)
-            sender.open(Message(Payload.ACTIVATION, 1, 0))
-            return sender, None
-        receiver = NcclReceiver(link)
-        receiver.open(Message(Payload.ACTIVATION, 1, 0))
-        return None, receiver
-    if kind == "gloo":
-        point = MeetingPoint(store, f"channel{name}", rank, 1 - rank, 60.0, threading.Event())
-        if rank == 0:
-            return GlooSender(point, ends, lambda _: capacity), None
-        return None, GlooReceiver(point, ends, lambda _: capacity)
-    if rank == 0:
-        meeting = Meeting()
-        store.set(f"path{name}", meeting.path)
-        connection = meeting.accept(60.0)
-        meeting.close()
-        return SharedSender(connection, ends, capacity), None
-    connection = visit(store.get(f"path{name}").decode())
-    assert connection is not None
-    return None, SharedReceiver(connection, ends, capacity)

@@ -20,6 +20,7 @@ from launching import launch, values
 from torch import Tensor, nn
 
 import paci
+from paci.plan.stage_memory import KEPT_PER_RECEIVE
 from paci.runtime.transport.boundary import Form, arguments, flatten, specs_of, unflatten
 from paci.runtime.transport.channel import Ends, LocalChannel
 from paci.runtime.transport.shared_memory import SharedReceiver, SharedSender
@@ -241,6 +242,14 @@ def test_channels_over_gloo_keep_what_the_plan_says(tmp_path: Path, num_floats: 
         assert planned == kept
         # Many receives for small messages, as many as slack needs for large ones.
         assert planned >= {100: 7, 100_000: 7, 3_000_000: 3}[num_floats] * 4 * num_floats
+
+
+@pytest.mark.parametrize(("kind", "times"), [("shared", 1), ("gloo", KEPT_PER_RECEIVE)])
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_a_sender_is_held_at_its_capacity(tmp_path: Path, capacity: int, kind: str, times: int):
+    sender, received = values(launch(tmp_path, 2, channel_helpers.outrun, capacity, 12, kind))
+    assert sender == [times * capacity, 12]
+    assert received == list(range(12))
 
 
 def limited(rank: int, num_ranks: int) -> str:

@@ -19,7 +19,6 @@ from launching import LAUNCH_S, Rank, end_session, is_alive, launch, values
 from launching import __file__ as launching_file
 
 import paci
-from paci.plan.stage_memory import KEPT_PER_RECEIVE
 from paci.runtime import failures
 from paci.runtime.failures import SOMEBODY, Complaint, first_failure
 from paci.runtime.weights.policy_registry import prepare_weight_policies, weight_policies
@@ -445,11 +444,3 @@ def test_a_channel_without_a_name_or_a_connection_goes_over_gloo_at_both_ends(tm
     for each in (1, 3):
         require_equal(run, train(run), [first[each], second[each]])
     assert first[4] == second[4] == []
-
-
-@pytest.mark.parametrize(("kind", "times"), [("shared", 1), ("gloo", KEPT_PER_RECEIVE)])
-@pytest.mark.parametrize("capacity", [1, 3])
-def test_a_sender_is_held_at_its_capacity(tmp_path: Path, capacity: int, kind: str, times: int):
-    sender, received = values(launch(tmp_path, 2, ranks_of.outrun, capacity, 12, kind))
-    assert sender == [times * capacity, 12]
-    assert received == list(range(12))

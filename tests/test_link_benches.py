@@ -37,6 +37,7 @@ def test_links_are_measured_and_predicted(tmp_path: Path):
         ideal_s = row["num_micro_batches"] * 0.01
         assert row["update_s"] > ideal_s
         assert row["ideal_ratio"] == pytest.approx(row["update_s"] / ideal_s)
+    assert all(row["congestion"] for row in rows)
     ours = [row for row in rows if row["runtime"] == "paci"]
     assert [row["predicted_ratio"] for row in ours[::2]] == pytest.approx([1.0, 1.0], abs=0.01)
     # The flush waits for both messages of a round trip in every update.
