@@ -243,6 +243,19 @@ def test_the_costs_of_a_simulated_run_are_those_it_was_made_with(num_stages: int
     assert steady_state(other, found).update_s == pytest.approx(steady_state(other, costs).update_s)
 
 
+def test_each_link_shows_its_own_latency():
+    """One between two sites; a link that shows none takes the median of all."""
+    far = {(1, 2): Link(2.0), (2, 1): Link(3.0)}
+    costs = dataclasses.replace(Costs.even(4, 1.0, 2.0, Link(0.25)), links=far)
+    found = costs_of_trace(simulate(OneFOneBFlush(4, 6), costs, 5))
+    for pair in ((0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2)):
+        expected = costs.link_between(*pair).latency_s
+        assert found.link_between(*pair).latency_s == pytest.approx(expected)
+    assert found.link_between(0, 3).latency_s == pytest.approx(0.25)
+    other = PACI(4, 8, slack=1)
+    assert steady_state(other, found).update_s == pytest.approx(steady_state(other, costs).update_s)
+
+
 def test_trials_are_told_from_forwards():
     stages = (StageCost(1.0, 2.0, trial_s=0.25), StageCost(1.0, 2.0, trial_s=0.5))
     costs = Costs(stages)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from paci.plan.calibrate import costs_of_trace
-from paci.plan.cost import Slow
+from paci.plan.cost import Costs, Link, Slow
 from paci.plan.steady_state import steady_state
 from paci.schedule.action import SENDS_GRADIENT, Kind
 from paci.schedule.base import Schedule
@@ -43,7 +44,11 @@ def without_waits(trace: Trace, held_back: Mapping[int, HeldBack]) -> Trace:
 
 
 def add_forecasts(
-    rows: Sequence[dict[str, Any]], traces: Sequence[Trace | None], slow: tuple[Slow, ...] = ()
+    rows: Sequence[dict[str, Any]],
+    traces: Sequence[Trace | None],
+    slow: tuple[Slow, ...] = (),
+    links: Mapping[tuple[int, int], Link] | None = None,
+    message_bytes: int = 0,
 ) -> None:
     """Say of each row that was traced how busy its workers are predicted to be, and how long an
     update.
@@ -56,6 +61,9 @@ def add_forecasts(
         rows: which name schedule, stages and micro-batches.
         traces: of each row, or None.
         slow: disturbances that the runs had.
+        links: links whose rate is known, by pair of workers; the trace shows what a message of
+            ``message_bytes`` takes on them when they are not busy.
+        message_bytes: of every message.
     """
     traced = [
         (row, make_schedule(row["schedule"], row["num_stages"], row["num_micro_batches"]), trace)
@@ -68,10 +76,26 @@ def add_forecasts(
         if flushing is not None and _is_priced_by(schedule, flushing[1]):
             source, _, shown = flushing
         costs = costs_of_trace(shown, slow=slow, accumulation=row["num_micro_batches"])
+        costs = _with_rates(costs, links or {}, message_bytes)
         expected = steady_state(schedule, costs)
         row["predicted_utilization"] = expected.utilization
         row["predicted_update_s"] = expected.update_s
         row["predicted_from"] = source["schedule"]
+
+
+def _with_rates(costs: Costs, links: Mapping[tuple[int, int], Link], message_bytes: int) -> Costs:
+    """Take the time that a message occupies its link out of the latency that a trace shows."""
+    known = {}
+    for pair, link in links.items():
+        shown_s = costs.link_between(*pair).latency_s - message_bytes / link.bytes_per_s
+        known[pair] = Link(max(shown_s, 0.0), link.bytes_per_s)
+    stages = costs.stages
+    if links:
+        stages = tuple(
+            replace(stage, activation_bytes=message_bytes, gradient_bytes=message_bytes)
+            for stage in stages
+        )
+    return replace(costs, stages=stages, links={**costs.links, **known})
 
 
 def _is_priced_by(schedule: Schedule, other: Schedule) -> bool:

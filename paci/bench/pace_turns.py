@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from paci.bench.device_pace import keep_pace
 from paci.bench.racers import Racer, tensors, update_s
 from paci.bench.workers import Report
 from paci.data import Sampler
@@ -36,6 +37,7 @@ def take_pace_turns(
     folder: Path,
     num_turns: int,
     num_timed: int,
+    computing_s: float,
 ) -> None:
     """Train through each of ``racers`` in turns; rank 0 reports a ``PaceTurn`` after each.
 
@@ -46,6 +48,7 @@ def take_pace_turns(
         folder: of the corpus.
         num_turns: of each.
         num_timed: updates that are timed in a turn.
+        computing_s: least time that a worker computes in an update, a third of it in forwards.
     """
     config = racers[0].config
     corpus = open_corpus(folder)
@@ -53,7 +56,10 @@ def take_pace_turns(
     sampler = Sampler(corpus.train, config.context, config.batch_size, config.seed)
     batch = tensors(sampler.batch(0))
     running = [racer.open(corpus, rank) for racer in racers]
-    for one in running:
+    for one, racer in zip(running, racers, strict=True):
+        slot_s = computing_s / racer.config.accumulation
+        for stage in one.pipeline.stages.values() if computing_s else ():
+            keep_pace(stage.module, slot_s / 3, 2 * slot_s / 3)
         for _ in range(_NUM_WARM):
             one.update(batch)
         one.drain()

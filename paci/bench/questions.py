@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from paci.bench.accuracy import TimeToAccuracy
+from paci.bench.codec_times import CodecTimes
 from paci.bench.convergence import Convergence
 from paci.bench.emulate import Emulate
 from paci.bench.memory import Memory
@@ -24,6 +25,7 @@ QUESTIONS: tuple[type[Question], ...] = (
     Memory,
     Planned,
     Trials,
+    CodecTimes,
     Convergence,
     Race,
     TimeToAccuracy,

@@ -60,6 +60,9 @@ class Speedrun(Timing):
         latency_ms: latency of every link, one way.
         rate_mbit: rate of every link in each direction, in millions of bits a second; 0 for links
             that are never busy.
+        congestion: TCP's congestion control; the system's own if empty.
+        computing_ms: least time that a host computes in an update, a third of it in forwards, so
+            that hosts which share cores have the pace of devices; 0 for what computing takes here.
         micro_batches: numbers of micro-batches of an update, separated by commas.
         schedules: ours, separated by spaces.
         codecs: of messages, separated by spaces; ``none`` is one of them.
@@ -75,6 +78,8 @@ class Speedrun(Timing):
     hosts: int = 8
     latency_ms: float = 2.5
     rate_mbit: float = 2.0
+    congestion: str = ""
+    computing_ms: float = 0.0
     micro_batches: str = "8"
     schedules: str = "1f1b 1f1b:slack=2 gpipe paci paci:slack=1"
     codecs: str = "none int8"
@@ -104,7 +109,7 @@ class Speedrun(Timing):
         for name in ("run_updates", "layers", "width", "context", "batch_size"):
             require_count(name, getattr(self, name))
         require_count("hosts", self.hosts, least=2)
-        require_times(latency_ms=self.latency_ms)
+        require_times(latency_ms=self.latency_ms, computing_ms=self.computing_ms)
         require_amount("rate_mbit", self.rate_mbit)
         for m in numbers("micro_batches", self.micro_batches):
             if self.batch_size % m:
@@ -127,7 +132,8 @@ class Speedrun(Timing):
         wire = Wire(self.latency_ms / 1e3, rate)
         turns: list[PaceTurn] = []
         problem = ""
-        with Bed(between_all(self.hosts, lambda source, target: wire), self.hosts) as bed:
+        wires = between_all(self.hosts, lambda source, target: wire)
+        with Bed(wires, self.hosts, self.congestion) as bed:
             try:
                 for told in run_workers(
                     self.hosts,
@@ -136,6 +142,7 @@ class Speedrun(Timing):
                     corpus.folder,
                     self.turns,
                     self.updates,
+                    self.computing_ms / 1e3,
                     pin=False,
                     timeout_s=self.timeout,
                     place=bed.place,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import truediv
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.bench.question import Question, Row, numbers
+from paci.bench.timed import mean_s
 from paci.schedule.base import require_count
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Trials(Question):
         samples_s: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(self.turns + 1):
             for name, run in arms.items():
-                took_s = _mean_s(run, self.steps, device)
+                took_s = mean_s(run, self.steps, device)
                 if turn:  # the first one warms up
                     samples_s[name].append(took_s)
         ratios = {
@@ -109,21 +109,6 @@ class Trials(Question):
             **ratios,
             "samples_s": samples_s,
         }
-
-
-def _mean_s(run: Callable[[], None], times: int, device: str) -> float:
-    import torch
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    wait()
-    start_s = time.perf_counter()
-    for _ in range(times):
-        run()
-    wait()
-    return (time.perf_counter() - start_s) / times
 
 
 def _arms(

@@ -188,6 +188,8 @@ def _measure(
     num_traced: int,
 ) -> None:
     """What a worker does: build all arms, then run them in turns, then look at each."""
+    dist.barrier()
+    work = work.settled()
     running = {}
     for arm in todo:
         report(_Turn(arm, 0, None))

@@ -1,9 +1,16 @@
 """Stages that wait instead of computing, for a time that is given, and hand over messages of a size
-that is given: all but arithmetic is real, so that many workers fit on a few cores."""
+that is given: all but arithmetic is real, so that many workers fit on a few cores.
+
+A stage alone, in a plain loop of PyTorch, takes the time that is given: what its own few operations
+take is measured on every worker at the start, and its waits are shorter by it. On a core that slept
+they take long, since its caches are cold.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +24,8 @@ from paci.bench.punctual import be_punctual, occupy_until
 from paci.bench.workloads import Work
 from paci.plan.cost import Slow
 from paci.runtime.stage.split_backward import Ledger
+
+_NUM_SETTLING, _NUM_WARM = 25, 5  # micro-batches through a stage alone
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class EmulatedWork(Work):
         latency_s: what a message takes longer than the machine's own transport.
         slow: disturbances.
         num_micro_batches: of an update, of which ``slow`` may choose one.
+        own_s: what a forward and a backward of a stage take besides waiting.
     """
 
     forward_s: float
@@ -42,6 +52,20 @@ class EmulatedWork(Work):
     latency_s: float = 0.0
     slow: tuple[Slow, ...] = ()
     num_micro_batches: int = 1
+    own_s: float = 0.0
+
+    def settled(self) -> EmulatedWork:
+        """The same, with ``own_s`` as a stage alone shows it on this worker."""
+        whole_s = self.forward_s + self.backward_input_s + self.backward_weight_s
+        found_s = []
+        bare = dataclasses.replace(self, slow=(), latency_s=0.0, own_s=0.0)
+        stage = bare.stage(self.num_workers - 1, self.num_workers, 0)
+        for _ in range(_NUM_WARM + _NUM_SETTLING):
+            start_s = time.perf_counter()
+            message = torch.zeros(1, self._num_numbers, dtype=torch.float64, requires_grad=True)
+            stage(message).backward(message.detach())
+            found_s.append(time.perf_counter() - start_s - whole_s)
+        return dataclasses.replace(self, own_s=max(statistics.median(found_s[_NUM_WARM:]), 0.0))
 
     def stage(self, index: int, num_stages: int, worker: int) -> nn.Module:
         """Make one stage."""
@@ -53,7 +77,7 @@ class EmulatedWork(Work):
                     extra_s[j] += each.extra_s * share
         return EmulatedStage(
             forward_s=self.forward_s * share,
-            backward_input_s=self.backward_input_s * share,
+            backward_input_s=max(self.backward_input_s * share - self.own_s, 0.0),
             backward_weight_s=self.backward_weight_s * share,
             latency_s=self.latency_s,
             extra_s=extra_s,

@@ -47,6 +47,11 @@ class Work(abc.ABC):
     def num_tokens(self) -> int:
         """Tokens of a micro-batch."""
 
+    def settled(self) -> Work:
+        """The same, after what a worker must first measure on its machine; nothing by default. All
+        workers call it at once."""
+        return self
+
 
 @dataclass(frozen=True)
 class GPTWork(Work):

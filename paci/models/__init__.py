@@ -18,11 +18,14 @@ from paci.models.layers import (
     parameter_groups,
 )
 from paci.models.sampling import generate
+from paci.models.subspace import Narrow, Widen
 
 __all__ = [
     "PRESETS",
     "GPTConfig",
     "LayerStack",
+    "Narrow",
+    "Widen",
     "build_stage",
     "build_stages",
     "combine_digests",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from paci.errors import ConfigError
 from paci.plan.cost import Costs, Link, Slow, StageCost
@@ -30,13 +30,14 @@ def costs_of_trace(
     Trials of a policy that looks ahead, which only some forwards make, count apart, at their mean.
     Jitter is the root mean square of the relative deviations of forwards and backwards from their
     median. Overhead is the median pause of a worker before an action that did not have to wait for
-    a message. Latency is the median time from the end of an action to the start of an action on
-    another worker that was waiting for its message; it includes the time for sending, waking up
-    and receiving. A schedule that flushes shows both.
+    a message. A link's latency is the median time from the end of an action to the start of an
+    action on the worker at its other end that was waiting for its message; it includes the time for
+    sending, waking up and receiving. Links that show none take the median of all. A schedule that
+    flushes shows both.
 
     Args:
         trace: the trace of a run, with at least three forwards of each stage.
-        link: the link between its workers, in place of the latency that the trace shows.
+        link: the link between its workers, in place of the latencies that the trace shows.
         seed: random seed for simulations with these costs.
         slow: known disturbances. The seconds that they add are subtracted from actions before
             durations and jitter are taken, and the disturbances become part of the costs.
@@ -70,10 +71,12 @@ def costs_of_trace(
     ]
     jitter = math.sqrt(statistics.fmean(each * each for each in differences or [0.0]))
     pauses, delays = _waits(trace, len(stages))
-    latency_s = statistics.median(delays) if delays else 0.0
+    all_s = [delay_s for between_s in delays.values() for delay_s in between_s]
+    shown = {} if link else {pair: Link(statistics.median(s)) for pair, s in delays.items()}
     return Costs(
         tuple(_stage_cost(stage, medians, statistics.fmean(trials[stage])) for stage in stages),
-        link or Link(latency_s),
+        link or Link(statistics.median(all_s) if all_s else 0.0),
+        shown,
         jitter=jitter,
         seed=seed,
         overhead_s=statistics.median(pauses) if pauses else 0.0,
@@ -114,12 +117,15 @@ def _stage_cost(stage: int, medians: dict[tuple[int, Kind], float], trial_s: flo
     )
 
 
-def _waits(trace: Trace, num_stages: int) -> tuple[list[float], list[float]]:
-    """Return pauses before actions that need not wait, and delays of awaited messages."""
+def _waits(
+    trace: Trace, num_stages: int
+) -> tuple[list[float], Mapping[tuple[int, int], list[float]]]:
+    """Return pauses before actions that need not wait, and delays of awaited messages by (sending
+    worker, receiving worker)."""
     last: dict[int, Event] = {}
     sent: dict[Message, Event] = {}
     pauses: list[float] = []
-    delays: list[float] = []
+    delays: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
     for event in trace.events:
         action = Action(event.kind, event.stage, event.micro_batch)
         needed, before = consumes(action, num_stages), last.get(event.worker)
@@ -127,7 +133,8 @@ def _waits(trace: Trace, num_stages: int) -> tuple[list[float], list[float]]:
         free_s = -math.inf if before is None else before.end_s
         if producer is not None and producer.end_s > free_s:
             if producer.worker != event.worker:
-                delays.append(event.start_s - producer.end_s)
+                pair = producer.worker, event.worker
+                delays[pair].append(event.start_s - producer.end_s)
         elif before is not None:
             pauses.append(max(event.start_s - free_s, 0.0))
         last[event.worker] = event

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from paci.bench.hosts.forwarder import Ask, Forwarder, Reset, Silence
-from paci.bench.hosts.host import MEETING, TEMPORARY, become_host, missing_rights
+from paci.bench.hosts.host import (
+    MEETING,
+    TEMPORARY,
+    become_host,
+    missing_rights,
+    require_congestion,
+)
 from paci.bench.hosts.network import Wires
 from paci.errors import ConfigError, WorkerError
 
@@ -54,13 +60,14 @@ class Bed:
         seed: seed of jitter and loss.
 
     Raises:
-        ConfigError: this system cannot make hosts.
+        ConfigError: this system cannot make hosts, or not with that congestion control.
     """
 
     def __init__(self, wires: Wires, num_hosts: int, congestion: str = "", seed: int = 0) -> None:
         reason = missing_rights()
         if reason is not None:
             raise ConfigError(f"{reason}; measure between real hosts instead")
+        require_congestion(congestion)
         self.num_hosts = num_hosts
         with contextlib.ExitStack() as undo:
             folder = tempfile.mkdtemp(prefix="paci-hosts-")

@@ -22,6 +22,7 @@ from paci.bench.hosts.network import MTU
 from paci.errors import ConfigError
 
 DEVICE = "paci0"
+_SETTINGS, _CONGESTION = Path("/proc/sys/net/ipv4"), "tcp_congestion_control"
 TUN = "/dev/net/tun"
 _NETWORK = "10.79.0"
 _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWUSER, _CLONE_NEWNET = (
@@ -98,8 +99,7 @@ def become_host(number: int, folder: str, offload: bool, congestion: str = "") -
         file = _device(offload)
         _bring_up(number)
         if congestion:
-            path = Path("/proc/sys/net/ipv4/tcp_congestion_control")
-            path.write_text(congestion, encoding="ascii")
+            (_SETTINGS / _CONGESTION).write_text(congestion, encoding="ascii")
         _join(number, str(Path(folder, MEETING)), file)
         os.close(file)
     except OSError as error:
@@ -110,10 +110,19 @@ def become_host(number: int, folder: str, offload: bool, congestion: str = "") -
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["TP_SOCKET_IFNAME"] = DEVICE
 
 
+def require_congestion(name: str) -> None:
+    """Raise ``ConfigError`` if a host's TCP cannot have the congestion control ``name``."""
+    known = (_SETTINGS / "tcp_allowed_congestion_control").read_text(encoding="ascii").split()
+    if name and name not in known:
+        raise ConfigError(
+            f"congestion must be one of {', '.join(known)}, which this system allows to every "
+            f"network, got {name!r}; choose one of them"
+        )
+
+
 def congestion_control() -> str:
     """Return the name of TCP's congestion control in this process's network."""
-    path = Path("/proc/sys/net/ipv4/tcp_congestion_control")
-    return path.read_text(encoding="ascii").strip()
+    return (_SETTINGS / _CONGESTION).read_text(encoding="ascii").strip()
 
 
 def _libc() -> ctypes.CDLL:
