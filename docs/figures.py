@@ -92,7 +92,15 @@ _ALL = """
 
 
 # Benchmarks whose tables stand in these pages, each in one of them.
-_OF_LEARNING = ("convergence", "time-to-accuracy", "race", "yardstick", "links", "speedrun")
+_OF_LEARNING = (
+    "convergence",
+    "codecs",
+    "time-to-accuracy",
+    "race",
+    "yardstick",
+    "links",
+    "speedrun",
+)
 _PAGES_OF_LEARNING = ("convergence.md", "time.md", "rivals.md", "slow-links.md")
 # Of the yardstick: what is drawn, and what its links are called.
 _PRICED = ("1f1b", "1f1b:slack=1", "1f1b:slack=2", "torch-interleaved", "torch-zbv", "paci")
@@ -129,7 +137,13 @@ def page(folder: Path) -> None:
 def pictures(folder: Path) -> None:
     """``images/bench-*.svg``."""
     found = results()
-    drawn = {"throughput": _speed, "emulate": _waiting, "memory": _memory, "yardstick": _yardstick}
+    drawn = {
+        "throughput": _speed,
+        "emulate": _waiting,
+        "links": _links,
+        "memory": _memory,
+        "yardstick": _yardstick,
+    }
     for name, draw in drawn.items():
         (folder / "images" / f"bench-{name}.svg").write_text(draw(found), encoding="utf-8")
 
@@ -173,6 +187,21 @@ def _waiting(found: dict[str, Result]) -> str:
         if name in found
     }
     return bar_rows(groups, "Stages that wait: time asked for over time that passed")
+
+
+def _links(found: dict[str, Result]) -> str:
+    groups: dict[str, list[Bar]] = {}
+    for row in measured(found["links-latency"], "ideal_ratio"):
+        groups.setdefault(f"{row['num_micro_batches']} micro-batches per update", []).append(
+            Bar(
+                _label(row),
+                {"ratio": row["ideal_ratio"]},
+                f"{row['ideal_ratio']:.2f}",
+                row["runtime"] == "paci",
+            )
+        )
+    title = "Eight hosts, 20 ms one way, real TCP: time of an update over that of its waits"
+    return bar_rows(groups, title, dict.fromkeys(groups, ("ideal", 1.0)))
 
 
 def _memory(found: dict[str, Result]) -> str:

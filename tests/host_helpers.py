@@ -97,15 +97,16 @@ def ping(rank: int, num_ranks: int, sizes: list[int]) -> list[float]:
     return found[2:]
 
 
-def about_host(rank: int, num_ranks: int) -> tuple[str, bool, list[str], str]:
-    """The host's name, whether its name is found, what lies in its folder, TCP's control."""
+def about_host(rank: int, num_ranks: int) -> tuple[str, bool, list[str], tuple[str, str]]:
+    """The host's name, whether its name is found, what lies in its folder, two TCP settings."""
     with tempfile.NamedTemporaryFile() as file:
         folder = Path(file.name).parent
     (folder / f"own-{rank}").touch()
     dist.barrier()
     is_found = socket.gethostbyname(f"host{rank}") == address(rank)
     files = sorted(path.name for path in folder.iterdir())
-    return socket.gethostname(), is_found, files, congestion_control()
+    restarts = Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle").read_text().strip()
+    return socket.gethostname(), is_found, files, (congestion_control(), restarts)
 
 
 def count_round_trips(rank: int, num_ranks: int, round_trip_s: float) -> dict[str, float]:

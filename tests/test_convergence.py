@@ -206,6 +206,14 @@ def test_codecs_stand_beside_the_flush_without_one():
     assert [each["num_seeds"] for each in found] == [2] * 6
     against = [each["against_flush"] for each in found]
     assert against == pytest.approx([0, 0.05, -0.05, 0.5, 0.55, 0.45])
+    beside = [each.get("against_plain") for each in found]
+    assert beside[0] is beside[3] is None
+    assert [beside[1], beside[2], beside[4], beside[5]] == pytest.approx(
+        [0.05, -0.05, 0.1 / 3, -0.1 / 3]
+    )
+    # Seed by seed, and only those that both have.
+    few = [*rows[:2], run("flush", "int8", 1, 2.2), run("flush", "int8", 2, 9.0)]
+    assert summarize(few)[1]["against_plain"] == pytest.approx(0.1)
 
 
 def test_a_sweep_over_codecs():

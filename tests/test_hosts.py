@@ -16,7 +16,7 @@ import pytest
 from launching import PORT, Rank, launch, values
 
 from paci.bench.hosts.bed import Bed
-from paci.bench.hosts.host import missing_rights
+from paci.bench.hosts.host import missing_rights, tcp_settings
 from paci.bench.hosts.network import MTU, Wire, between_all, in_sites
 from paci.bench.hosts.packets import num_bytes_on_wire
 from paci.errors import ConfigError
@@ -81,14 +81,30 @@ def test_a_link_takes_the_time_and_the_rate_that_are_asked_for(tmp_path: Path):
 
 @needs_hosts
 def test_hosts_have_names_and_a_folder_of_their_own(tmp_path: Path):
-    with Bed(wires(2, Wire()), 2) as bed:
+    own = tcp_settings("reno", "tcp_slow_start_after_idle=0")
+    with Bed(wires(2, Wire()), 2, own) as bed:
         found = values(launch(tmp_path, 2, ranks_of.about_host, place=bed.place))
         folder = Path(bed.place.folder)
         assert list((folder / "tmp").iterdir()) == []  # what is in it is seen on the host alone
     assert not folder.exists()
-    for rank, (name, is_found, files, congestion) in enumerate(found):
+    for rank, (name, is_found, files, tcp) in enumerate(found):
         assert (name, is_found, files) == (f"host{rank}", True, ["hosts", f"own-{rank}"])
-        assert congestion
+        assert tcp == ("reno", "0")
+
+
+@needs_hosts
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("tcp_congestion_control=zip", "congestion must be one of .*reno.*, got 'zip'; choose"),
+        ("tcp_zip=1", "settings of TCP must be NAME=VALUE.*, got 'tcp_zip=1'; write"),
+        ("tcp_sack", "got 'tcp_sack'; write"),
+        ("../ipv4/tcp_sack=1", "got '../ipv4/tcp_sack=1'; write"),
+    ],
+)
+def test_settings_that_no_host_can_have_are_refused(settings: str, words: str):
+    with pytest.raises(ConfigError, match=words):
+        Bed(wires(2, Wire()), 2, settings)
 
 
 @needs_hosts

@@ -60,6 +60,11 @@ class Arm:
         return "shared memory" if self.runtime == "paci" and self.share_memory else "gloo"
 
     @property
+    def is_traced(self) -> bool:
+        """Whether its runtime can say what its workers did."""
+        return self.runtime == "paci"
+
+    @property
     def label(self) -> str:
         """The arm's name in lines of progress."""
         return (
@@ -103,6 +108,11 @@ class Running(abc.ABC):
         """Keep this worker's core as busy as it was until the other workers are done too."""
 
     @property
+    def num_in_flight(self) -> int:
+        """Most micro-batches in flight at a stage, where the runtime knows."""
+        return 0
+
+    @property
     def busy_s(self) -> float | None:
         """Seconds of actions on this worker so far, where the runtime knows."""
         return None
@@ -138,6 +148,11 @@ class _Paci(Running):
 
     def update(self) -> None:
         self.pipeline.step(self._batch)
+
+    @property
+    def num_in_flight(self) -> int:
+        schedule = self.pipeline.schedule
+        return max(map(schedule.in_flight_cap, range(schedule.num_stages)))
 
     @property
     def busy_s(self) -> float:

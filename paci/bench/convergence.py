@@ -111,6 +111,7 @@ class Convergence(Question):
         "validation loss": "{val_loss:.4f}",
         "spread": "{spread:.4f}",
         "held-out loss": "{held_out_loss:.4f}",
+        "against no codec": "{against_plain:+.2%}",
         "against flush": "{against_flush:+.2%}",
         "tokens to equal loss": "{tokens_to_flush:.2f}",
         "to the best flush's": "{tokens_to_best_flush:.2f}",

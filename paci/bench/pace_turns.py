@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from paci.bench.workers import Report
 from paci.data import Sampler
 from paci.data.store import open_corpus
 
-_NUM_WARM = 2  # updates before the first turn
+_NUM_WARM = 1  # updates before a turn
 _NUM_FLUSHED = 2  # updates of a turn after each of which the pipeline is emptied
 
 
@@ -39,7 +40,8 @@ def take_pace_turns(
     num_timed: int,
     computing_s: float,
 ) -> None:
-    """Train through each of ``racers`` in turns; rank 0 reports a ``PaceTurn`` after each.
+    """Train through each of ``racers`` in turns, one open at a time; rank 0 reports a ``PaceTurn``
+    after each.
 
     Args:
         rank: of this process.
@@ -55,16 +57,16 @@ def take_pace_turns(
     assert corpus is not None, "it has just been made"
     sampler = Sampler(corpus.train, config.context, config.batch_size, config.seed)
     batch = tensors(sampler.batch(0))
-    running = [racer.open(corpus, rank) for racer in racers]
-    for one, racer in zip(running, racers, strict=True):
-        slot_s = computing_s / racer.config.accumulation
-        for stage in one.pipeline.stages.values() if computing_s else ():
-            keep_pace(stage.module, slot_s / 3, 2 * slot_s / 3)
-        for _ in range(_NUM_WARM):
-            one.update(batch)
-        one.drain()
     for _ in range(num_turns):
-        for place, (one, racer) in enumerate(zip(running, racers, strict=True)):
+        for place, racer in enumerate(racers):
+            one = racer.open(corpus, rank)
+            slot_s = computing_s / racer.config.accumulation
+            for stage in one.pipeline.stages.values() if computing_s else ():
+                keep_pace(stage.module, slot_s / 3, 2 * slot_s / 3)
+            for _ in range(_NUM_WARM):
+                one.update(batch)
+            one.drain()
+            gc.collect()  # what the one before has left
             flushed_s = update_s(one, [batch] * _NUM_FLUSHED, 0, drains=True)
             # As many updates as it takes to fill the pipeline, before the clock runs.
             caps = one.pipeline.schedule.channel_capacity
@@ -72,5 +74,4 @@ def take_pace_turns(
             steady_s = update_s(one, [batch] * (fill + num_timed), fill)
             if rank == 0:
                 report(PaceTurn(place, steady_s, flushed_s))
-    for one in running:
-        one.close()
+            one.close()

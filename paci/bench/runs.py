@@ -24,8 +24,9 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
         is more than one seed), ``num_seeds``, ``mean_delay`` (over stages), ``max_drift`` (the
         largest that the drift meter saw at any stage), ``trials_over_busy`` (time of trials
         over that of forwards, backwards and updates, where runs say it), ``codec`` (where there is
-        one), and, where there is a flush without a codec, of the same precision and number of
-        sequences, of the same optimizer
+        one) and ``against_plain`` (the relative distance to the loss of the same method without a
+        codec, the mean over the seeds that both have), and, where there is a flush without a codec,
+        of the same precision and number of sequences, of the same optimizer
 
         - ``against_flush``: the relative distance to its loss at equal tokens,
         - ``tokens_to_flush``: the tokens to its last loss over those that it took itself; where a
@@ -49,6 +50,7 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
             row["warmup"] = warmup_of(group[0])
         if codec_of(group[0]):
             row["codec"] = codec_of(group[0])
+            row |= _against_plain(group, best)
         if len(losses) > 1:
             row["spread"] = (max(losses) - min(losses)) / 2
         if all("max_drift" in each for each in group):
@@ -66,6 +68,20 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
         found.append(row)
     interrupted = [row for row in rows if is_interrupted([row])]
     return found + interrupted
+
+
+def _against_plain(group: Sequence[Row], best: Sequence[Sequence[Row]]) -> Row:
+    """Compare runs with those of the same method without a codec, seed by seed."""
+    for other in best:
+        if codec_of(other[0]) or _method_beside(other[0]) != _method_beside(group[0]):
+            continue
+        losses = {row["seed"]: row["val_loss"] for row in other}
+        shares = [
+            row["val_loss"] / losses[row["seed"]] - 1 for row in group if row["seed"] in losses
+        ]
+        if shares:
+            return {"against_plain": statistics.fmean(shares)}
+    return {}
 
 
 def best_runs(rows: Sequence[Row]) -> list[list[Row]]:
@@ -115,6 +131,11 @@ def _tokens_ratio(ours: Sequence[Row], theirs: Sequence[Row]) -> float:
     own, others = [curve_of(row) for row in ours], [curve_of(row) for row in theirs]
     level = equal_level(own, others)
     return statistics.fmean(reaches(own, level)) / statistics.fmean(reaches(others, level))
+
+
+def _method_beside(row: Row) -> tuple[Any, ...]:
+    """What a run without a codec must share with one that has one."""
+    return (*(row[key] for key in _SETTING), row["tokens"])
 
 
 def _beside(row: Row) -> tuple[Any, ...]:

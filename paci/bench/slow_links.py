@@ -50,6 +50,8 @@ class Links(Waiting):
             if all hosts are far from each other.
         site_latency_ms: latency within a site, one way.
         congestion: TCP's congestion control; the system's own if empty.
+        tcp: further settings of the hosts' TCP, NAME=VALUE separated by spaces, names as in
+            /proc/sys/net/ipv4.
         micro_batches: numbers of micro-batches of an update, separated by commas.
         schedules: ours, separated by spaces; ``paci:slack=auto`` takes the slack of each hop that
             planning chooses.
@@ -63,6 +65,7 @@ class Links(Waiting):
     site_size: int = 1
     site_latency_ms: float = 0.01
     congestion: str = ""
+    tcp: str = ""
     micro_batches: str = "8"
     message_bytes: int = 4096
     schedules: str = "paci paci:slack=auto paci:slack=2 1f1b 1f1b:slack=2 gpipe"
@@ -107,7 +110,7 @@ class Links(Waiting):
         """Rows of every arm."""
         from paci.bench.arms import Arm
         from paci.bench.hosts.bed import Bed
-        from paci.bench.hosts.host import congestion_control
+        from paci.bench.hosts.host import congestion_control, tcp_settings
 
         n, counts, rivals = self.hosts, numbers("micro_batches", self.micro_batches), self._rivals()
         arms: list[Arm] = []
@@ -118,7 +121,7 @@ class Links(Waiting):
             arms += [Arm("torch", name, m) for name in rivals]
             arms.append(Arm("limit", "alone", m))
         arms = list(dict.fromkeys(arms))
-        with Bed(self.wires, n, self.congestion) as bed:
+        with Bed(self.wires, n, tcp_settings(self.congestion, self.tcp)) as bed:
             outcomes = self._measure(
                 n,
                 self._work(),
@@ -135,7 +138,9 @@ class Links(Waiting):
         add_forecasts(rows, traces, links=links, message_bytes=self.message_bytes)
         firsts: dict[int, dict[str, Any]] = {}
         for row, arm in zip(rows, arms, strict=True):
-            row["congestion"] = self.congestion or congestion_control()
+            row["congestion"] = " ".join(
+                [self.congestion or congestion_control(), *self.tcp.split()]
+            )
             self._complete(row, arm, firsts.setdefault(arm.num_micro_batches, row))
         say(
             f"{sum(carried.values()):,} bytes carried between hosts, {num_lost:,} packets lost on "

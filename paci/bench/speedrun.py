@@ -61,6 +61,8 @@ class Speedrun(Timing):
         rate_mbit: rate of every link in each direction, in millions of bits a second; 0 for links
             that are never busy.
         congestion: TCP's congestion control; the system's own if empty.
+        tcp: further settings of the hosts' TCP, NAME=VALUE separated by spaces, names as in
+            /proc/sys/net/ipv4.
         computing_ms: least time that a host computes in an update, a third of it in forwards, so
             that hosts which share cores have the pace of devices; 0 for what computing takes here.
         micro_batches: numbers of micro-batches of an update, separated by commas.
@@ -79,6 +81,7 @@ class Speedrun(Timing):
     latency_ms: float = 2.5
     rate_mbit: float = 2.0
     congestion: str = ""
+    tcp: str = ""
     computing_ms: float = 0.0
     micro_batches: str = "8"
     schedules: str = "1f1b 1f1b:slack=2 gpipe paci paci:slack=1"
@@ -121,6 +124,7 @@ class Speedrun(Timing):
     def answer(self, say: Say) -> list[Row]:
         """A row for each schedule, number of micro-batches and codec."""
         from paci.bench.hosts.bed import Bed
+        from paci.bench.hosts.host import tcp_settings
         from paci.bench.pace_turns import take_pace_turns
         from paci.bench.workers import run_workers
         from paci.data import prepare
@@ -133,7 +137,7 @@ class Speedrun(Timing):
         turns: list[PaceTurn] = []
         problem = ""
         wires = between_all(self.hosts, lambda source, target: wire)
-        with Bed(wires, self.hosts, self.congestion) as bed:
+        with Bed(wires, self.hosts, tcp_settings(self.congestion, self.tcp)) as bed:
             try:
                 for told in run_workers(
                     self.hosts,

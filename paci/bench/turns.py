@@ -1,5 +1,5 @@
 """Arms measured in turns, A B A B, by the same worker processes: what the machine does meanwhile
-falls on all of them alike.
+falls on all of them alike. One is open at a time.
 
 An arm that cannot run, fails or falls silent is left out from then on, with the reason; what was
 measured before is kept.
@@ -7,6 +7,7 @@ measured before is kept.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections import defaultdict
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from paci.bench.arms import Arm
+from paci.bench.arms import Arm, Running
 from paci.bench.hosts.bed import Place
 from paci.bench.workers import Report, run_workers
 from paci.bench.workloads import Work
@@ -24,7 +25,7 @@ from paci.errors import WorkerError
 from paci.trace import Trace
 
 _LOOK = -1  # the turn in which an arm is traced
-_NUM_WARM = 2  # updates before the first turn
+_NUM_WARM = 1  # updates before a turn
 Say = Callable[[str], None]
 
 
@@ -141,6 +142,7 @@ def take_turns(
                 work,
                 todo,
                 num_updates,
+                [a for a in left if num_traced and a.is_traced and outcomes[a].trace is None],
                 num_traced,
                 pin=pin,
                 timeout_s=timeout_s,
@@ -185,54 +187,65 @@ def _measure(
     work: Work,
     todo: dict[Arm, list[int]],
     num_updates: int,
+    looks: list[Arm],
     num_traced: int,
 ) -> None:
-    """What a worker does: build all arms, then run them in turns, then look at each."""
+    """What a worker does: run the arms in turns, and then look at each of ``looks``.
+
+    One arm is open at a time, as a user has one pipeline: others that are idle would take time from
+    it, of the collector of garbage to begin with.
+    """
     dist.barrier()
     work = work.settled()
-    running = {}
-    for arm in todo:
-        report(_Turn(arm, 0, None))
-        problem = ""
-        try:
-            running[arm] = arm.open(work, rank, num_workers)
-        except (ValueError, AssertionError, RuntimeError) as error:
-            # Every rank refuses alike: it is the arm's configuration.
-            problem = str(error).strip().splitlines()[0]
-        if problem:
-            report(_Turn(arm, 0, None, problem))
-            continue
-        for _ in range(_NUM_WARM):
-            running[arm].update()
-    for turn in sorted({turn for turns in todo.values() for turn in turns}):
-        for arm, arm_running in running.items():
-            if turn not in todo[arm]:
+    refused: set[Arm] = set()
+    for turn in [*sorted({turn for turns in todo.values() for turn in turns}), _LOOK]:
+        for arm in looks if turn == _LOOK else todo:
+            if arm in refused or (turn != _LOOK and turn not in todo[arm]):
                 continue
             report(_Turn(arm, turn, None))
+            problem = ""
+            try:
+                running = arm.open(work, rank, num_workers)
+            except (ValueError, AssertionError, RuntimeError) as error:
+                # Every rank refuses alike: it is the arm's configuration.
+                problem = str(error).strip().splitlines()[0]
+            if problem:
+                report(_Turn(arm, turn, None, problem))
+                refused.add(arm)
+                continue
+            for _ in range(_NUM_WARM):
+                running.update()
+            gc.collect()  # what the arm before has left
             dist.barrier()
-            # A barrier puts all workers at one place of the schedule; in steady state each is a
-            # little behind the one before, so the first updates are not timed.
-            for _ in range(1 + 2 * num_workers // arm.num_micro_batches):
-                arm_running.update()
-            start_s, start_host_s = time.perf_counter(), time.thread_time()
-            start_busy_s = arm_running.busy_s
-            for _ in range(num_updates):
-                arm_running.update()
-            span_s, host_s = time.perf_counter() - start_s, time.thread_time() - start_host_s
-            busy_s, share = arm_running.busy_s, None
-            if busy_s is not None and start_busy_s is not None:
-                share = (busy_s - start_busy_s) / span_s
-            all_done = dist.barrier(async_op=True)
-            assert all_done is not None
-            arm_running.linger(all_done.is_completed)
-            all_done.wait()
-            sample = Sample(span_s / num_updates, host_s / num_updates, share)
-            report(_Turn(arm, turn, sample))
-    for arm, arm_running in running.items() if num_traced else ():
-        report(_Turn(arm, _LOOK, None))
-        dist.barrier()
-        trace = arm_running.trace(num_traced)
-        if rank == 0:
-            report(_Traced(arm, trace))
-    for arm_running in running.values():
-        arm_running.close()
+            if turn == _LOOK:
+                trace = running.trace(num_traced)
+                if rank == 0:
+                    report(_Traced(arm, trace))
+            else:
+                filling = max(2 * num_workers, running.num_in_flight)
+                sample = _timed(running, 1 + -(-filling // arm.num_micro_batches), num_updates)
+                report(_Turn(arm, turn, sample))
+            running.close()
+
+
+def _timed(running: Running, num_fill: int, num_updates: int) -> Sample:
+    """Time so many updates.
+
+    Before, a barrier has put all workers at one place of the schedule; in steady state each is a
+    little behind the one before, so the first ``num_fill`` updates are not timed.
+    """
+    for _ in range(num_fill):
+        running.update()
+    start_s, start_host_s = time.perf_counter(), time.thread_time()
+    start_busy_s = running.busy_s
+    for _ in range(num_updates):
+        running.update()
+    span_s, host_s = time.perf_counter() - start_s, time.thread_time() - start_host_s
+    busy_s, share = running.busy_s, None
+    if busy_s is not None and start_busy_s is not None:
+        share = (busy_s - start_busy_s) / span_s
+    all_done = dist.barrier(async_op=True)
+    assert all_done is not None
+    running.linger(all_done.is_completed)
+    all_done.wait()
+    return Sample(span_s / num_updates, host_s / num_updates, share)

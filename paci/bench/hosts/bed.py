@@ -22,7 +22,7 @@ from paci.bench.hosts.host import (
     TEMPORARY,
     become_host,
     missing_rights,
-    require_congestion,
+    read_settings,
 )
 from paci.bench.hosts.network import Wires
 from paci.errors import ConfigError, WorkerError
@@ -36,16 +36,16 @@ class Place(NamedTuple):
     Attributes:
         folder: the folder of the bed.
         offload: see ``become_host``.
-        congestion: see ``become_host``.
+        settings: see ``become_host``.
     """
 
     folder: str
     offload: bool
-    congestion: str
+    settings: str
 
     def enter(self, host: int) -> None:
         """Make the calling process host number ``host``; it must have one thread."""
-        become_host(host, self.folder, self.offload, self.congestion)
+        become_host(host, self.folder, self.offload, self.settings)
 
 
 class Bed:
@@ -56,18 +56,18 @@ class Bed:
     Args:
         wires: the wire of every pair of hosts, by (sender, receiver).
         num_hosts: number of hosts.
-        congestion: TCP's congestion control; the system's own if empty.
+        settings: of TCP, ``NAME=VALUE`` separated by spaces, names as in /proc/sys/net/ipv4.
         seed: seed of jitter and loss.
 
     Raises:
-        ConfigError: this system cannot make hosts, or not with that congestion control.
+        ConfigError: this system cannot make hosts, or not with those settings.
     """
 
-    def __init__(self, wires: Wires, num_hosts: int, congestion: str = "", seed: int = 0) -> None:
+    def __init__(self, wires: Wires, num_hosts: int, settings: str = "", seed: int = 0) -> None:
         reason = missing_rights()
         if reason is not None:
             raise ConfigError(f"{reason}; measure between real hosts instead")
-        require_congestion(congestion)
+        read_settings(settings)
         self.num_hosts = num_hosts
         with contextlib.ExitStack() as undo:
             folder = tempfile.mkdtemp(prefix="paci-hosts-")
@@ -87,7 +87,7 @@ class Bed:
             theirs.close()
             self._undo = undo.pop_all()
         loses = any(wire.loss for wire in wires.values())
-        self.place = Place(folder, offload=not loses, congestion=congestion)
+        self.place = Place(folder, offload=not loses, settings=settings)
 
     def silence(self, hosts: Sequence[int], seconds: float) -> None:
         """Lose all packets between ``hosts`` and the others for ``seconds`` from now."""
@@ -110,8 +110,8 @@ class Bed:
             command: what to run.
             options: of ``subprocess.Popen``.
         """
-        folder, offload, congestion = self.place
-        enter = [sys.executable, "-m", __name__, str(host), folder, str(int(offload)), congestion]
+        folder, offload, settings = self.place
+        enter = [sys.executable, "-m", __name__, str(host), folder, str(int(offload)), settings]
         return subprocess.Popen([*enter, *command], **options)
 
     def close(self) -> None:
@@ -158,8 +158,8 @@ def _forward(
 
 def _main() -> None:
     """Become a host, then run a command there; the process stays, for the host's sake."""
-    host, folder, offload, congestion, *command = sys.argv[1:]
-    become_host(int(host), folder, bool(int(offload)), congestion)
+    host, folder, offload, settings, *command = sys.argv[1:]
+    become_host(int(host), folder, bool(int(offload)), settings)
     sys.exit(subprocess.call(command))
 
 

@@ -73,7 +73,7 @@ def missing_rights() -> str | None:
     )
 
 
-def become_host(number: int, folder: str, offload: bool, congestion: str = "") -> None:
+def become_host(number: int, folder: str, offload: bool, settings: str = "") -> None:
     """Make the calling process host ``number``; it must have one thread.
 
     It stays one for as long as it lives, and so do the processes that it starts. Its folder for
@@ -85,7 +85,7 @@ def become_host(number: int, folder: str, offload: bool, congestion: str = "") -
         number: from 0.
         folder: the folder of the bed, where the forwarder listens.
         offload: whether the system hands over several packets of a connection in one piece.
-        congestion: name of TCP's congestion control; the system's own if empty.
+        settings: of TCP, see ``read_settings``.
 
     Raises:
         ConfigError: the system refuses it.
@@ -98,8 +98,8 @@ def become_host(number: int, folder: str, offload: bool, congestion: str = "") -
         socket.sethostname(f"host{number}")
         file = _device(offload)
         _bring_up(number)
-        if congestion:
-            (_SETTINGS / _CONGESTION).write_text(congestion, encoding="ascii")
+        for name, value in read_settings(settings).items():
+            (_SETTINGS / name).write_text(value, encoding="ascii")
         _join(number, str(Path(folder, MEETING)), file)
         os.close(file)
     except OSError as error:
@@ -110,14 +110,36 @@ def become_host(number: int, folder: str, offload: bool, congestion: str = "") -
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["TP_SOCKET_IFNAME"] = DEVICE
 
 
-def require_congestion(name: str) -> None:
-    """Raise ``ConfigError`` if a host's TCP cannot have the congestion control ``name``."""
-    known = (_SETTINGS / "tcp_allowed_congestion_control").read_text(encoding="ascii").split()
-    if name and name not in known:
-        raise ConfigError(
-            f"congestion must be one of {', '.join(known)}, which this system allows to every "
-            f"network, got {name!r}; choose one of them"
-        )
+def read_settings(text: str) -> dict[str, str]:
+    """Read settings of TCP by name.
+
+    Args:
+        text: ``NAME=VALUE`` separated by spaces, names as in /proc/sys/net/ipv4.
+
+    Raises:
+        ConfigError: this system does not let a host have one of them.
+    """
+    found = {}
+    for part in text.split():
+        name, equals, value = part.partition("=")
+        if not equals or not name.startswith("tcp_") or not (_SETTINGS / name).is_file():
+            raise ConfigError(
+                f"settings of TCP must be NAME=VALUE, of names in {_SETTINGS}, got {part!r}; write "
+                f"tcp_slow_start_after_idle=0"
+            )
+        known = (_SETTINGS / "tcp_allowed_congestion_control").read_text(encoding="ascii").split()
+        if name == _CONGESTION and value not in known:
+            raise ConfigError(
+                f"congestion must be one of {', '.join(known)}, which this system allows to every "
+                f"network, got {value!r}; choose one of them"
+            )
+        found[name] = value
+    return found
+
+
+def tcp_settings(congestion: str, others: str) -> str:
+    """Return the settings of TCP as one text, as of ``read_settings``."""
+    return f"{_CONGESTION}={congestion} {others}" if congestion else others
 
 
 def congestion_control() -> str:
