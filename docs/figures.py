@@ -151,7 +151,7 @@ def pictures(folder: Path) -> None:
 def _label(row: Result) -> str:
     if row["runtime"] == "torch":
         return row["schedule"].removeprefix("Schedule") + " (torch)"
-    return str(row["schedule"])
+    return str(row["schedule"]).replace("split_backward=true", "split")
 
 
 def _speed(found: dict[str, Result]) -> str:

@@ -87,6 +87,7 @@ def _prediction_figure(found: dict[str, Result]) -> tuple[str, str]:
     errors = [
         abs(row["utilization"] - row["predicted_utilization"])
         for result in found.values()
+        if result["bench"] in ("throughput", "emulate")
         for row in measured(result, "predicted_utilization")
     ]
     return (
