@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.bench.question import Question, Row, numbers
-from paci.bench.timed import mean_s
+from paci.bench.timed import mean_s, on_threads
 from paci.schedule.base import require_count
 
 if TYPE_CHECKING:
@@ -61,24 +61,19 @@ class CodecTimes(Question):
     def answer(self, say: Say) -> list[Row]:
         """A row for each codec and width; ``error`` is the share of a row's squared norm that is
         lost."""
-        import torch
-
         from paci.train.config import load_config
         from paci.train.setup import require_devices
 
         device = require_devices(load_config(None, {"device": self.device}), 1)
-        before = torch.get_num_threads()
         rows: list[Row] = []
         try:
-            torch.set_num_threads(self.threads)
-            for width in numbers("widths", self.widths):
-                say(f"width {width}")
-                rows += self._rows(width, device)
+            with on_threads(self.threads):
+                for width in numbers("widths", self.widths):
+                    say(f"width {width}")
+                    rows += self._rows(width, device)
         except KeyboardInterrupt:
             say("interrupted: what was measured is kept")
             rows.append({"problem": "interrupted", "interrupted": True})
-        finally:
-            torch.set_num_threads(before)
         return rows
 
     def _rows(self, width: int, device: str) -> list[Row]:

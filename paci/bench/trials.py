@@ -9,7 +9,7 @@ from operator import truediv
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from paci.bench.question import Question, Row, numbers
-from paci.bench.timed import mean_s
+from paci.bench.timed import mean_s, on_threads
 from paci.schedule.base import require_count
 
 if TYPE_CHECKING:
@@ -65,26 +65,21 @@ class Trials(Question):
     def answer(self, say: Say) -> list[Row]:
         """A row for each optimizer, width and number of threads; interrupted, of those that there
         are, and one that says so."""
-        import torch
-
         from paci.train.config import load_config
         from paci.train.setup import require_devices
 
         device = require_devices(load_config(None, {"device": self.device}), 1)
-        before = torch.get_num_threads()
         rows: list[Row] = []
         try:
             for threads in numbers("threads", self.threads):
-                torch.set_num_threads(threads)
                 for width in numbers("widths", self.widths):
                     for optimizer in self.optimizers.split():
-                        rows.append(self._row(optimizer, width, threads, device))
+                        with on_threads(threads):
+                            rows.append(self._row(optimizer, width, threads, device))
                         say("{optimizer}, width {width}: {trial_ratio:.2f}".format(**rows[-1]))
         except KeyboardInterrupt:
             say("interrupted: what was measured is kept")
             rows.append({"problem": "interrupted", "interrupted": True})
-        finally:
-            torch.set_num_threads(before)
         return rows
 
     def _row(self, optimizer: str, width: int, threads: int, device: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _orthonormal(width: int, rank: int, seed: int) -> Tensor:
     if not 1 <= rank <= width:
         raise ConfigError(
             f"the rank of a subspace must be from 1 to the width of {width}, got {rank}; choose "
-            f"a smaller one"
+            f"one of these"
         )
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(width, rank, generator=generator, dtype=torch.float64)
